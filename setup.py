@@ -1,0 +1,54 @@
+"""Metadata and extras; tool settings are in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "cuda": ["jax[cuda12]"],
+    "test": [
+        "hypothesis",
+        "ipykernel",
+        "jupytext",
+        "nbclient",
+        "nbformat",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff",
+        # The CPU build; any other version pulls in gigabytes of CUDA libraries that no test uses.
+        "torch==2.13.0",
+        "transformers>=5.0",
+    ],
+}
+
+setup(
+    name="mlora_jax",
+    version="0.1.0",
+    description="Nested low-rank adaptation for JAX and Flax: train one LoRA adapter, read it out at every rank.",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mlora_jax", "mlora_jax.*", "experiments", "configs"]),
+    include_package_data=True,
+    package_data={"mlora_jax": ["assets/**/*", "data/builders/**/*"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "grain>=0.2.18",
+        # Reads and writes array_record files; TensorFlow is neither needed nor installed.
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8.3",
+        "importlib_resources>=6.0",
+        "ml-collections>=1.1.0",
+        "absl-py>=2.1",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "jinja2>=3.1.6",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+    ],
+    extras_require=EXTRAS,
+)
