@@ -1,0 +1,21 @@
+"""The Llama-family decoder, its configuration, its tokenizer and the Hugging Face layout."""
+
+import importlib
+
+_HOMES = {
+    "Cache": "decoder",
+    "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "RopeScaling": "config",
+    "Tokenizer": "tokenizer",
+    "load_decoder": "hugging_face",
+    "read_config": "hugging_face",
+    "save_decoder": "hugging_face",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,365 @@
+"""The Llama-family decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers in one scan.
+
+Axes: B batch, T time, S cache slots, D hidden, V vocabulary, L layer, H query heads, KV key and value heads,
+Hd features of a head. Attribute names are Hugging Face's, so the path of a module (`layers.self_attn.q_proj`)
+is what users know from there. Projections are called, never read: an adapter may have taken their place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mlora_jax.models.config import DecoderConfig
+
+# State that a layer may change while it runs, should a module put into a layer have any (dropout's counter).
+_MUTABLE = (nnx.RngState, nnx.BatchStat)
+
+
+class Cache(NamedTuple):
+    """Keys (already rotated) and values of the tokens seen so far.
+
+    Args:
+        k: keys [L, B, S, KV, Hd] in the compute dtype.
+        v: values, alike.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Angle per position of every rotary pair, with Llama 3's stretching if the config has one.
+
+        f_i = theta ** (-2 i / Hd)
+
+    Args:
+        config: gives theta, Hd and the scaling.
+
+    Returns:
+        float64 [Hd / 2], radians per token.
+
+    Source: RoFormer (arXiv 2104.09864); Llama 3.1's `apply_scaling` for the stretching.
+    """
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # Within the old context.
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies rotary positions to queries or keys, pairing feature i with i + Hd / 2 as Hugging Face does.
+
+    Args:
+        x: [B, T, H, Hd].
+        cos: [B, T, 1, Hd / 2], at least float32.
+        sin: alike.
+
+    Returns:
+        The shape and dtype of `x`; computed in the dtype of `cos`.
+    """
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
+    """Scaled dot-product attention with grouped key and value heads.
+
+    Args:
+        query: [B, T, H, Hd].
+        key: [B, S, KV, Hd].
+        value: [B, S, KV, Hd].
+        mask: boolean [B, 1, T, S], True where a query sees a key, or None.
+        causal: whether query t sees only keys up to t (T equals S).
+
+    Returns:
+        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+    """
+    if query.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+    # jax.nn.dot_product_attention rounds the scores to float32 whatever the dtype of its arguments.
+    batch, length, heads, features = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, features)
+    scores = jnp.einsum("btkgh,bskh->bkgts", query, key) / math.sqrt(features)
+    if causal:
+        scores = jnp.where(jnp.tri(length, key.shape[1], dtype=bool), scores, -jnp.inf)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1), value)
+    return mixed.reshape(batch, length, heads, features)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions that begin at zero with every segment of a packed row.
+
+    Args:
+        segment_ids: [B, T] integers; a new segment begins wherever the value changes.
+
+    Returns:
+        int32 [B, T].
+    """
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    init = nnx.initializers.normal(config.initializer_range)
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+class RMSNorm(nnx.Module):
+    """y = weight * x / sqrt(mean(x ** 2) + eps), with the mean in float32 or better.
+
+    Args:
+        features: D.
+        eps: added to the mean square.
+        dtype: of the weight.
+
+    Source: Zhang and Sennrich (arXiv 1910.07467).
+    """
+
+    def __init__(self, features: int, *, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis; the result has the shape and dtype of `x`."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions.
+
+    Args:
+        config: shape of the model.
+        dtype: of weights and compute.
+        rngs: keys for fresh weights.
+
+    Source: Ainslie et al. (arXiv 2305.13245) for the grouping.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        made = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        self.q_proj = _linear(config, config.hidden_size, heads, **made)
+        self.k_proj = _linear(config, config.hidden_size, groups, **made)
+        self.v_proj = _linear(config, config.hidden_size, groups, **made)
+        self.o_proj = _linear(config, heads, config.hidden_size, **made)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x, rotation, mask, positions, cache, index):
+        """Mixes over time; `cache` None, or the whole cache of which layer `index` is written and read."""
+        batch, length, _ = x.shape
+        query, key, value = (
+            projection(x).astype(x.dtype).reshape(batch, length, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B, T, H, Hd], [B, T, KV, Hd] twice
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        if cache is not None:
+            # Written into the carried buffer in place: as an output of the scan it would be copied every step.
+            rows = jnp.arange(batch)[:, None]
+            cache = Cache(
+                cache.k.at[index, rows, positions].set(key.astype(cache.k.dtype)),
+                cache.v.at[index, rows, positions].set(value.astype(cache.v.dtype)),
+            )
+            key, value = cache.k[index].astype(x.dtype), cache.v[index].astype(x.dtype)  # [B, S, KV, Hd]
+        mixed = attend(query, key, value, mask, causal=cache is None)
+        return self.o_proj(mixed.reshape(batch, length, -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)).
+
+    Args:
+        config: shape of the model.
+        dtype: of weights and compute.
+        rngs: keys for fresh weights.
+
+    Source: Shazeer (arXiv 2002.05202).
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        made = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, **made)
+        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, **made)
+        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, **made)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One block: attention and SwiGLU, each behind a norm and added to the residual stream.
+
+    Args:
+        config: shape of the model.
+        dtype: of weights and compute.
+        rngs: keys for fresh weights.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, rotation, mask, positions, cache, index):
+        """[B, T, D] and the cache, both as after this layer."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, index)
+        # The residual stream keeps its dtype whatever an adapter in a projection's place returns.
+        x = x + mixed.astype(x.dtype)
+        return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache
+
+
+class Decoder(nnx.Module):
+    """A Llama-family language model whose blocks are one module with a leading layer axis.
+
+    Args:
+        config: shape of the model.
+        dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
+        rngs: keys for fresh weights (normal with `config.initializer_range`).
+
+    Attributes:
+        remat: recompute each layer in the backward pass instead of keeping what is inside it.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from mlora_jax.models.config import DecoderConfig
+        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 11)
+
+    Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = False
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=normal, rngs=rngs
+        )
+
+        def layer(key):
+            return DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(key))
+
+        graphdef = nnx.graphdef(nnx.eval_shape(layer, jax.random.key(0)))
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(layer(key)))(keys))  # [L, ...]
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.lm_head.preferred_element_type = self.wide_dtype
+
+    @property
+    def wide_dtype(self):
+        """The dtype of reductions and logits: float32, or float64 for a float64 model."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def __call__(self, tokens: jax.Array, *, positions=None, segment_ids=None) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: int32 [B, T], right-padded if rows differ in length.
+            positions: as in `hidden`.
+            segment_ids: as in `hidden`.
+
+        Returns:
+            float32 [B, T, V] (float64 for a float64 model).
+        """
+        return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+
+    def hidden(self, tokens: jax.Array, *, positions=None, segment_ids=None, cache: Cache | None = None):
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: int32 [B, T], right-padded if rows differ in length. An id outside 0..V-1 gives NaN.
+            positions: int32 [B, T]; None: 0..T-1, or from 0 in every segment. With a cache also the slot that
+                each token is written to (beyond the cache: not written), and a query sees slots up to its own.
+            segment_ids: integers [B, T]; tokens of different segments do not see each other.
+            cache: from `init_cache` or an earlier call.
+
+        Returns:
+            [B, T, D] in the compute dtype; with a cache the pair (hidden, cache).
+
+        Raises:
+            ValueError: segment ids together with a cache.
+        """
+        if segment_ids is not None and cache is not None:
+            raise ValueError("segment_ids and cache exclude each other: decode packed texts as rows of their own")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            if segment_ids is not None:
+                positions = segment_positions(segment_ids)
+        mask = None
+        if segment_ids is not None:
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, T]
+        if cache is not None:
+            mask = jnp.arange(cache.k.shape[2]) <= positions[:, None, :, None]  # [B, 1, T, S]
+        frequencies = jnp.asarray(rope_frequencies(self.config), self.wide_dtype)
+        angles = positions[..., None, None].astype(self.wide_dtype) * frequencies  # [B, T, 1, Hd / 2]
+        rotation = jnp.cos(angles), jnp.sin(angles)
+        graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
+
+        def step(carry, inputs):
+            x, cache = carry
+            index, mutable, frozen = inputs
+            layer = nnx.merge(graphdef, mutable, frozen)
+            x, cache = layer(x, rotation, mask, positions, cache, index)
+            return (x, cache), nnx.state(layer, _MUTABLE)
+
+        if self.remat:
+            step = jax.checkpoint(step, prevent_cse=False)  # The scan itself keeps the two passes apart.
+        inputs = jnp.arange(self.config.num_layers), mutable, frozen
+        (x, cache), mutable = jax.lax.scan(step, (self.embed_tokens(tokens), cache), inputs)
+        if jax.tree.leaves(mutable):
+            nnx.update(self.layers, mutable)
+        x = self.norm(x)
+        return x if cache is None else (x, cache)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden states, through the embedding if it is tied, else through `lm_head`.
+
+        Args:
+            hidden: [..., D] after the final norm.
+
+        Returns:
+            float32 [..., V], accumulated in float32 (float64 for a float64 model).
+        """
+        if self.config.tie_word_embeddings:
+            embedding = self.embed_tokens.embedding[...].astype(self.dtype)
+            return jnp.einsum(
+                "...d,vd->...v", hidden.astype(self.dtype), embedding, preferred_element_type=self.wide_dtype
+            )
+        return self.lm_head(hidden).astype(self.wide_dtype)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache.
+
+        Args:
+            batch: B.
+            length: S, the most tokens a row will hold.
+
+        Returns:
+            Zeros [L, B, S, KV, Hd] in the compute dtype, for keys and for values.
+        """
+        config = self.config
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))

@@ -1,0 +1,1 @@
+"""Independent renderings of the formulas in NumPy and PyTorch; they import nothing of the package."""
