@@ -1,0 +1,1 @@
+"""The `gsm8k` data set: see README.md in this folder."""

@@ -1,0 +1,1 @@
+"""The `jsonl` data set: see README.md in this folder."""

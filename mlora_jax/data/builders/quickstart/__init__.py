@@ -1,0 +1,1 @@
+"""The `quickstart` data set: see README.md in this folder."""

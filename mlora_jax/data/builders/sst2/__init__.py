@@ -1,0 +1,1 @@
+"""The `sst2` data set: see README.md in this folder."""

@@ -1,0 +1,34 @@
+"""SST-2: the binary Stanford sentiment treebank, whole sentences (Socher et al., 2013)."""
+
+import pathlib
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from mlora_jax.data.builders import raw_files
+
+SOURCE = "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data/SST2/"
+LABELS = ("negative", "positive")
+
+
+class Builder(raw_files.RawFilesBuilder, skip_registration=True):
+    """SST-2 in its clean form: lines `sentence TAB 0|1`, with labels for the test sentences too."""
+
+    FILES: ClassVar = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+    URLS: ClassVar = {split: SOURCE + name for split, name in FILES.items()}
+    # No checksums.tsv: the publisher states none, and none was verified against the download.
+    BUILDER_CONFIGS: ClassVar = [raw_files.published_config(URLS, pathlib.Path(__file__).parent / "checksums.tsv")]
+
+    @classmethod
+    def features(cls) -> dict[str, Any]:
+        return {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=LABELS)}
+
+    @classmethod
+    def parse(cls, line: str) -> dict[str, Any]:
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise ValueError(f"expected 'sentence TAB label', got {len(fields)} field(s): {line[:60]!r}")
+        text, label = fields[0].strip(), fields[1].strip()
+        if label not in ("0", "1"):
+            raise ValueError(f"the label must be 0 (negative) or 1 (positive), got {label!r}")
+        return {"text": raw_files.text_field({"text": text}, "text", "the sentence"), "label": int(label)}

@@ -1,0 +1,1 @@
+"""The `trec` data set: see README.md in this folder."""

@@ -1,0 +1,195 @@
+"""From tokenised examples to step batches: shuffled by seed, every example once an epoch, resumable exactly.
+
+The order is grain's: one permutation an epoch, drawn from the seed and the epoch's number alone. Batches run
+across the borders of epochs, and the very last one is filled up with rows of weight 0, so that no example is
+lost and no shape changes. Accumulation only cuts a step's rows into M parts: the order stays.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from mlora_jax.data.tokenize import Example
+
+MAX_SEED = 2**32
+# A thread of its own makes the next few batches while the device works; state counts what was handed out.
+READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def batch_shape(examples: Sequence[Example], pad_multiple: int = 32) -> tuple[int, int]:
+    """The time and answer axes that hold all of these examples.
+
+    Args:
+        examples: one step's examples, or all of them to force one shape throughout.
+        pad_multiple: the time axis is rounded up to a multiple of it, the answer axis to a power of two.
+
+    Returns:
+        (T, A).
+
+    Example:
+        >>> example = Example(np.zeros(5, np.int32), np.array([False, False, True, True, True]))
+        >>> batch_shape([example], pad_multiple=8)
+        (8, 4)
+    """
+    length = max(len(example.tokens) for example in examples)
+    answers = max(int(example.loss_mask.sum()) for example in examples)
+    return _round_up(length, pad_multiple), 1 << (answers - 1).bit_length()
+
+
+def collate(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    pad_multiple: int = 32,
+    length: int | None = None,
+    answers: int | None = None,
+) -> dict[str, np.ndarray]:
+    """One step's batch: the examples in order, row after row, part after part.
+
+    Token t > 0 of an example is predicted by the logits at t - 1, so a target at t appears as position t - 1.
+
+    Args:
+        examples: at most `batch_size` of them; missing rows are filled with token 0 and weight 0.
+        batch_size: rows of a step, over all parts.
+        accumulation: M, the parts a step's rows are cut into.
+        pad_multiple: the time axis is rounded up to a multiple of it.
+        length: forces the time axis T, for several pipelines in one batch.
+        answers: forces the answer axis A.
+
+    Returns:
+        tokens [M, B, T] int32 (padding 0), positions [M, B, A] int32, targets [M, B, A] int32,
+        weights [M, B, A] float32 (1 for a target, 0 for padding), with B = batch_size // accumulation.
+
+    Raises:
+        ValueError: a batch that accumulation does not divide, too many examples, or none, or a forced axis
+            that is too short.
+    """
+    check_batch(batch_size, accumulation)
+    if not 0 < len(examples) <= batch_size:
+        raise ValueError(f"a batch of {batch_size} rows takes 1 to {batch_size} examples, got {len(examples)}")
+    longest, most = batch_shape(examples, pad_multiple)
+    needed = max(len(example.tokens) for example in examples)
+    length = longest if length is None else length
+    answers = most if answers is None else answers
+    if length < needed:
+        raise ValueError(f"length={length} is shorter than the longest example, which has {needed} tokens")
+    tokens = np.zeros((batch_size, length), np.int32)
+    positions = np.zeros((batch_size, answers), np.int32)
+    targets = np.zeros((batch_size, answers), np.int32)
+    weights = np.zeros((batch_size, answers), np.float32)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = example.tokens
+        at = np.flatnonzero(example.loss_mask)
+        if len(at) > answers:
+            raise ValueError(f"answers={answers} is less than the {len(at)} targets of an example")
+        positions[row, : len(at)] = at - 1
+        targets[row, : len(at)] = example.tokens[at]
+        weights[row, : len(at)] = 1.0
+    arrays = {"tokens": tokens, "positions": positions, "targets": targets, "weights": weights}
+    return {name: array.reshape(accumulation, -1, array.shape[1]) for name, array in arrays.items()}
+
+
+def check_batch(batch_size: int, accumulation: int) -> None:
+    """Raises ValueError unless accumulation divides batch_size and both are positive."""
+    if batch_size < 1 or accumulation < 1 or batch_size % accumulation:
+        raise ValueError(
+            f"train.batch_size={batch_size} must be a positive multiple of train.accumulation={accumulation}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Step batches over some epochs; `iter` gives a grain iterator with `get_state` and `set_state`.
+
+    The state is a small JSON-able dictionary; an iterator set to it goes on exactly where the other stood.
+
+    Attributes:
+        batches: the grain data set behind it, one element (a list of examples) a step.
+        batch_size, accumulation, pad_multiple, length, answers: as in `collate`.
+    """
+
+    batches: grain.MapDataset
+    batch_size: int
+    accumulation: int
+    pad_multiple: int
+    length: int | None
+    answers: int | None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, over all epochs."""
+        return len(self.batches)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def examples_at(self, step: int) -> list[Example]:
+        """The examples of a step, in order: what `collate` makes its batch of."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is outside 0..{self.steps - 1}")
+        return self.batches[step]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        return collate(
+            examples,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            pad_multiple=self.pad_multiple,
+            length=self.length,
+            answers=self.answers,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return iter(self.batches.map(self.collate).to_iter_dataset(READ_OPTIONS))
+
+
+def make_pipeline(
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    batch_size: int,
+    accumulation: int = 1,
+    epochs: int = 1,
+    pad_multiple: int = 32,
+    length: int | None = None,
+    answers: int | None = None,
+) -> Pipeline:
+    """A pipeline over the examples.
+
+    Args:
+        examples: what `tokenize` gave.
+        seed: 0 to 2**32 - 1; the order of every epoch follows from it.
+        batch_size: rows of a step, over all parts of the accumulation.
+        accumulation: M, the parts a step's rows are cut into.
+        epochs: how often every example appears.
+        pad_multiple: the time axis is rounded up to a multiple of it.
+        length, answers: force the time and answer axes of every batch (see `batch_shape`).
+
+    Raises:
+        ValueError: no examples, or a value out of its range.
+
+    Example:
+        >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
+        >>> pipeline = make_pipeline([example] * 3, seed=0, batch_size=2, epochs=2)
+        >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
+        (3, (1, 2, 32))
+    """
+    check_batch(batch_size, accumulation)
+    if not len(examples):
+        raise ValueError("there are no examples to train on")
+    for name, value in {"epochs": epochs, "pad_multiple": pad_multiple}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"the seed must be in 0..{MAX_SEED - 1}, got {seed}")
+    # `seed` hashes the seed before `shuffle` adds the epoch's number: neighbouring seeds share no epoch.
+    shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
+    batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)
+    return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers)

@@ -1,0 +1,176 @@
+"""Rows to tokens and loss mask: prompt, answer, end-of-sequence token; the loss is on the answer and the end.
+
+How the border between prompt and answer is tokenised matters. The seam "separate" encodes the two on their
+own (the reference code's way); "joint" encodes them as one text and cuts where the prompt alone would end
+(lm-evaluation-harness's way). The same prompt gives other tokens either way, so a run states its seam.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlora_jax.models.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One tokenised row.
+
+    Attributes:
+        tokens: int32 [T].
+        loss_mask: bool [T], True where the token is a target; never at 0, which nothing predicts.
+        row: the row's number in its split.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    row: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """What came of the rows: kept + dropped of them, `truncated` of the kept ones cut.
+
+    Attributes:
+        examples: the kept ones, in the rows' order.
+        kept, dropped, truncated: counts of rows.
+    """
+
+    examples: list[Example]
+    kept: int
+    dropped: int
+    truncated: int
+
+
+def _error(example: Example, max_length: int, name: str) -> None:
+    raise ValueError(
+        f"{name} has {len(example.tokens)} tokens, more than the limit data.max_length={max_length}: raise "
+        "data.max_length, or set data.overflow='drop' (leave such rows out) or data.overflow='truncate' "
+        "(cut them on the right)"
+    )
+
+
+def _drop(example: Example, max_length: int, name: str) -> None:
+    del example, max_length, name
+    return None
+
+
+def _truncate(example: Example, max_length: int, name: str) -> Example | None:
+    del name
+    mask = example.loss_mask[:max_length]
+    return Example(example.tokens[:max_length], mask, example.row) if mask.any() else None
+
+
+# What becomes of an example longer than the limit: an error, nothing, or a shorter one.
+OVERFLOW = {"error": _error, "drop": _drop, "truncate": _truncate}
+
+
+def tokenize(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    seam: str,
+    max_length: int,
+    overflow: str = "error",
+    split: str = "train",
+) -> Tokenized:
+    """Tokenises rows for training.
+
+    A prompt begins with BOS if the model's tokenizer adds one; an answer ends in EOS (a chat written by the
+    tokenizer's template ends its turns its own way). The loss is on the answer and what ends it.
+
+    Args:
+        rows: as `load_task` gives them.
+        tokenizer: the model's.
+        seam: "separate" or "joint".
+        max_length: the longest example in tokens, its end token included.
+        overflow: what to do with a longer one: "error", "drop", or "truncate" (cut on the right; one whose
+            whole answer is cut away counts as dropped).
+        split: what errors call the rows.
+
+    Raises:
+        ValueError: an unknown overflow, a row over the limit under "error", a row without anything to learn
+            or to learn it from, or no row left.
+    """
+    if overflow not in OVERFLOW:
+        raise ValueError(f"unknown data.overflow {overflow!r}, expected one of {', '.join(map(repr, OVERFLOW))}")
+    if max_length < 2:
+        raise ValueError(f"data.max_length must be at least 2, got {max_length}")
+    examples: list[Example] = []
+    dropped = truncated = 0
+    for index, row in enumerate(rows):
+        name = f"{split} row {row.get('row', index)}"
+        example = encode_row(row, tokenizer, seam=seam, name=name, index=row.get("row", index))
+        if len(example.tokens) > max_length:
+            example = OVERFLOW[overflow](example, max_length, name)
+            truncated += example is not None
+        if example is None:
+            dropped += 1
+        else:
+            examples.append(example)
+    if not examples:
+        why = f"all {dropped} rows are over data.max_length={max_length}" if dropped else "there are no rows"
+        raise ValueError(f"nothing to train on in {split}: {why}")
+    return Tokenized(examples, kept=len(examples), dropped=dropped, truncated=truncated)
+
+
+def encode_row(
+    row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str, name: str = "the row", index: int = 0
+) -> Example:
+    """One row as tokens and loss mask, of any length.
+
+    Raises:
+        ValueError: an answer without tokens, or a prompt without any before it.
+    """
+    if "pieces" not in row:
+        prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], seam=seam)
+        parts = [(prompt, False), (answer, True)]
+        ends = [tokenizer.eos_id]
+    elif row["joined"]:
+        parts = _encode_joined(row["pieces"], tokenizer)
+        ends = []
+    else:
+        parts = [
+            (tokenizer.encode(text, bos=number == 0), learned) for number, (text, learned) in enumerate(row["pieces"])
+        ]
+        ends = [tokenizer.eos_id]
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for ids, learned in parts:
+        if learned and not ids:
+            raise ValueError(f"{name}: the answer {row['answer'][:40]!r} has no tokens of its own")
+        if learned and not tokens:
+            raise ValueError(f"{name}: the prompt {row['prompt'][:40]!r} has no tokens, so nothing predicts the answer")
+        ids = [*ids, *ends] if learned else ids
+        tokens += ids
+        mask += [learned] * len(ids)
+    return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), index)
+
+
+def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str) -> list[int]:
+    """The tokens that a row's last answer was trained to follow: what generation starts from."""
+    example = encode_row(row, tokenizer, seam=seam)
+    # The last answer runs to the end, so the last token without loss is the one before it.
+    before = np.flatnonzero(~example.loss_mask)[-1] + 1
+    return example.tokens[:before].tolist()
+
+
+def _encode_joined(pieces: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+    """Pieces of one text: encoded whole, and cut where the text up to a border alone has the same tokens."""
+    whole = tokenizer.encode("".join(text for text, _ in pieces), bos=True)
+    parts = []
+    text, start = "", 0
+    for number, (piece, learned) in enumerate(pieces, start=1):
+        text += piece
+        end = len(whole)
+        if number < len(pieces):
+            end = max(start, _common_prefix(whole, tokenizer.encode(text, bos=True)))
+        parts.append((whole[start:end], learned))
+        start = end
+    return parts
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
