@@ -1,5 +1,7 @@
 """Rows to tokens and loss mask: prompt, answer, end-of-sequence token; the loss is on the answer and the end.
 
+An answer that is one of a row's choices has no end token: it is scored without one.
+
 How the border between prompt and answer is tokenised matters. The seam "separate" encodes the two on their
 own (the reference code's way); "joint" encodes them as one text and cuts where the prompt alone would end
 (lm-evaluation-harness's way). The same prompt gives other tokens either way, so a run states its seam.
@@ -79,7 +81,8 @@ def tokenize(
     """Tokenises rows for training.
 
     A prompt begins with BOS if the model's tokenizer adds one; an answer ends in EOS (a chat written by the
-    tokenizer's template ends its turns its own way). The loss is on the answer and what ends it.
+    tokenizer's template ends its turns its own way, and one of several choices has no end). The loss is on the
+    answer and what ends it.
 
     Args:
         rows: as `load_task` gives them.
@@ -127,7 +130,8 @@ def encode_row(
     if "pieces" not in row:
         prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], seam=seam)
         parts = [(prompt, False), (answer, True)]
-        ends = [tokenizer.eos_id]
+        # A choice is scored without an end, so it is learned without one.
+        ends = [] if row.get("choices") else [tokenizer.eos_id]
     elif row["joined"]:
         parts = _encode_joined(row["pieces"], tokenizer)
         ends = []

@@ -34,6 +34,13 @@ def test_loss_is_on_the_answer_and_the_end_only(tokenizer):
     assert [example.row for example in done.examples] == [0, 1]
 
 
+def test_a_choice_has_no_end(tokenizer):
+    row = ROWS[0] | {"choices": [" number", " place"], "label": 0}
+    (plain,), (choice,) = (tokenize([r], tokenizer, seam="joint", max_length=100).examples for r in (ROWS[0], row))
+    assert choice.tokens.tolist() == plain.tokens[:-1].tolist() and plain.tokens[-1] == tokenizer.eos_id
+    assert choice.loss_mask.tolist() == plain.loss_mask[:-1].tolist()
+
+
 def test_no_bos_where_the_tokenizer_adds_none(chat_tokenizer):
     (example,) = tokenize(ROWS[:1], chat_tokenizer, seam="joint", max_length=100).examples
     assert chat_tokenizer.bos_id not in example.tokens
