@@ -1,0 +1,97 @@
+"""Adapters on disk: the factors as safetensors, what they mean as JSON beside them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mlora_jax.core import RankHierarchy
+from mlora_jax.core.product import path_names
+from mlora_jax.models.hugging_face import write_aside
+
+FORMAT = 1
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[str, Any]) -> pathlib.Path:
+    """Writes an adapter; a reader never sees half of it.
+
+    Args:
+      folder: made if it is not there.
+      adapter: tree of factors.
+      hierarchy: S, scaling, weights and R of the adapter.
+      description: further JSON values, such as method, seed and base model.
+
+    Returns:
+      The folder.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(adapter)}
+    record = {
+        "format": FORMAT,
+        "rank": hierarchy.max_rank,
+        "ranks": list(hierarchy.ranks),
+        "scaling": hierarchy.scaling,
+        "weights": None if hierarchy.weights is None else list(hierarchy.weights),
+        **description,
+    }
+    with write_aside(folder / TENSORS) as file:
+        save_file(tensors, file, metadata={"format": "mlora_jax"})
+    with write_aside(folder / DESCRIPTION) as file:
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
+    """Reads what `save_adapter` wrote.
+
+    Args:
+      folder: of the adapter.
+      template: the adapter tree of a model adapted with the same rank and targets; gives structure and shapes.
+
+    Returns:
+      (adapter, hierarchy, description).
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: a damaged file; a tensor missing, unknown or of another shape than in the template.
+    """
+    folder = pathlib.Path(folder)
+    for name in (TENSORS, DESCRIPTION):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter: {name} is missing")
+    try:
+        record = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        with safe_open(folder / TENSORS, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{folder / DESCRIPTION} has format {record.get('format')!r}; this version reads {FORMAT}")
+    expected = dict(_named_leaves(template))
+    unknown = sorted(set(tensors) - set(expected))
+    for name, leaf in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder / TENSORS} lacks the tensor {name}")
+        if tensors[name].shape != leaf.shape:
+            raise ValueError(
+                f"{name} in {folder / TENSORS} has shape {tensors[name].shape}; the model needs {leaf.shape}"
+            )
+    if unknown:
+        raise ValueError(f"{folder / TENSORS} holds tensors that the model has no place for: {', '.join(unknown)}")
+    adapter = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.numpy.asarray(tensors[".".join(path_names(path))], leaf.dtype), template
+    )
+    hierarchy = RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
+    return adapter, hierarchy, record
+
+
+def _named_leaves(tree):
+    return [(".".join(path_names(path)), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -1,0 +1,55 @@
+"""A tiny random checkpoint and tiny data of their own, for tests of the whole program."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mlora_jax.models import Decoder, DecoderConfig, save_decoder
+from tests.data.conftest import write_tokenizer
+
+
+def tiny_config(**changes) -> DecoderConfig:
+    values = {
+        "vocab_size": 330,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+    }
+    return DecoderConfig(**(values | changes))
+
+
+def write_checkpoint(folder: pathlib.Path, *, seed: int = 0, dtype=jnp.float32, **changes) -> pathlib.Path:
+    save_decoder(folder, Decoder(tiny_config(**changes), dtype=dtype, rngs=nnx.Rngs(seed)))
+    return write_tokenizer(folder, bos=True)
+
+
+QUESTIONS = {
+    "HUM:ind": ["Who was Galileo ?", "Who wrote Hamlet ?", "Who is the king ?"],
+    "NUM:date": ["When did it begin ?", "How many are there ?", "What year was that ?"],
+    "LOC:city": ["Where is Nice ?", "Where does it lie ?", "What city is it ?"],
+    "DESC:def": ["What is an atom ?", "What does it mean ?", "Why is that so ?"],
+}
+
+
+def write_trec(folder: pathlib.Path) -> pathlib.Path:
+    """Twelve training and twelve test questions in the published form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{label} {question}" for label, questions in QUESTIONS.items() for question in questions]
+    for name in ("train_5500.label", "TREC_10.label"):
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="latin-1")
+    return folder
+
+
+def write_jsonl(path: pathlib.Path, rows: int = 20, shift: int = 0) -> pathlib.Path:
+    lines = [{"prompt": f"{n} and {n + shift} is", "completion": f" {2 * n + shift}"} for n in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
