@@ -1,0 +1,63 @@
+"""Runs an experiment: `python -m experiments.run --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]`.
+
+Every key of `mlora_jax.config.DEFAULTS` can be set on the command line, whether the config file names it or not.
+"""
+
+import importlib.util
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mlora_jax.config import check_key, resolve
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
+
+
+def read_config(path: str) -> ConfigDict:
+    """The config that `get_config()` of a Python file returns, with every default filled in."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no config file {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return resolve(module.get_config())
+
+
+def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
+    """Takes `--config PATH` or `--config=PATH` out of the arguments; overrides `--config.KEY=VALUE` stay."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            following = index + (1 if equals else 2)
+            if not equals and following > len(arguments):
+                break
+            return (value if equals else arguments[index + 1]), [*arguments[:index], *arguments[following:]]
+    raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    try:
+        path, arguments = take_config_path(sys.argv)
+        for argument in arguments:
+            check_key(argument.lstrip("-").partition("=")[0])
+        config = config_flags.DEFINE_config_dict("config", read_config(path), sys_argv=arguments)
+        app.run(lambda _: _run(config.value), argv=arguments)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _run(config: ConfigDict) -> None:
+    # absl prints every library's chatter as soon as an app runs.
+    logging.set_verbosity(logging.WARNING)
+    from mlora_jax.run import train
+
+    results = train(config, WORKDIR.value)
+    print(f"\n{(results.workdir / 'table.md').read_text(encoding='utf-8')}\nresults in {results.workdir}")
+
+
+if __name__ == "__main__":
+    main()
