@@ -1,0 +1,258 @@
+"""Every key an experiment config may set, its default, and the check that turns a config into plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlora_jax.core import INITIALIZERS, READOUTS, RankHierarchy, get_policy, powers_of_two
+
+DTYPES = ("", "float32", "bfloat16", "float16", "float64")
+OVERFLOWS = ("error", "drop", "truncate")
+READOUT_NAMES = (*READOUTS, "squeeze")
+
+# The type of a default is the type of the key. An empty string or tuple stands for "not set".
+DEFAULTS: dict[str, Any] = {
+    "model": {
+        "path": "quickstart",  # a Hugging Face folder, or "quickstart" for the base that the package ships
+        "dtype": "float32",  # of the frozen base and of compute; "" keeps the dtype on disk
+    },
+    "data": {
+        "task": "quickstart",  # a key of mlora_jax.data.TASKS
+        "raw_dir": "",  # folder of raw files; "" downloads the published ones
+        "cache_dir": "",  # where built data sets are kept; "" is TFDS's own choice
+        "style": "",  # prompt style; "" is the task's default
+        "file": "",  # task "jsonl": own data, one JSON object a line
+        "evaluation_file": "",  # task "jsonl": own test rows; "" holds rows of `file` out
+        "holdout": 0.1,  # share of `file` that is held out when there is no evaluation_file
+        "max_length": 512,  # tokens of prompt, answer and end together
+        "overflow": "error",  # what becomes of a longer example: error | drop | truncate
+        "pad_multiple": 32,  # batches are padded to a multiple of this many tokens
+    },
+    "adapter": {
+        "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "init": "fan_rank",  # fan_rank (the paper's) | fan_in (PEFT's)
+        "dropout": 0.0,
+        "ranks": (),  # S; () is the powers of two up to the trial's rank, and that rank
+    },
+    "trials": {  # the run trains the product of these
+        "method": ("matryoshka",),
+        "learning_rate": (1e-3,),
+        "seed": (42,),
+        "scaling": ("none",),
+        "rank": (32,),
+        "weights": ((),),  # w_r, one tuple per trial; () is 1 for every rank
+    },
+    "train": {
+        "epochs": 3,
+        "batch_size": 32,  # sequences per optimizer step
+        "accumulation": 1,  # micro-batches per optimizer step
+        "warmup_steps": 0,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "clip": 1.0,  # global gradient norm; 0 turns clipping off
+        "loss_chunk": 1024,  # answer positions whose logits exist at one time
+        "log_every": 10,  # steps between lines of metrics.jsonl
+        "remat": False,  # recompute a layer in the backward pass rather than keep its activations
+    },
+    "evaluation": {
+        "limit": 0,  # the first so many test rows; 0 is all
+        "batch_size": 64,  # rows per forward pass
+        "max_new_tokens": 256,  # tasks that generate
+        # Read-outs per method; a method that is not named here is read out by prefix. "squeeze" stands for the
+        # best low-rank approximations of the trained function.
+        "readouts": {
+            "lora": ("prefix", "squeeze"),
+            "dylora": ("prefix",),
+            "dylora_original": ("prefix",),
+            "dylora_frozen": ("prefix",),
+            "matryoshka": ("prefix", "nested", "masked"),
+            "matryoshka_exact": ("prefix",),
+            "sandwich": ("prefix",),
+        },
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training run of the product in `config.trials`."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    scaling: str
+    rank: int
+    weights: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A folder name that no other trial of the run has."""
+        weights = "".join(f"-w{_number(w)}" for w in self.weights)
+        rate = _number(self.learning_rate)
+        return f"{self.method}-r{self.rank}-{self.scaling}{weights}-lr{rate}-seed{self.seed}"
+
+    def hierarchy(self, ranks: tuple[int, ...] = ()) -> RankHierarchy:
+        """S (by default the powers of two up to the rank), scaling and weights of this trial."""
+        return RankHierarchy(ranks or powers_of_two(self.rank), self.scaling, self.weights or None, max_rank=self.rank)
+
+
+def _number(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def resolve(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """The config with every key present and checked.
+
+    Args:
+      config: nested mapping that sets some of the keys of `DEFAULTS`.
+
+    Returns:
+      A locked `ConfigDict` with all keys.
+
+    Raises:
+      ValueError: an unknown key (the message names the nearest one), a value of another type, or a value that is not
+        allowed (method, scaling, rank, S, dtype, overflow, read-out, a number outside its range).
+    """
+    given = config.to_dict() if isinstance(config, ConfigDict) else config
+    merged = _merge(DEFAULTS, given, "config")
+    _check(merged)
+    return ConfigDict(merged).lock()
+
+
+def expand_trials(config: ConfigDict) -> list[Trial]:
+    """The product of `config.trials`, in the order of its keys."""
+    axes = {field.name: config.trials[field.name] for field in dataclasses.fields(Trial)}
+    return [Trial(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def check_key(name: str) -> None:
+    """Raises ValueError if a dotted name begins with "config." and is no key of a config; names the nearest one."""
+    first, *keys = name.split(".")
+    group, path = DEFAULTS, "config"
+    for key in keys if first == "config" else ():
+        if not isinstance(group, Mapping):
+            raise ValueError(f"{path} is a value and has no key {key!r}")
+        _check_keys(group, (key,), path)
+        group, path = group[key], f"{path}.{key}"
+
+
+def _check_keys(defaults: Mapping, given: Iterable[str], path: str) -> None:
+    for key in given:
+        if key not in defaults:
+            near = difflib.get_close_matches(str(key), defaults, n=1)
+            hint = f"; did you mean {path}.{near[0]}?" if near else "."
+            raise ValueError(f"unknown config key {path}.{key}{hint} Keys of {path}: {', '.join(defaults)}")
+
+
+def _merge(defaults: Mapping, given: Mapping, path: str) -> dict:
+    _check_keys(defaults, given, path)
+    merged = {}
+    for key, default in defaults.items():
+        name = f"{path}.{key}"
+        value = given.get(key, default)
+        if isinstance(default, Mapping):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} must be a group of keys, got {value!r}")
+            merged[key] = _merge(default, value, name)
+        else:
+            merged[key] = _typed(value, default, name)
+    return merged
+
+
+def _typed(value, default, name: str):
+    if isinstance(default, tuple) and isinstance(value, (tuple, list)):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        if default and isinstance(default[0], (float, int, str, tuple)):
+            return tuple(_typed(item, default[0], f"an entry of {name}") for item in value)
+        return value
+    if isinstance(default, tuple):
+        raise ValueError(f"{name} must be a tuple, like {default!r}; got {value!r}")
+    kind = type(default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{name} must be of type {kind.__name__}, like {default!r}; got {value!r}")
+    return value
+
+
+# (key, smallest, largest); None is no bound.
+RANGES = (
+    ("data.holdout", 0.0, 0.99),
+    ("data.max_length", 2, None),
+    ("data.pad_multiple", 1, None),
+    ("adapter.dropout", 0.0, 0.999),
+    ("train.epochs", 1, None),
+    ("train.batch_size", 1, None),
+    ("train.accumulation", 1, None),
+    ("train.warmup_steps", 0, None),
+    ("train.beta1", 0.0, 0.999999),
+    ("train.beta2", 0.0, 0.999999),
+    ("train.epsilon", 0.0, None),
+    ("train.weight_decay", 0.0, None),
+    ("train.clip", 0.0, None),
+    ("train.loss_chunk", 1, None),
+    ("train.log_every", 1, None),
+    ("evaluation.limit", 0, None),
+    ("evaluation.batch_size", 1, None),
+    ("evaluation.max_new_tokens", 1, None),
+)
+CHOICES = (
+    ("model.dtype", DTYPES),
+    ("data.overflow", OVERFLOWS),
+    ("adapter.init", tuple(INITIALIZERS)),
+)
+
+
+def _check(config: dict) -> None:
+    for name, low, high in RANGES:
+        value = _get(config, name)
+        if not value >= low or (high is not None and value > high):
+            raise ValueError(
+                f"config.{name} must be at least {low}{f' and at most {high}' if high else ''}, got {value}"
+            )
+    for name, allowed in CHOICES:
+        if _get(config, name) not in allowed:
+            raise ValueError(
+                f"config.{name} must be one of {', '.join(map(repr, allowed))}, got {_get(config, name)!r}"
+            )
+    if config["train"]["batch_size"] % config["train"]["accumulation"]:
+        raise ValueError(
+            f"config.train.batch_size {config['train']['batch_size']} is no multiple of "
+            f"config.train.accumulation {config['train']['accumulation']}"
+        )
+    for method, readouts in config["evaluation"]["readouts"].items():
+        for readout in readouts:
+            if readout not in READOUT_NAMES:
+                raise ValueError(
+                    f"unknown read-out {readout!r} in config.evaluation.readouts.{method}; "
+                    f"known: {', '.join(READOUT_NAMES)}"
+                )
+    for axis, values in config["trials"].items():
+        if not values:
+            raise ValueError(f"config.trials.{axis} must name at least one value, got ()")
+        if len(set(values)) != len(values):
+            raise ValueError(f"config.trials.{axis} repeats a value: {values}")
+    for method in config["trials"]["method"]:
+        get_policy(method)
+    if any(not rate > 0 for rate in config["trials"]["learning_rate"]):
+        raise ValueError(f"config.trials.learning_rate must be positive, got {config['trials']['learning_rate']}")
+    for trial in expand_trials(ConfigDict(config)):
+        try:
+            trial.hierarchy(config["adapter"]["ranks"])
+        except ValueError as error:
+            raise ValueError(f"config.trials cannot make {trial}: {error}") from None
+
+
+def _get(config: Mapping, dotted: str):
+    for key in dotted.split("."):
+        config = config[key]
+    return config

@@ -1,0 +1,79 @@
+"""`python -m experiments.run` as a user types it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments.run import read_config, take_config_path
+from tests.tiny import write_checkpoint, write_trec
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.run", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_shipped_config_with_overrides(tmp_path):
+    model, raw = write_checkpoint(tmp_path / "model"), write_trec(tmp_path / "raw")
+    done = run(
+        "--config",
+        "configs/trec_stories_3m.py",
+        "--workdir",
+        tmp_path / "run",
+        f"--config.model.path={model}",
+        f"--config.data.raw_dir={raw}",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+        "--config.trials.rank=(3,)",
+        "--config.trials.method=('matryoshka',)",
+        "--config.trials.seed=(7,)",
+        "--config.train.clip=0.5",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "base accuracy" in done.stdout and "| matryoshka (masked) | 0.001 |" in done.stdout
+    assert (tmp_path / "run/adapters/matryoshka-r3-none-lr0.001-seed7/adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.clp=1"], "unknown config key config.train.clp; did you mean config.train.clip?"),
+        (["--config.trials.method=('lor',)"], "unknown method 'lor'; did you mean 'lora'?"),
+        (["--config.trials.scaling=('half',)"], "unknown scaling 'half'; known: none, rank, sqrt"),
+        (["--config.adapter.ranks=(4,2)"], "ranks must be strictly increasing without repeats, got (4, 2)"),
+        (["--config.adapter.ranks=(1,64)"], "rank 64 of S is above the adapter's rank R = 32"),
+        (["--config.model.path=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    done = run("--config=configs/trec_stories_3m.py", "--workdir", tmp_path, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_config_path_is_required_and_found():
+    assert take_config_path(["run", "--config=a.py", "--config.x=1"]) == ("a.py", ["run", "--config.x=1"])
+    assert take_config_path(["run", "--workdir", "w", "--config", "a.py"]) == ("a.py", ["run", "--workdir", "w"])
+    for arguments in (["run"], ["run", "--config"], ["run", "--config.model.path=x"]):
+        with pytest.raises(SystemExit, match="--config PATH is required"):
+            take_config_path(arguments)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[a-z]*.py"), key=lambda path: path.name))
+def test_shipped_configs_resolve(path):
+    if path.name.startswith("pretrain"):
+        pytest.skip("of another program")
+    config = read_config(str(path))
+    assert config.trials.method
