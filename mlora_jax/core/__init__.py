@@ -1,0 +1,36 @@
+"""The mathematics of nested low-rank adapters: pure functions on arrays. Imports jax and numpy only."""
+
+from mlora_jax.core.aurac import AXES, CurveSummary, aurac, summarize
+from mlora_jax.core.hierarchy import READOUTS, SCALINGS, RankHierarchy, powers_of_two, readout_profile
+from mlora_jax.core.policies import POLICIES, Draw, Policy, draw_step, get_policy
+from mlora_jax.core.product import (
+    INITIALIZERS,
+    fold,
+    initialize_factors,
+    p_scaled_product,
+    squeeze,
+    truncate,
+)
+
+__all__ = [
+    "AXES",
+    "INITIALIZERS",
+    "POLICIES",
+    "READOUTS",
+    "SCALINGS",
+    "CurveSummary",
+    "Draw",
+    "Policy",
+    "RankHierarchy",
+    "aurac",
+    "draw_step",
+    "fold",
+    "get_policy",
+    "initialize_factors",
+    "p_scaled_product",
+    "powers_of_two",
+    "readout_profile",
+    "squeeze",
+    "summarize",
+    "truncate",
+]

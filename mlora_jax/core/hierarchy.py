@@ -1,0 +1,188 @@
+"""Which weight every column of A and row of B carries, while training and while reading out.
+
+A *rank profile* is a vector ``p`` of length R; an adapted layer computes ``y = x W + ((x A) * p) B``. Everything that
+tells LoRA, DyLoRA and MatryoshkaLoRA apart is the choice of ``p``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# s_r, the scale of rank r (design: "none" 1, "rank" 1/r, "sqrt" 1/sqrt(r), the last being rsLoRA's rule).
+SCALINGS: dict[str, Callable[[int], float]] = {
+    "none": lambda r: 1.0,
+    "rank": lambda r: 1.0 / r,
+    "sqrt": lambda r: 1.0 / math.sqrt(r),
+}
+
+
+def powers_of_two(max_rank: int) -> tuple[int, ...]:
+    """The default training ranks S: the powers of two up to R, and R itself.
+
+    Args:
+      max_rank: R, at least 1.
+
+    Returns:
+      Strictly increasing ranks that end at `max_rank`. R is a member even when it is not a power of two, because
+      a column that no rank of S uses would never be trained.
+
+    Raises:
+      ValueError: `max_rank` is not a positive integer.
+
+    >>> powers_of_two(8), powers_of_two(12)
+    ((1, 2, 4, 8), (1, 2, 4, 8, 12))
+    """
+    max_rank = check_rank(max_rank, "max_rank", low=1)
+    powers = tuple(2**i for i in range(max_rank.bit_length()))
+    return powers if powers[-1] == max_rank else (*powers, max_rank)
+
+
+def check_rank(rank, name: str, *, low: int, high: int | None = None) -> int:
+    """Returns `rank` as an int, or raises a ValueError that names it and the allowed range."""
+    integral = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
+    if not integral or rank < low or (high is not None and rank > high):
+        raise ValueError(f"{name} must be an integer in {low}..{'' if high is None else high}, got {rank!r}")
+    return int(rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankHierarchy:
+    """The training ranks S, their scales s_r and weights w_r, and the profiles that follow from them.
+
+    Attributes:
+      ranks: S, strictly increasing positive integers.
+      scaling: the rule for s_r, a key of `SCALINGS`.
+      weights: w_r, one per rank of S; finite, not negative, not all zero. None means 1 for every rank.
+      max_rank: R, the length of every profile. None means the largest rank of S. Columns above the largest rank of S
+        take part in LoRA only.
+
+    Raises:
+      ValueError: S is empty, unsorted, repeated, below 1 or above R; an unknown scaling; unusable weights.
+
+    Source: MatryoshkaLoRA, arXiv 2605.07850, the diagonal P; DyLoRA, arXiv 2210.07558, the random prefix.
+
+    >>> hierarchy = RankHierarchy((1, 2, 4))
+    >>> hierarchy.matryoshka().tolist(), hierarchy.prefix(2).tolist()
+    ([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0])
+    """
+
+    ranks: Sequence[int]
+    scaling: str = "none"
+    weights: Sequence[float] | None = None
+    max_rank: int | None = None
+
+    def __post_init__(self):
+        try:
+            given = tuple(self.ranks)
+        except TypeError:
+            raise ValueError(f"ranks must be a sequence of integers, got {self.ranks!r}") from None
+        if not given:
+            raise ValueError("ranks must name at least one rank, got none")
+        ranks = tuple(check_rank(r, "every rank of S", low=1) for r in given)
+        if any(later <= earlier for earlier, later in itertools.pairwise(ranks)):
+            raise ValueError(f"ranks must be strictly increasing without repeats, got {ranks}")
+        max_rank = ranks[-1] if self.max_rank is None else check_rank(self.max_rank, "max_rank", low=1)
+        if ranks[-1] > max_rank:
+            raise ValueError(f"rank {ranks[-1]} of S is above the adapter's rank R = {max_rank}; S is {ranks}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"unknown scaling {self.scaling!r}; known: {', '.join(SCALINGS)}")
+        weights = self.weights
+        if weights is not None:
+            try:
+                weights = tuple(float(w) for w in weights)
+            except (TypeError, ValueError):
+                raise ValueError(f"weights must be a sequence of numbers, got {weights!r}") from None
+            if len(weights) != len(ranks):
+                raise ValueError(f"weights {weights} and ranks {ranks} differ in length")
+            if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+                raise ValueError(f"weights must be finite, not negative and not all zero, got {weights}")
+        for name, value in (("ranks", ranks), ("weights", weights), ("max_rank", max_rank)):
+            object.__setattr__(self, name, value)
+
+    def scale(self, r: int) -> float:
+        """s_r for r in 1..R."""
+        return SCALINGS[self.scaling](check_rank(r, "rank", low=1, high=self.max_rank))
+
+    def lora(self) -> jax.Array:
+        """LoRA's training profile [R]: s_R everywhere."""
+        return self.prefix(self.max_rank)
+
+    def matryoshka(self) -> jax.Array:
+        """MatryoshkaLoRA's diagonal P [R]: P_i = sum of w_r s_r over r in S with r >= i."""
+        return _profile(self._weighted_prefix_sum(self.max_rank))
+
+    def prefix(self, r: int) -> jax.Array:
+        """The paper's read-out at rank r, [R]: s_r for i <= r, else 0. r = 0 is the base model."""
+        r = self._read_out_rank(r)
+        return _profile(np.where(self._index() <= r, self.scale(r) if r else 0.0, 0.0))
+
+    def nested(self, r: int) -> jax.Array:
+        """What the training sum becomes with only r columns, [R]: sum of w_q s_q over q in S with i <= q <= r."""
+        return _profile(self._weighted_prefix_sum(self._read_out_rank(r)))
+
+    def masked(self, r: int) -> jax.Array:
+        """The training diagonal cut at r, [R]: P_i for i <= r, else 0."""
+        r = self._read_out_rank(r)
+        return _profile(np.where(self._index() <= r, self._weighted_prefix_sum(self.max_rank), 0.0))
+
+    def prefix_at(self, r: jax.Array) -> jax.Array:
+        """`prefix` for a traced rank, [R]; r is an int32 scalar in 1..R and is not checked."""
+        scales = _profile(np.array([self.scale(q) for q in range(1, self.max_rank + 1)]))
+        return jnp.where(self._index() <= r, scales[r - 1], 0.0)
+
+    def sample_prefix(self, key: jax.Array) -> jax.Array:
+        """DyLoRA's draw, [R]: `prefix(b)` with b uniform over S. Traceable.
+
+        Args:
+          key: a `jax.random.key`.
+        """
+        return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks)))
+
+    def _index(self) -> np.ndarray:
+        return np.arange(1, self.max_rank + 1)
+
+    def _read_out_rank(self, r: int) -> int:
+        return check_rank(r, "rank of a read-out", low=0, high=self.max_rank)
+
+    def _weighted_prefix_sum(self, r: int) -> np.ndarray:
+        total = np.zeros(self.max_rank)
+        weights = self.weights or (1.0,) * len(self.ranks)
+        for q, weight in zip(self.ranks, weights, strict=True):
+            if q <= r:
+                total[:q] += weight * self.scale(q)
+        return total
+
+
+# The named read-outs: which profile serves rank r after training.
+READOUTS: dict[str, Callable[[RankHierarchy, int], jax.Array]] = {
+    "prefix": RankHierarchy.prefix,
+    "nested": RankHierarchy.nested,
+    "masked": RankHierarchy.masked,
+}
+
+
+def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Array:
+    """The profile [R] of a named read-out at a rank in 0..R.
+
+    Raises:
+      ValueError: an unknown read-out, or a rank outside 0..R.
+
+    >>> readout_profile(RankHierarchy((1, 2)), "masked", 1).tolist()
+    [2.0, 0.0]
+    """
+    if readout not in READOUTS:
+        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(READOUTS)}")
+    return READOUTS[readout](hierarchy, rank)
+
+
+def _profile(values: np.ndarray) -> jax.Array:
+    # jax's default float: float64 profiles under jax_enable_x64, so that 1/sqrt(r) carries no float32 rounding there.
+    return jnp.asarray(values, dtype=float)

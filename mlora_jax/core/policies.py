@@ -1,0 +1,153 @@
+"""Which profiles a training step uses: one table of policies.
+
+A policy only draws arrays, so every policy with the same number of profiles runs in the same executable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlora_jax.core.hierarchy import RankHierarchy
+
+
+class Draw(NamedTuple):
+    """What one step trains with. The step's loss is the mean of its losses under the N profiles.
+
+    Attributes:
+      profiles: [N, R] rank profiles; [M, N, R] from `draw_step`, one row per micro-batch.
+      update_mask: [R], 1 where column i of A and row i of B may move, else 0.
+    """
+
+    profiles: jax.Array
+    update_mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A rule for drawing profiles.
+
+    Attributes:
+      draw: (hierarchy, key) -> Draw; traceable, and random only through `key`.
+      count: (hierarchy) -> N, the number of profiles a step uses: its cost in LoRA steps.
+      every: "micro_batch" draws anew for each micro-batch of a step, "step" once for the whole step.
+      function: (hierarchy) -> [R], the profile of the trained function at full rank: what `squeeze` keeps.
+      summary: one line for tables and errors.
+    """
+
+    draw: Callable[[RankHierarchy, jax.Array], Draw]
+    summary: str
+    count: Callable[[RankHierarchy], int] = lambda hierarchy: 1
+    every: str = "micro_batch"
+    function: Callable[[RankHierarchy], jax.Array] = RankHierarchy.lora
+
+
+def _all_columns(hierarchy: RankHierarchy, profiles: jax.Array) -> Draw:
+    return Draw(profiles, jnp.ones_like(profiles[0]))
+
+
+def _lora(hierarchy, key):
+    return _all_columns(hierarchy, hierarchy.lora()[None])
+
+
+def _matryoshka(hierarchy, key):
+    return _all_columns(hierarchy, hierarchy.matryoshka()[None])
+
+
+def _dylora(hierarchy, key):
+    return _all_columns(hierarchy, hierarchy.sample_prefix(key)[None])
+
+
+def _any_rank(hierarchy, key):
+    return jax.random.randint(key, (), 1, hierarchy.max_rank + 1)
+
+
+def _dylora_original(hierarchy, key):
+    return _all_columns(hierarchy, hierarchy.prefix_at(_any_rank(hierarchy, key))[None])
+
+
+def _dylora_frozen(hierarchy, key):
+    rank = _any_rank(hierarchy, key)
+    profile = hierarchy.prefix_at(rank)
+    only_last = (jnp.arange(1, hierarchy.max_rank + 1) == rank).astype(profile.dtype)
+    return Draw(profile[None], only_last)
+
+
+def _matryoshka_exact(hierarchy, key):
+    return _all_columns(hierarchy, jnp.stack([hierarchy.prefix(r) for r in hierarchy.ranks]))
+
+
+def _sandwich(hierarchy, key):
+    between = hierarchy.ranks[1:-1] or hierarchy.ranks
+    middle = hierarchy.prefix_at(jax.random.choice(key, jnp.array(between)))
+    ends = [hierarchy.prefix(hierarchy.ranks[0]), hierarchy.prefix(hierarchy.ranks[-1])]
+    return _all_columns(hierarchy, jnp.stack([*ends, middle]))
+
+
+# Adding a policy is adding a row. Sources: LoRA arXiv 2106.09685; DyLoRA arXiv 2210.07558, whose original code draws
+# b from 1..R once per step; MatryoshkaLoRA arXiv 2605.07850; the sandwich rule of slimmable networks, arXiv 1903.05134.
+POLICIES: dict[str, Policy] = {
+    "lora": Policy(draw=_lora, summary="every column at s_R"),
+    "dylora": Policy(draw=_dylora, summary="a prefix b of S per micro-batch, as in the MatryoshkaLoRA paper"),
+    "dylora_original": Policy(
+        draw=_dylora_original, every="step", summary="a prefix b of 1..R per step, as in DyLoRA's code"
+    ),
+    "dylora_frozen": Policy(
+        draw=_dylora_frozen, every="step", summary="dylora_original that moves column and row b only"
+    ),
+    "matryoshka": Policy(draw=_matryoshka, function=RankHierarchy.matryoshka, summary="the paper's diagonal P"),
+    "matryoshka_exact": Policy(
+        draw=_matryoshka_exact,
+        count=lambda hierarchy: len(hierarchy.ranks),
+        summary="the mean of the losses at every prefix of S",
+    ),
+    "sandwich": Policy(
+        draw=_sandwich,
+        count=lambda hierarchy: 3,
+        summary="the mean of the losses at the smallest, the largest and one random prefix between them",
+    ),
+}
+
+
+def get_policy(name: str) -> Policy:
+    """The policy of that name.
+
+    Raises:
+      ValueError: there is none; the message names the nearest and all known ones.
+    """
+    if name not in POLICIES:
+        near = difflib.get_close_matches(str(name), POLICIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown method {name!r}{hint} Known methods: {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def draw_step(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *, accumulation: int) -> Draw:
+    """The draw of one optimizer step.
+
+    Args:
+      policy: a row of `POLICIES`.
+      hierarchy: S, s_r, w_r and R.
+      key: the trial's `jax.random.key` for draws; the same key and step always give the same draw.
+      step: int32 scalar, may be traced.
+      accumulation: M, the number of micro-batches in the step.
+
+    Returns:
+      Draw with profiles [M, N, R] and update_mask [R].
+
+    >>> hierarchy = RankHierarchy((1, 2))
+    >>> draw_step(get_policy("matryoshka_exact"), hierarchy, jax.random.key(0), 0, accumulation=3).profiles.shape
+    (3, 2, 2)
+    """
+    step_key = jax.random.fold_in(key, step)
+    if policy.every == "step":
+        draw = policy.draw(hierarchy, step_key)
+        return Draw(jnp.broadcast_to(draw.profiles, (accumulation, *draw.profiles.shape)), draw.update_mask)
+    keys = jax.vmap(lambda m: jax.random.fold_in(step_key, m))(jnp.arange(accumulation))
+    draws = jax.vmap(lambda k: policy.draw(hierarchy, k))(keys)
+    return Draw(draws.profiles, draws.update_mask[0])

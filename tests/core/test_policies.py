@@ -1,0 +1,186 @@
+"""Every row of the policy table: shapes, determinism, what is drawn, and the same draw under jit and vmap."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlora_jax.core import POLICIES, SCALINGS, RankHierarchy, draw_step, get_policy
+from tests.oracles import numpy_reference as reference
+
+HIERARCHY = RankHierarchy((1, 2, 4, 8, 12), "sqrt", weights=(1.0, 2.0, 0.5, 1.0, 3.0))
+S, R = HIERARCHY.ranks, HIERARCHY.max_rank
+KEY = jax.random.key(11)
+FAST = {"xla_backend_optimization_level": 0}  # most of the time here is XLA compiling random bits
+
+# What each method is, said a second time: profiles per step, how often it draws ("" never), and the ranks it draws.
+ROWS = {
+    "lora": (1, "", ()),
+    "dylora": (1, "micro_batch", S),
+    "dylora_original": (1, "step", tuple(range(1, R + 1))),
+    "dylora_frozen": (1, "step", tuple(range(1, R + 1))),
+    "matryoshka": (1, "", ()),
+    "matryoshka_exact": (len(S), "", ()),
+    "sandwich": (3, "micro_batch", S[1:-1]),
+}
+
+
+def fixed_profiles(ranks, scaling, weights):
+    """[N, R] of the policies that draw nothing."""
+    return {
+        "lora": reference.profile_lora(ranks, scaling)[None],
+        "matryoshka": reference.profile_matryoshka(ranks, scaling, weights)[None],
+        "matryoshka_exact": np.stack([reference.prefix(ranks, r, scaling) for r in ranks]),
+    }
+
+
+@functools.cache
+def drawer(name, hierarchy=HIERARCHY, accumulation=2):
+    """(keys [K], steps [K]) -> Draw of profiles [K, M, N, R] and masks [K, R], compiled once."""
+    one = functools.partial(draw_step, POLICIES[name], hierarchy, accumulation=accumulation)
+    return jax.jit(jax.vmap(one), compiler_options=FAST)
+
+
+def steps_of(name, count, **options):
+    """The draws of the first `count` steps under one key."""
+    draw = drawer(name, **options)(jnp.stack([KEY] * count), jnp.arange(count))
+    return jax.tree.map(np.asarray, draw)
+
+
+@functools.cache
+def many_steps(name):
+    """600 steps of two micro-batches."""
+    return steps_of(name, 600)
+
+
+def last_column(profiles):
+    """The drawn rank: how many columns the last profile of a step uses."""
+    return np.count_nonzero(profiles[..., -1, :], axis=-1)
+
+
+def test_the_table_has_these_rows():
+    assert POLICIES.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("name", ROWS)
+def test_shapes_and_dtypes(name, accumulation):
+    policy = get_policy(name)
+    one = functools.partial(draw_step, policy, HIERARCHY, accumulation=accumulation)
+    draw = jax.eval_shape(one, KEY, 0)
+    assert policy.count(HIERARCHY) == ROWS[name][0]
+    assert draw.profiles.shape == (accumulation, ROWS[name][0], R)
+    assert draw.update_mask.shape == (R,)
+    assert draw.profiles.dtype == draw.update_mask.dtype == jnp.float32
+    assert policy.summary
+    with jax.enable_x64(True):
+        wide = jax.eval_shape(one, KEY, 0)
+        assert wide.profiles.dtype == wide.update_mask.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("name", [name for name, (_, every, _) in ROWS.items() if not every])
+def test_policies_that_draw_nothing_equal_the_formula(name, scaling):
+    hierarchy = RankHierarchy(S, scaling, HIERARCHY.weights)
+    expected = fixed_profiles(S, scaling, HIERARCHY.weights)[name].astype(np.float32)
+    draw = draw_step(get_policy(name), hierarchy, KEY, 5, accumulation=2)
+    np.testing.assert_allclose(draw.profiles, np.stack([expected] * 2), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_same_key_and_step_give_the_same_draw_and_others_differ_if_it_is_random(name):
+    first = many_steps(name)
+    again = drawer(name)(jnp.stack([jax.random.key(11)] * 600), jnp.full(600, 17))
+    np.testing.assert_array_equal(again.profiles, np.stack([first.profiles[17]] * 600))
+    other = drawer(name)(jax.random.split(jax.random.key(12), 600), jnp.zeros(600, int)).profiles
+    distinct_steps, distinct_keys = (len(np.unique(np.asarray(x), axis=0)) for x in (first.profiles, other))
+    assert (distinct_steps > 1) == (distinct_keys > 1) == bool(ROWS[name][1])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_micro_batches_of_a_step_draw_as_often_as_the_row_says(name):
+    profiles = many_steps(name).profiles
+    differ = np.any(profiles[:, 0] != profiles[:, 1], axis=(1, 2))
+    assert np.any(differ) == (ROWS[name][1] == "micro_batch")
+    long = steps_of(name, 4, accumulation=3)
+    np.testing.assert_array_equal(long.profiles[:, :2], profiles[:4])  # a draw does not depend on M
+    np.testing.assert_array_equal(long.update_mask, many_steps(name).update_mask[:4])
+
+
+@pytest.mark.parametrize("name", [name for name, (_, every, _) in ROWS.items() if every])
+def test_every_rank_of_the_row_is_drawn_equally_often_and_no_other(name):
+    profiles = many_steps(name).profiles
+    ranks = ROWS[name][2]
+    drawn = last_column(profiles)
+    assert set(np.unique(drawn)) == set(ranks)
+    expected = np.stack([reference.prefix((R,), r, "sqrt") for r in range(R + 1)])
+    np.testing.assert_allclose(profiles[:, :, -1], expected[drawn], rtol=1e-6, atol=0)
+    draws = drawn[:, 0]
+    share = 1 / len(ranks)
+    for r in ranks:
+        assert abs(np.mean(draws == r) - share) <= 4.5 * np.sqrt(share * (1 - share) / len(draws))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_only_the_frozen_mode_holds_columns_still(name):
+    draw = many_steps(name)
+    if name != "dylora_frozen":
+        assert np.all(draw.update_mask == 1)
+        return
+    ranks = last_column(draw.profiles)[:, 0]
+    np.testing.assert_array_equal(draw.update_mask, np.eye(R)[ranks - 1])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "between"), [((1, 2, 4, 8), {2, 4}), ((1, 3, 6), {3}), ((2, 6), {2, 6}), ((4,), {4})]
+)
+def test_sandwich_has_the_smallest_the_largest_and_one_between(ranks, between):
+    hierarchy = RankHierarchy(ranks, "rank")
+    profiles = steps_of("sandwich", 60, hierarchy=hierarchy, accumulation=1).profiles[:, 0]
+    np.testing.assert_array_equal(profiles[:, 0], np.stack([hierarchy.prefix(ranks[0])] * 60))
+    np.testing.assert_array_equal(profiles[:, 1], np.stack([hierarchy.prefix(ranks[-1])] * 60))
+    assert set(last_column(profiles)) == between
+
+
+def test_columns_above_the_training_ranks_belong_to_lora_and_the_original_dylora_only():
+    hierarchy = RankHierarchy((1, 2), max_rank=5)
+    reached = {}
+    for name in ROWS:
+        profiles = steps_of(name, 60, hierarchy=hierarchy, accumulation=1).profiles
+        reached[name] = int(np.max(np.count_nonzero(profiles, axis=-1)))
+    assert reached == dict.fromkeys(ROWS, 2) | {"lora": 5, "dylora_original": 5, "dylora_frozen": 5}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_draw_is_the_same_under_jit_and_vmap_over_keys(name):
+    policy = get_policy(name)
+    keys, steps = jax.random.split(jax.random.key(2), 600), jnp.arange(600)
+    together = drawer(name)(keys, steps)
+    alone = draw_step(policy, HIERARCHY, keys[599], 599, accumulation=2)
+    np.testing.assert_array_equal(together.profiles[599], alone.profiles)
+    np.testing.assert_array_equal(together.update_mask[599], alone.update_mask)
+    before = drawer(name)._cache_size()
+    drawer(name)(keys, steps + 1000)
+    assert drawer(name)._cache_size() == before  # the step is data
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_trained_function_is_the_diagonal_for_matryoshka_and_lora_otherwise(name):
+    kind = "matryoshka" if name == "matryoshka" else "lora"
+    expected = fixed_profiles(S, "sqrt", HIERARCHY.weights)[kind][0]
+    np.testing.assert_allclose(get_policy(name).function(HIERARCHY), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("matroyshka", "unknown method 'matroyshka'; did you mean 'matryoshka'.*Known methods: lora, dylora"),
+        ("DyLoRA", "unknown method 'DyLoRA'"),
+        ("", r"unknown method ''\. Known methods:.*sandwich"),
+    ],
+)
+def test_an_unknown_method_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_policy(name)

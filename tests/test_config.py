@@ -1,0 +1,198 @@
+"""Configs: every default, the product of trials, and a message for everything that is not allowed."""
+
+import importlib
+import pathlib
+
+import ml_collections
+import pytest
+
+from mlora_jax.config import CHOICES, DEFAULTS, RANGES, Trial, check_key, expand_trials, resolve
+from mlora_jax.core import POLICIES, RankHierarchy
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("__", "pretrain"))]
+
+
+def nested(dotted, value):
+    """{"a": {"b": value}} from "a.b"."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def leaves(group, prefix=""):
+    for key, value in group.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def get(config, dotted):
+    for key in dotted.split("."):
+        config = config[key]
+    return config
+
+
+def test_an_empty_config_has_every_default():
+    config = resolve({})
+    assert config.to_dict() == DEFAULTS
+    assert resolve(config) == config
+    assert DEFAULTS["evaluation"]["readouts"].keys() == POLICIES.keys()
+    with pytest.raises(AttributeError, match='Did you mean "epochs"'):
+        config.train.epoch = 5
+
+
+@pytest.mark.parametrize("name", [name for name, _ in leaves(DEFAULTS)])
+def test_a_key_can_be_set_and_changes_nothing_else(name):
+    default = get(DEFAULTS, name)
+    other = {"data.overflow": "drop", "model.dtype": "bfloat16", "adapter.init": "fan_in"}
+    kinds = {
+        str: lambda v: other.get(name, "other"),
+        bool: lambda v: not v,
+        int: lambda v: v + 1 if name != "train.accumulation" else 4,
+        float: lambda v: v * 0.5 + 0.01,
+        tuple: lambda v: {"adapter.ranks": (1, 4), "trials.weights": ((1.0,) * 6,)}.get(name, v[:1]),
+    }
+    value = kinds[type(default)](default)
+    changed = dict(leaves(resolve(nested(name, value)).to_dict()))
+    assert changed == dict(leaves(DEFAULTS)) | {name: value}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_file_is_valid(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert isinstance(config, ml_collections.ConfigDict)
+    assert expand_trials(resolve(config))
+
+
+def test_numbers_and_lists_are_taken_as_their_key_has_them():
+    config = resolve({"trials": {"learning_rate": [1], "weights": [[1, 2]], "rank": [2]}, "train": {"clip": 0}})
+    assert config.trials.learning_rate == (1.0,) and type(config.trials.learning_rate[0]) is float
+    assert config.train.clip == 0.0 and type(config.train.clip) is float
+    assert config.trials.weights == ((1, 2),)
+
+
+def test_the_trials_are_the_product_in_order():
+    axes = {"method": ("lora", "dylora"), "learning_rate": (1e-3, 5e-4), "seed": (1,), "scaling": ("none", "rank")}
+    trials = expand_trials(resolve({"trials": axes | {"rank": (4, 12)}}))
+    assert len(trials) == 16 and len({trial.name for trial in trials}) == 16
+    assert trials[0] == Trial("lora", 1e-3, 1, "none", 4)
+    assert trials[1] == Trial("lora", 1e-3, 1, "none", 12)
+    assert trials[2] == Trial("lora", 1e-3, 1, "rank", 4)
+    assert trials[-1] == Trial("dylora", 5e-4, 1, "rank", 12)
+    assert trials[-1].hierarchy() == RankHierarchy((1, 2, 4, 8, 12), "rank")
+    assert trials[-1].hierarchy((1, 3)) == RankHierarchy((1, 3), "rank", max_rank=12)
+    weighted = Trial("matryoshka", 1e-3, 1, "sqrt", 2, (1.0, 0.5))
+    assert weighted.hierarchy() == RankHierarchy((1, 2), "sqrt", (1.0, 0.5))
+
+
+def test_the_names_of_different_trials_differ():
+    make = lambda rate=1e-3, weights=(): Trial("lora", rate, 42, "none", 2, weights).name  # noqa: E731
+    assert make() == "lora-r2-none-lr0.001-seed42"
+    assert make(5e-5, (1.0, 0.5)) == "lora-r2-none-w1-w0.5-lr5e-05-seed42"
+    assert len({make(), make(1.0000001e-3), make(weights=(1.0, 0.3)), make(weights=(1.0, 0.30000001))}) == 4
+
+
+UNKNOWN = {
+    "modle": "unknown config key config.modle; did you mean config.model\\? Keys of config: model, data, adapter",
+    "train.epoch": "unknown config key config.train.epoch; did you mean config.train.epochs\\?",
+    "trials.learningrate": "did you mean config.trials.learning_rate\\?",
+    "adapter.rank": "did you mean config.adapter.ranks\\?",
+    "evaluation.readouts.matroyshka": "did you mean config.evaluation.readouts.matryoshka\\?",
+    "data.zzz": r"unknown config key config.data.zzz\. Keys of config.data: task, raw_dir",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), UNKNOWN.items(), ids=UNKNOWN)
+def test_an_unknown_key_is_refused_with_the_nearest(name, message):
+    for config in (nested(name, 1), ml_collections.ConfigDict(nested(name, 1))):
+        with pytest.raises(ValueError, match=message):
+            resolve(config)
+    with pytest.raises(ValueError, match=message):
+        check_key(f"config.{name}")
+
+
+def test_keys_of_the_command_line():
+    for name, _ in leaves(DEFAULTS):
+        check_key(f"config.{name}")
+    check_key("workdir")
+    check_key("configuration.zzz")
+    with pytest.raises(ValueError, match=r"config\.train\.epochs is a value and has no key 'more'"):
+        check_key("config.train.epochs.more")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train", 3, "config.train must be a group of keys, got 3"),
+        ("train.epochs", 1.5, "config.train.epochs must be of type int, like 3; got 1.5"),
+        ("train.epochs", True, "config.train.epochs must be of type int.*got True"),
+        ("train.remat", 1, "config.train.remat must be of type bool"),
+        ("train.clip", "1", "config.train.clip must be of type float, like 1.0; got '1'"),
+        ("model.path", None, "config.model.path must be of type str"),
+        ("trials.method", "lora", r"config.trials.method must be a tuple, like \('matryoshka',\); got 'lora'"),
+        ("adapter.targets", "q_proj", "config.adapter.targets must be a tuple.*got 'q_proj'"),
+        ("adapter.targets", (1,), "an entry of config.adapter.targets must be of type str"),
+        ("adapter.ranks", 4, "config.adapter.ranks must be a tuple"),
+        ("trials.seed", (1.5,), "an entry of config.trials.seed must be of type int"),
+        ("trials.weights", (1.0, 2.0), r"an entry of config.trials.weights must be a tuple.*got 1\.0"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(nested(name, value))
+
+
+@pytest.mark.parametrize(("name", "low", "high"), RANGES, ids=[name for name, *_ in RANGES])
+def test_a_number_outside_its_range_is_refused(name, low, high):
+    kind = type(get(DEFAULTS, name))
+    for value in (low - 1, *(() if high is None else (high + 1,)), *((float("nan"),) if kind is float else ())):
+        with pytest.raises(ValueError, match=rf"config\.{name} must be at least {low}.*got {kind(value)}"):
+            resolve(nested(name, kind(value)))
+    assert get(resolve(nested(name, kind(low))), name) == low
+
+
+@pytest.mark.parametrize(("name", "allowed"), CHOICES, ids=[name for name, _ in CHOICES])
+def test_a_word_that_is_no_choice_is_refused(name, allowed):
+    with pytest.raises(ValueError, match=rf"config\.{name} must be one of .*'{allowed[-1]}', got 'nothing'"):
+        resolve(nested(name, "nothing"))
+    for word in allowed:
+        assert get(resolve(nested(name, word)), name) == word
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"trials": {"method": ("lorra",)}},
+            "unknown method 'lorra'; did you mean 'lora'\\? Known methods: lora, dylora",
+        ),
+        ({"trials": {"scaling": ("none", "cube")}}, "scaling='cube'.*unknown scaling 'cube'; known: none, rank, sqrt"),
+        ({"trials": {"rank": (0,)}}, r"config.trials cannot make .*rank=0.*integer in 1\.\., got 0"),
+        ({"trials": {"rank": (8, -1)}}, r"rank=-1.*integer in 1\.\., got -1"),
+        ({"trials": {"rank": (8,)}, "adapter": {"ranks": (1, 16)}}, "rank 16 of S is above the adapter's rank R = 8"),
+        ({"adapter": {"ranks": (4, 2)}}, r"strictly increasing without repeats, got \(4, 2\)"),
+        ({"adapter": {"ranks": (2, 2)}}, r"strictly increasing without repeats, got \(2, 2\)"),
+        ({"adapter": {"ranks": (0, 2)}}, r"every rank of S must be an integer in 1\.\., got 0"),
+        ({"adapter": {"ranks": ("a",)}}, "every rank of S must be an integer"),
+        ({"trials": {"weights": ((1.0,),)}}, r"weights \(1\.0,\) and ranks .* differ in length"),
+        ({"trials": {"weights": (("a",),)}}, "weights must be a sequence of numbers"),
+        ({"trials": {"weights": ((0.0, 0.0),), "rank": (2,)}}, "not all zero"),
+        ({"trials": {"method": ()}}, r"config.trials.method must name at least one value, got \(\)"),
+        ({"trials": {"seed": (1, 1)}}, r"config.trials.seed repeats a value: \(1, 1\)"),
+        ({"trials": {"learning_rate": (0.0,)}}, r"config.trials.learning_rate must be positive, got \(0\.0,\)"),
+        ({"trials": {"learning_rate": (float("nan"),)}}, "config.trials.learning_rate must be positive"),
+        (
+            {"train": {"batch_size": 6, "accumulation": 4}},
+            "config.train.batch_size 6 is no multiple of .*accumulation 4",
+        ),
+        (
+            {"evaluation": {"readouts": {"lora": ("suffix",)}}},
+            "unknown read-out 'suffix' in config.evaluation.readouts.lora; known: prefix, nested, masked, squeeze",
+        ),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(config)
