@@ -74,9 +74,7 @@ class Adapted(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.linear = linear
-        self.a = nn.Parameter(
-            torch.empty(linear.in_features, RANKS[-1]).uniform_(-1, 1) / math.sqrt(RANKS[-1])
-        )
+        self.a = nn.Parameter(torch.empty(linear.in_features, RANKS[-1]).uniform_(-1, 1) / math.sqrt(RANKS[-1]))
         self.b = nn.Parameter(torch.zeros(RANKS[-1], linear.out_features))
         self.profile = None
 
@@ -204,13 +202,9 @@ def score(model, batches):
     """Summed log-likelihood of every choice: [questions, choices]."""
     scores = []
     for tokens, positions, mask, spots in batches:
-        hidden = model.model(
-            tokens, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        hidden = model.model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         row, choice, place, target = spots.T
-        likelihood = torch.log_softmax(model.lm_head(hidden[row, place]), -1)[
-            torch.arange(len(target)), target
-        ]
+        likelihood = torch.log_softmax(model.lm_head(hidden[row, place]), -1)[torch.arange(len(target)), target]
         total = torch.zeros(len(tokens), len(CHOICES))
         scores.append(total.index_put_((row, choice), likelihood, accumulate=True))
     return torch.cat(scores).numpy()
@@ -232,9 +226,7 @@ def summarise(scores, labels):
 def aurac(accuracies):
     """Trapezoids over log2 rank by its length."""
     x = np.log2(RANKS)
-    return round(
-        float(np.sum((x[1:] - x[:-1]) * (np.add(accuracies[1:], accuracies[:-1]) / 2)) / (x[-1] - x[0])), 4
-    )
+    return round(float(np.sum((x[1:] - x[:-1]) * (np.add(accuracies[1:], accuracies[:-1]) / 2)) / (x[-1] - x[0])), 4)
 
 
 @torch.no_grad()
@@ -289,9 +281,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = LlamaForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager").eval()
     wrapped, answers = adapt(model), list(CHOICES.values())
     train_rows, test_rows = (
         read_questions(pathlib.Path(arguments.data) / name) for name in ("train_5500.label", "TREC_10.label")
@@ -299,9 +289,7 @@ def main():
     pairs = [encode(tokenizer, prompt, answers[label], arguments.seam) for prompt, label in train_rows]
     examples = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in pairs]
     labels = np.array([label for _, label in test_rows])
-    batches = pack(
-        [[encode(tokenizer, prompt, a, arguments.seam) for a in answers] for prompt, _ in test_rows]
-    )
+    batches = pack([[encode(tokenizer, prompt, a, arguments.seam) for a in answers] for prompt, _ in test_rows])
 
     set_profile(wrapped, prefix(RANKS[-1], scale))
     base = summarise(score(model, batches), labels)
@@ -319,9 +307,7 @@ def main():
     squeeze(wrapped, reference)
     ones = torch.ones(RANKS[-1])
     curves["svd"] = curve(model, wrapped, batches, labels, lambda rank: prefix(rank, SCALES["none"]), ones)
-    record = {
-        name: getattr(arguments, name) for name in ("method", "learning_rate", "seed", "epochs", "scaling")
-    }
+    record = {name: getattr(arguments, name) for name in ("method", "learning_rate", "seed", "epochs", "scaling")}
     record |= {
         "seam": arguments.seam,
         "model": pathlib.Path(arguments.model).name,

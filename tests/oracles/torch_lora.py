@@ -55,9 +55,7 @@ class _Rotary(nn.Module):
         if rope["rope_type"] == "llama3":
             frequencies = [self._llama3(frequency, rope) for frequency in frequencies]
         elif rope["rope_type"] != "default":
-            raise ValueError(
-                f"no float64 rendering of rope type {rope['rope_type']!r}; there are default and llama3"
-            )
+            raise ValueError(f"no float64 rendering of rope type {rope['rope_type']!r}; there are default and llama3")
         self.frequencies = torch.tensor(frequencies, dtype=torch.float64)
 
     @staticmethod
@@ -221,9 +219,7 @@ def train(
     parameters = [pair for module in adapted.values() for pair in ((module.a, (1, -1)), (module.b, (-1, 1)))]
     first = [torch.zeros_like(parameter) for parameter, _ in parameters]
     second = [torch.zeros_like(parameter) for parameter, _ in parameters]
-    for step, (batch, step_profiles, learning_rate) in enumerate(
-        zip(batches, profiles, learning_rates, strict=True)
-    ):
+    for step, (batch, step_profiles, learning_rate) in enumerate(zip(batches, profiles, learning_rates, strict=True)):
         for parameter, _ in parameters:
             parameter.grad = None
         _accumulate(model, adapted, batch, step_profiles)
@@ -243,6 +239,5 @@ def train(
                 update = mean / (torch.sqrt(variance) + eps) + weight_decay * parameter
                 parameter -= float(learning_rate) * update * mask.reshape(shape)
     return {
-        path: (module.a.detach().numpy().copy(), module.b.detach().numpy().copy())
-        for path, module in adapted.items()
+        path: (module.a.detach().numpy().copy(), module.b.detach().numpy().copy()) for path, module in adapted.items()
     }
