@@ -22,8 +22,8 @@ Expected, accuracy at ranks 1, 2, 4, 8, 16 (mean of seeds 42 and 666; single see
     matryoshka_exact     0.43  0.84  1.00  1.00  1.00
     sandwich             0.45  0.70  0.99  1.00  1.00
 
-matryoshka_exact costs five and sandwich three times the steps of the others. dylora_frozen moves one of 16 columns a step,
-so each column gets a sixteenth of the updates.
+matryoshka_exact costs five and sandwich three times the steps of the others. dylora_frozen moves one of 16 columns a
+step, so each column gets a sixteenth of the updates.
 
 The criterion for task, targets, steps and rate was plain LoRA: trained at single ranks and cut by SVD it must need
 more than rank 1. With all seven projections as targets rank 2 was enough, so v and o it is; at 150 steps LoRA of

@@ -16,6 +16,7 @@ def shortened(shared, tmp_path, monkeypatch, request, name, model="stories-260k"
     return config
 
 
+@pytest.mark.slow
 def test_trec_learns(shared, tmp_path, monkeypatch, request):
     config = shortened(shared, tmp_path, monkeypatch, request, "trec_stories_3m")
     config.trials.update(method=("lora",), seed=(42,), learning_rate=(1e-2,), rank=(6,))

@@ -1,0 +1,1 @@
+"""Training: objective, step, loop, records, adapters on disk."""
