@@ -1,7 +1,25 @@
-"""Tables and figures from a run's records."""
+"""Tables and figures from the records of one run or many."""
 
-from mlora_jax.report.figure import draw_curves
-from mlora_jax.report.rows import CurveRow, RunRecords, best_rows, read_rows
-from mlora_jax.report.table import write_report
+from mlora_jax.report.choice import Choice, Difference, choose_rows, compare
+from mlora_jax.report.figure import draw_curves, draw_learning_rates
+from mlora_jax.report.folders import SPLITS, RunFolder
+from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread, read_experiments
+from mlora_jax.report.table import write_report, write_tables
 
-__all__ = ["CurveRow", "RunRecords", "best_rows", "draw_curves", "read_rows", "write_report"]
+__all__ = [
+    "SPLITS",
+    "Choice",
+    "CurveRow",
+    "Difference",
+    "Experiment",
+    "RunFolder",
+    "Setting",
+    "Spread",
+    "choose_rows",
+    "compare",
+    "draw_curves",
+    "draw_learning_rates",
+    "read_experiments",
+    "write_report",
+    "write_tables",
+]

@@ -1,55 +1,195 @@
-"""The figure of a run: accuracy over log2 rank, a line per row and a band over its seeds."""
+"""Figures: accuracy over the rank of the read-out, and AURAC over the learning rate."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mlora_jax.core import POLICIES
-from mlora_jax.report.rows import CurveRow
+from mlora_jax.report.choice import Choice
+from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread
 
-# One colour per method in every figure (Okabe and Ito's palette, readable for the colour-blind), a line per read-out.
-COLORS = dict(zip(POLICIES, ("#000000", "#0072B2", "#56B4E9", "#CC79A7", "#D55E00", "#E69F00", "#009E73"), strict=True))
-LINES = {"prefix": "-", "squeeze": "--", "nested": "-.", "masked": ":"}
-MARKERS = {"prefix": "o", "squeeze": "s", "nested": "^", "masked": "v"}
+# A colour per method in every figure: Okabe and Ito's palette, readable for the colour-blind, then some darker ones.
+PALETTE = (
+    *("#000000", "#0072B2", "#56B4E9", "#CC79A7", "#D55E00", "#E69F00", "#009E73"),
+    *("#7F3C8D", "#8C564B", "#999999", "#B8A900", "#17406D"),
+)
+# A line and a marker per read-out.
+STYLES = {"prefix": ("-", "o"), "squeeze": ("--", "s"), "nested": ("-.", "^"), "masked": (":", "v")}
+OTHER_STYLE = ((0, (5, 1, 1, 1, 1, 1)), "D")
+
+MOST_LINES = 10  # in one panel; a panel per read-out beyond
+LEAST_GAP = 1 / 14  # of the axis between two learning rates that are named below it; else powers of ten are
+COLUMNS = 2  # of panels
+PANEL = (7.2, 4.0)  # inches, its legend included
 
 
-def draw_curves(path, title: str, base: float, rows: list[CurveRow]) -> None:
-    """Draws one panel per setting.
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    title: str
+    lines: dict[Any, list[CurveRow]]  # what makes a line -> its rows
+
+
+def draw_curves(experiment: Experiment, choice: Choice) -> Figure:
+    """Accuracy on the test split over log2 rank: a line per row, a band of one standard deviation, the base.
+
+    A panel per setting, or per setting and read-out if a setting has more than `MOST_LINES` rows. Where no learning
+    rate is chosen: a panel per method and read-out, and a line per learning rate.
 
     Args:
-      path: of the PNG.
-      title: above the panels.
-      base: accuracy of the base model, a horizontal line.
-      rows: the rows to draw.
+      experiment: whose base is drawn.
+      choice: the rows to draw.
     """
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    figure = Figure(figsize=(6.4 * len(settings) + 2.4, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = np.atleast_1d(figure.subplots(1, len(settings), sharey=True))
-    for panel, setting in zip(axes, settings, strict=True):
-        _draw_panel(panel, setting, base, [row for row in rows if row.setting == setting])
-    axes[0].set_ylabel("accuracy")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    panels = _panels(choice.shown, lambda row: (row.label, row.learning_rate), by_row=bool(choice.undecided))
+    figure, axes = _grid(experiment.title, len(panels))
+    for panel, area in zip(panels, axes, strict=True):
+        rates = sorted({row.learning_rate for (row,) in panel.lines.values()})
+        for (row,) in panel.lines.values():
+            style = _style(row)
+            label = f"{row.label}  {row.test.log2.mean:.3f}"
+            if choice.undecided:
+                style["color"] = colormaps["viridis"](rates.index(row.learning_rate) / len(rates))
+                label = f"{row.learning_rate:g}  {row.test.log2.mean:.3f}"
+            _draw_line(area, list(row.test.accuracies), row.test.accuracies.values(), style, label)
+        base = experiment.base["test"]
+        area.axhline(base, color="0.5", linewidth=1, label=f"base  {base:.3f}")
+        ranks = sorted({rank for (row,) in panel.lines.values() for rank in row.test.accuracies})
+        area.set_xscale("log", base=2)
+        area.set_xticks(ranks, [str(rank) for rank in ranks])
+        _finish(area, panel.title, "rank of the read-out", "accuracy, test split")
+        _legend(area, "learning rate, AURAC (log2)" if choice.undecided else "AURAC (log2)")
+    return figure
 
 
-def _draw_panel(panel, setting, base: float, rows: list[CurveRow]) -> None:
+def draw_learning_rates(experiment: Experiment, choice: Choice) -> Figure:
+    """AURAC (log2) over the learning rate, on the split of the choice: a line per method and read-out, and a band.
+
+    The chosen learning rate is ringed; one that could not be chosen, since seeds of it are missing, is hollow. Where
+    the split of the choice was not measured, it is the test split.
+
+    Args:
+      experiment: whose rows are drawn.
+      choice: made among the experiment's rows.
+    """
+    split = "test" if any(choice.split not in row.measured for row in experiment.rows) else choice.split
+    panels = _panels(experiment.rows, lambda row: row.label)
+    figure, axes = _grid(experiment.title, len(panels))
+    for panel, area in zip(panels, axes, strict=True):
+        for label, rows in panel.lines.items():
+            style, rates = _style(rows[0]), [row.learning_rate for row in rows]
+            values = [row.measured[split].log2 for row in rows]
+            _draw_line(area, rates, values, style, label)
+            for row, value in zip(rows, values, strict=True):
+                if row in choice.chosen:
+                    _mark(area, row.learning_rate, value.mean, s=130, facecolors="none", edgecolors=style["color"])
+                if row in choice.left_out:
+                    _mark(area, row.learning_rate, value.mean, s=22, facecolors="white", edgecolors=style["color"])
+        rates = sorted({row.learning_rate for rows in panel.lines.values() for row in rows})
+        area.set_xscale("log")
+        named = _are_apart(rates)
+        if named:
+            area.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30, ha="right", rotation_mode="anchor")
+        _finish(area, panel.title, "learning rate", f"AURAC (log2), {split} split", few_ticks=named)
+        present = {row.group for rows in panel.lines.values() for row in rows}
+        marks = {
+            "chosen": ({"markersize": 11, "markerfacecolor": "none"}, choice.chosen),
+            "seeds missing": ({"markersize": 5, "markerfacecolor": "white"}, choice.left_out),
+        }
+        _legend(
+            area,
+            "",
+            [
+                Line2D([], [], linestyle="", marker="o", markeredgecolor="0.3", label=name, **look)
+                for name, (look, rows) in marks.items()
+                if any(row.group in present for row in rows)
+            ],
+        )
+    return figure
+
+
+def _panels(rows: Iterable[CurveRow], line: Callable[[CurveRow], Any], by_row: bool = False) -> list[_Panel]:
+    """Distributes rows over panels, and the rows of a panel over lines."""
+    settings: dict[Setting, list[CurveRow]] = collections.defaultdict(list)
     for row in rows:
-        ranks = list(row.accuracies)
-        mean = np.array([row.accuracies[rank].mean for rank in ranks])
-        spread = np.array([row.accuracies[rank].deviation or 0.0 for rank in ranks])
-        color, label = COLORS[row.method], f"{row.label}  {row.log2.mean:.3f}"
-        panel.plot(ranks, mean, LINES[row.readout], marker=MARKERS[row.readout], ms=4, color=color, label=label)
-        panel.fill_between(ranks, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
-    panel.axhline(base, color="0.5", linewidth=1, label=f"base  {base:.3f}")
-    scaling, rank, weights = setting
-    panel.set_title(f"R = {rank}, scaling {scaling}" + (f", weights {weights}" if weights else ""), fontsize=10)
-    panel.set_xscale("log", base=2)
-    ranks = sorted({rank for row in rows for rank in row.accuracies})
-    panel.set_xticks(ranks, [str(rank) for rank in ranks])
-    panel.minorticks_off()
-    panel.set_xlabel("rank of the read-out")
-    panel.grid(alpha=0.25)
-    panel.legend(title="AURAC (log2)", fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        settings[row.setting].append(row)
+    crowded = any(len({line(row) for row in members}) > MOST_LINES for members in settings.values())
+    part = (lambda row: row.label) if by_row else (lambda row: row.readout if crowded else "")
+    found = []
+    for setting, members in settings.items():
+        for name in dict.fromkeys(map(part, members)):
+            lines = collections.defaultdict(list)
+            for row in members:
+                if part(row) == name:
+                    lines[line(row)].append(row)
+            what = name if by_row else f"read-out {name}"
+            found.append(_Panel(f"{what}, {setting}" if name else str(setting), dict(lines)))
+    return found
+
+
+def _grid(title: str, count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(COLUMNS, count)
+    lines = math.ceil(count / columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.4), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for area in axes[count:]:
+        area.remove()
+    figure.suptitle(title)
+    return figure, axes[:count]
+
+
+def _style(row: CurveRow) -> dict[str, Any]:
+    methods = [*POLICIES, row.method]
+    linestyle, marker = STYLES.get(row.readout, OTHER_STYLE)
+    return {
+        "color": PALETTE[methods.index(row.method) % len(PALETTE)],
+        "linestyle": linestyle,
+        "marker": marker,
+        "markersize": 4,
+    }
+
+
+def _are_apart(rates: list[float]) -> bool:
+    gaps = np.diff(np.log(rates))
+    return bool(np.all(gaps >= LEAST_GAP * gaps.sum()))
+
+
+def _draw_line(area: Axes, x: list, spreads: Iterable[Spread], style: dict[str, Any], label: str) -> None:
+    spreads = list(spreads)
+    mean = np.array([spread.mean for spread in spreads])
+    deviation = np.array([spread.deviation or 0.0 for spread in spreads])
+    area.plot(x, mean, label=label, **style)
+    if len(x) > 1:
+        area.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.13, linewidth=0)
+    else:
+        area.errorbar(x, mean, deviation, color=style["color"], capsize=2, linewidth=1)
+
+
+def _mark(area: Axes, x: float, y: float, **look: Any) -> None:
+    area.scatter([x], [y], zorder=3, linewidths=1.4, **look)
+
+
+def _finish(area: Axes, title: str, x: str, y: str, *, few_ticks: bool = True) -> None:
+    area.set_title(title, fontsize=10)
+    if few_ticks:
+        area.minorticks_off()
+    area.set_xlabel(x)
+    if area.get_subplotspec().is_first_col():
+        area.set_ylabel(y)
+    area.grid(alpha=0.25)
+
+
+def _legend(area: Axes, title: str, more: Iterable[Line2D] = ()) -> None:
+    handles, _ = area.get_legend_handles_labels()
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
+    area.legend(handles=[*handles, *more], title=title, fontsize=8, title_fontsize=9, handlelength=3.2, **place)

@@ -1,15 +1,16 @@
-"""Records of single trials, gathered into one row per method, read-out and learning rate."""
+"""Curves of single trials, from one run or many, gathered into one row per method, read-out and learning rate."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 
 from mlora_jax.core import POLICIES, summarize
-from mlora_jax.train.records import read_json_lines
+from mlora_jax.report.folders import RunFolder
+
+READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,29 +25,65 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Setting:
+    """What the rows of one table share: scaling, R, weights w_r (none: 1 each), and the ranks S of the read-outs."""
+
+    scaling: str
+    rank: int
+    weights: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        weights = f", weights {', '.join(f'{weight:g}' for weight in self.weights)}" if self.weights else ""
+        return f"R = {self.rank}, scaling {self.scaling}{weights}"
+
+
 @dataclasses.dataclass(frozen=True)
-class CurveRow:
-    """One rank-accuracy curve over seeds.
+class Measured:
+    """A rank-accuracy curve over seeds: rank -> accuracy in 0..1, AURAC over either axis, and the plain mean."""
 
-    Attributes:
-      setting: (scaling, R, weights), what the rows of one table share.
-      method: a key of `POLICIES`.
-      readout: "prefix", "nested", "masked" or "squeeze".
-      learning_rate: peak.
-      seeds: the seeds that finished.
-      accuracies: rank -> accuracy in 0..1.
-      linear, log2, mean: AURAC over either axis, and the plain mean.
-    """
-
-    setting: tuple[str, int, tuple[float, ...]]
-    method: str
-    readout: str
-    learning_rate: float
-    seeds: tuple[int, ...]
     accuracies: dict[int, Spread]
     linear: Spread
     log2: Spread
     mean: Spread
+
+    @classmethod
+    def of(cls, curves: Sequence[dict[int, float]]) -> Measured:
+        """Of the curves [seeds], all over the same increasing ranks."""
+        ranks = list(curves[0])
+        areas = [summarize(list(curve.values()), ranks) for curve in curves]
+        return cls(
+            {rank: Spread.of([curve[rank] for curve in curves]) for rank in ranks},
+            *(Spread.of([getattr(area, name) for area in areas]) for name in ("linear", "log2", "mean")),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveRow:
+    """One learning rate of one method and read-out, over seeds.
+
+    Attributes:
+      setting: what the rows of one table share.
+      method: a key of `POLICIES`.
+      readout: "prefix", "nested", "masked" or "squeeze".
+      learning_rate: peak.
+      seeds: the seeds that finished.
+      failed: the seeds whose loss became infinite or NaN.
+      measured: split -> what was measured on it; "validation" only if every seed has it.
+    """
+
+    setting: Setting
+    method: str
+    readout: str
+    learning_rate: float
+    seeds: tuple[int, ...]
+    failed: tuple[int, ...]
+    measured: dict[str, Measured]
+
+    @property
+    def test(self) -> Measured:
+        return self.measured["test"]
 
     @property
     def label(self) -> str:
@@ -55,68 +92,95 @@ class CurveRow:
             self.readout, f"{self.method} ({self.readout})"
         )
 
+    @property
+    def group(self) -> tuple[Setting, str, str]:
+        """What the learning rates of one method and read-out share."""
+        return self.setting, self.method, self.readout
+
 
 @dataclasses.dataclass(frozen=True)
-class RunRecords:
-    """What a run measured.
+class Experiment:
+    """Runs of one task on one base model, taken together.
 
     Attributes:
-      base: accuracy of the model without an adapter.
+      folders: of the runs.
       rows: one per (setting, method, read-out, learning rate), in the table's order.
-      failed: names of the trials whose loss became infinite or NaN; they have no row.
+      failed: names of the trials whose loss became infinite or NaN.
     """
 
-    base: float
+    folders: tuple[RunFolder, ...]
     rows: list[CurveRow]
     failed: list[str]
 
+    @property
+    def task(self) -> str:
+        return self.folders[0].task
 
-def read_rows(workdir) -> RunRecords:
-    """Gathers a run's records.
+    @property
+    def base_model(self) -> str:
+        return self.folders[0].base_model
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} on {self.base_model}"
+
+    @property
+    def base(self) -> dict[str, float]:
+        """Split -> accuracy of the model without an adapter, of the first run that measured it."""
+        return {split: value for folder in reversed(self.folders) for split, value in folder.base.items()}
+
+
+def read_experiments(folders: Iterable) -> list[Experiment]:
+    """Reads runs, and merges those of one task and base model.
 
     Args:
-      workdir: folder of a run.
+      folders: paths of run folders.
 
     Raises:
-      FileNotFoundError, ValueError: there are no records, or unreadable ones.
+      FileNotFoundError, ValueError: a folder without records, unreadable ones, or a trial that two folders hold.
     """
-    records = read_json_lines(pathlib.Path(workdir) / "curves.jsonl")
-    base = [record["accuracy"] for record in records if record["trial"] == "base"]
-    if not base:
-        raise ValueError(f"{workdir} holds no accuracy of the base model")
-    curves: dict[tuple, dict[int, dict[int, float]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for record in records:
-        if record["trial"] == "base" or record.get("failed"):
-            continue
-        setting = (record["scaling"], record["rank"], tuple(record["weights"]))
-        key = (setting, record["method"], record["readout"], record["learning_rate"])
-        curves[key][record["seed"]][record["at_rank"]] = record["accuracy"]
-    rows = [_row(*key, by_seed) for key, by_seed in curves.items()]
-    order = list(POLICIES)
-    rows.sort(key=lambda row: (row.setting, order.index(row.method), row.learning_rate))
-    return RunRecords(base[0], rows, [record["trial"] for record in records if record.get("failed")])
+    groups: dict[tuple[str, str], list[RunFolder]] = collections.defaultdict(list)
+    for folder in map(RunFolder.read, folders):
+        groups[folder.task, folder.base_model].append(folder)
+    return [_merge(members) for members in groups.values()]
 
 
-def best_rows(rows: Iterable[CurveRow]) -> list[CurveRow]:
-    """Per (setting, method, read-out) the row of the learning rate with the highest mean AURAC over log2 rank."""
-    best: dict[tuple, CurveRow] = {}
-    for row in rows:
-        key = (row.setting, row.method, row.readout)
-        if key not in best or row.log2.mean > best[key].log2.mean:
-            best[key] = row
-    return list(best.values())
+def _merge(folders: list[RunFolder]) -> Experiment:
+    holders: dict = {}
+    for folder in folders:
+        for trial in (*folder.curves, *(trial for trial in folder.failed if trial not in folder.curves)):
+            if trial in holders:
+                raise ValueError(
+                    f"the trial {trial} is in {holders[trial]} and in {folder.path}; a table can hold it once: "
+                    "leave one of the folders out, or write a table for each"
+                )
+            holders[trial] = folder.path
+    # (setting, method, read-out) -> learning rate -> seed -> split -> curve
+    curves: dict = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict)))
+    failed_seeds: dict = collections.defaultdict(set)
+    for folder in folders:
+        for trial, of_trial in folder.curves.items():
+            for (split, readout), curve in of_trial.items():
+                setting = Setting(trial.scaling, trial.rank, trial.weights, tuple(curve))
+                curves[setting, trial.method, readout][trial.learning_rate][trial.seed][split] = curve
+        for trial in folder.failed:
+            key = (trial.scaling, trial.rank, trial.weights, trial.method, trial.learning_rate)
+            failed_seeds[key].add(trial.seed)
+    rows = []
+    for (setting, method, readout), rates in curves.items():
+        for rate, by_seed in rates.items():
+            finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
+            if not finished:
+                continue
+            failed = failed_seeds[setting.scaling, setting.rank, setting.weights, method, rate] - set(finished)
+            splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
+            measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
+            rows.append(CurveRow(setting, method, readout, rate, tuple(finished), tuple(sorted(failed)), measured))
+    rows.sort(key=_order)
+    return Experiment(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
 
 
-def _row(setting, method, readout, learning_rate, by_seed) -> CurveRow:
-    ranks = sorted(next(iter(by_seed.values())))
-    curves = {seed: [curve[rank] for rank in ranks] for seed, curve in sorted(by_seed.items())}
-    areas = [summarize(curve, ranks) for curve in curves.values()]
-    return CurveRow(
-        setting,
-        method,
-        readout,
-        learning_rate,
-        tuple(curves),
-        {rank: Spread.of(values) for rank, values in zip(ranks, zip(*curves.values(), strict=True), strict=True)},
-        *(Spread.of([getattr(area, name) for area in areas]) for name in ("linear", "log2", "mean")),
-    )
+def _order(row: CurveRow) -> tuple:
+    methods = [*POLICIES, row.method]
+    readouts = [*READOUT_ORDER, row.readout]
+    return row.setting, methods.index(row.method), row.method, readouts.index(row.readout), row.learning_rate

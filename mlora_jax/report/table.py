@@ -1,92 +1,238 @@
-"""The table of a run, as Markdown and CSV."""
+"""The report of one run or many: table.md, table.csv, table.tex, the differences between rows, and the figures."""
 
 from __future__ import annotations
 
 import csv
-import json
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from mlora_jax.report.figure import draw_curves
-from mlora_jax.report.rows import CurveRow, RunRecords, Spread, best_rows, read_rows
+from mlora_jax.report.captions import describe_differences, describe_runs, describe_setting
+from mlora_jax.report.choice import Choice, choose_rows, compare
+from mlora_jax.report.figure import draw_curves, draw_learning_rates
+from mlora_jax.report.folders import SPLITS
+from mlora_jax.report.formats import Table, to_latex, to_markdown
+from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread, read_experiments
 
 
 def write_report(workdir) -> None:
-    """Writes table.md, table.csv and curves.png from the records in a run's folder.
+    """Writes the report of one run into its folder, as the run's config says.
 
-    table.md shows every method at its best learning rate, and below it, if there are several, all of them; table.csv
-    has all rows with full precision.
+    `config.report.choose_on` names the split on which learning rates are chosen. Where that split was not measured,
+    every learning rate is listed and the caption says that none is chosen: a finished run always gets its report.
+
+    Args:
+      workdir: folder of a run. It gets table.md, table.csv (all learning rates, both splits, full precision),
+        table.tex; if there are trials that finished, also curves.png; if there are rows to compare, differences.csv
+        and differences.tex; if a row has several learning rates, also learning_rates.png.
+
+    Raises:
+      FileNotFoundError, ValueError: there are no records, or unreadable ones.
     """
-    workdir = pathlib.Path(workdir)
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    records = read_rows(workdir)
-    base, rows, best = records.base, records.rows, best_rows(records.rows)
-    title = f"{config['data']['task']} on {pathlib.PurePath(config['model']['path']).name}"
-    (workdir / "table.md").write_text(_markdown(title, records, best), encoding="utf-8")
-    with (workdir / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        _write_csv(csv.writer(file), base, rows, best)
-    if best:
-        draw_curves(workdir / "curves.png", title, base, best)
+    (experiment,) = read_experiments([workdir])
+    _write(experiment, choose_rows(experiment.rows, _configured_split(experiment)), pathlib.Path(workdir), "")
 
 
-def _markdown(title: str, records: RunRecords, best: list[CurveRow]) -> str:
-    base, rows = records.base, records.rows
-    parts = [f"# {title}\n"]
-    if records.failed:
-        parts.append(f"Failed, the loss is not finite: {', '.join(records.failed)}.\n")
-    if not rows:
-        parts.append(f"No trial finished. Accuracy of the base: {base:.3f}.\n")
-    for setting in dict.fromkeys(row.setting for row in rows):
-        ours = [row for row in rows if row.setting == setting]
-        chosen = [row for row in best if row.setting == setting]
-        several = len({row.learning_rate for row in ours}) > 1
-        parts.append(_caption(setting, ours, several))
-        parts.append(_table(base, chosen))
-        if several:
-            parts.append("Every learning rate:\n")
-            parts.append(_table(base, ours))
+def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[pathlib.Path]:
+    """Writes one report for many runs; one for each pair of task and base model if they are not all the same.
+
+    Args:
+      folders: of runs.
+      out: folder for the files of `write_report`; with several pairs their names end in "-TASK-MODEL".
+      choose_on: the split on which learning rates are chosen, "validation" or "test"; None is what the runs' configs
+        say, and "validation" where they do not agree.
+
+    Returns:
+      The Markdown files.
+
+    Raises:
+      FileNotFoundError: a folder without a run.
+      ValueError: unreadable records; a trial that two folders hold; a row of several learning rates that were not
+        measured on the split to choose on.
+    """
+    if choose_on is not None and choose_on not in SPLITS:
+        raise ValueError(f"choose_on must be one of {', '.join(SPLITS)}, got {choose_on!r}")
+    experiments = read_experiments(folders)
+    choices = [choose_rows(each.rows, choose_on or _configured_split(each)) for each in experiments]
+    for experiment, choice in zip(experiments, choices, strict=True):
+        if choice.undecided:
+            labels = ", ".join(dict.fromkeys(row.label for row in choice.undecided))
+            raise ValueError(
+                f"{experiment.title}: no learning rate can be chosen on the {choice.split} split for {labels}: it was "
+                "not measured; hold validation rows out when training, or choose on the test split as the reference "
+                "does, by --choose_on test"
+            )
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for experiment, choice in zip(experiments, choices, strict=True):
+        suffix = f"-{experiment.task}-{experiment.base_model}" if len(experiments) > 1 else ""
+        written.append(_write(experiment, choice, out, suffix))
+    return written
+
+
+def _configured_split(experiment: Experiment) -> str:
+    found = {folder.config.get("report", {}).get("choose_on", "validation") for folder in experiment.folders}
+    return found.pop() if len(found) == 1 else "validation"
+
+
+def _write(experiment: Experiment, choice: Choice, out: pathlib.Path, suffix: str) -> pathlib.Path:
+    captions = {setting: describe_setting(setting, experiment, choice) for setting in _settings(experiment.rows)}
+    notes = describe_runs(experiment)
+    comparable = _comparable(choice)
+    texts = {
+        "table.md": _markdown(experiment, choice, notes, captions, comparable),
+        "table.tex": _latex(experiment, choice, notes, captions),
+    }
+    if comparable:
+        texts["differences.tex"] = _latex_differences(experiment, comparable)
+    records = {"table.csv": _csv_rows(experiment, choice), "differences.csv": _csv_differences(comparable)}
+    figures = {"curves.png": bool(choice.shown), "learning_rates.png": bool(choice.chosen or choice.undecided)}
+    # An earlier report may have had a file that this one has not.
+    for name in ("differences.tex", *records, *figures):
+        _path(out, name, suffix).unlink(missing_ok=True)
+    for name, text in texts.items():
+        _path(out, name, suffix).write_text(text, encoding="utf-8")
+    for name, rows in records.items():
+        if rows:
+            with _path(out, name, suffix).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+    if figures["curves.png"]:
+        draw_curves(experiment, choice).savefig(_path(out, "curves.png", suffix))
+    if figures["learning_rates.png"]:
+        draw_learning_rates(experiment, choice).savefig(_path(out, "learning_rates.png", suffix))
+    return _path(out, "table.md", suffix)
+
+
+def _path(out: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
+    path = out / name
+    return path.with_name(f"{path.stem}{suffix}{path.suffix}")
+
+
+def _settings(rows: Iterable[CurveRow]) -> list[Setting]:
+    return list(dict.fromkeys(row.setting for row in rows))
+
+
+def _comparable(choice: Choice) -> dict[Setting, list[CurveRow]]:
+    """Per setting the rows to compare, where there are two or more: those that stand alone for their method."""
+    rows = [row for row in choice.shown if row not in choice.undecided]
+    found = {setting: [row for row in rows if row.setting == setting] for setting in _settings(rows)}
+    return {setting: members for setting, members in found.items() if len(members) > 1}
+
+
+def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparable) -> str:
+    parts = [f"# {experiment.title}\n", *(f"{note}\n" for note in notes)]
+    base = experiment.base["test"]
+    for setting, caption in captions.items():
+        shown = [row for row in choice.shown if row.setting == setting]
+        parts += [f"{caption}\n", to_markdown(_curve_table(base, shown, setting.ranks))]
+        if setting in comparable:
+            rows = comparable[setting]
+            parts += [f"{describe_differences(rows)}\n", to_markdown(_difference_table(rows, len(rows)))]
+        every = [row for row in experiment.rows if row.setting == setting]
+        if len(every) > len(shown):
+            extra = choice.split if choice.split != "test" else ""
+            parts += ["Every learning rate:\n", to_markdown(_curve_table(base, every, setting.ranks, extra))]
     return "\n".join(parts)
 
 
-def _caption(setting, rows: list[CurveRow], several: bool) -> str:
-    scaling, rank, weights = setting
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    text = f"R = {rank}, scaling {scaling}" + (f", weights {weights}" if weights else "")
-    text += f". Accuracy on the test split; seeds {', '.join(map(str, seeds))}"
-    text += "; mean ± standard deviation over seeds." if len(seeds) > 1 else "."
-    if several:
-        text += " Each row is at the learning rate with its highest AURAC (log2) on this same test split."
-    return text + "\n"
-
-
-def _table(base: float, rows: list[CurveRow]) -> str:
-    ranks = list(rows[0].accuracies)
+def _curve_table(base: float, rows: list[CurveRow], ranks: Sequence[int], extra: str = "") -> Table:
+    """Rows of one setting under the columns of `ranks`; `extra` names a split whose AURAC makes a last column."""
     header = ["method", "learning rate", "base", *map(str, ranks), "AURAC linear", "AURAC log2", "mean"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = []
     for row in rows:
-        values = [*(row.accuracies[rank] for rank in ranks), row.linear, row.log2, row.mean]
-        lines.append([row.label, f"{row.learning_rate:g}", f"{base:.3f}", *map(_cell, values)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        values = [*(row.test.accuracies.get(rank, "") for rank in ranks), row.test.linear, row.test.log2, row.test.mean]
+        if extra:
+            values.append(row.measured[extra].log2 if extra in row.measured else "")
+        lines.append([row.label, f"{row.learning_rate:g}", f"{base:.3f}", *values])
+    return Table(str(rows[0].setting), [*header, f"AURAC log2, {extra}"] if extra else header, lines)
 
 
-def _cell(spread: Spread) -> str:
-    return f"{spread.mean:.3f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.3f}")
+def _difference_table(rows: list[CurveRow], columns: int) -> Table:
+    header = ["", *(str(number) for number in range(1, columns + 1))]
+    lines = []
+    for number, first in enumerate(rows, start=1):
+        cells = ["" if first is second else compare(first, second) for second in rows]
+        lines.append([f"{number} {first.label}", *cells, *[""] * (columns - len(rows))])
+    return Table(str(rows[0].setting), header, lines)
 
 
-def _write_csv(writer, base: float, rows: list[CurveRow], best: list[CurveRow]) -> None:
-    ranks = sorted({rank for row in rows for rank in row.accuracies})
-    measures = [*(f"rank_{rank}" for rank in ranks), "aurac_linear", "aurac_log2", "mean"]
-    names = [f"{measure}{part}" for measure in measures for part in ("", "_std")]
-    head = ["method", "readout", "scaling", "rank", "weights", "learning_rate", "best", "seeds", "base"]
-    writer.writerow([*head, *names])
-    for row in rows:
-        spreads = [*(row.accuracies.get(rank) for rank in ranks), row.linear, row.log2, row.mean]
-        cells = [
-            x
-            for s in spreads
-            for x in (("", "") if s is None else (s.mean, "" if s.deviation is None else s.deviation))
-        ]
-        scaling, rank, weights = row.setting
-        weights, seeds = (" ".join(map(str, values)) for values in (weights, row.seeds))
-        writer.writerow(
-            [row.method, row.readout, scaling, rank, weights, row.learning_rate, int(row in best), seeds, base, *cells]
-        )
+def _latex(experiment: Experiment, choice: Choice, notes, captions) -> str:
+    comments = [experiment.title, *notes, *captions.values()]
+    if not choice.shown:
+        return "".join(f"% {comment}\n" for comment in comments)
+    ranks = sorted({rank for setting in captions for rank in setting.ranks})
+    tables = [
+        _curve_table(experiment.base["test"], [row for row in choice.shown if row.setting == setting], ranks)
+        for setting in captions
+    ]
+    return to_latex(tables, comments)
+
+
+def _latex_differences(experiment: Experiment, comparable: dict[Setting, list[CurveRow]]) -> str:
+    columns = max(map(len, comparable.values()))
+    comments = [experiment.title, *(f"{setting}. {describe_differences(rows)}" for setting, rows in comparable.items())]
+    return to_latex([_difference_table(rows, columns) for rows in comparable.values()], comments)
+
+
+def _csv_rows(experiment: Experiment, choice: Choice) -> list[dict[str, Any]]:
+    """A record per row and split; `best` is empty where no learning rate could be chosen."""
+    several = {row.group for row in choice.chosen}
+    ranks = sorted({rank for row in experiment.rows for rank in row.setting.ranks})
+    found = []
+    for row in experiment.rows:
+        for split in sorted(row.measured):
+            measured = row.measured[split]
+            spreads = {f"rank_{rank}": measured.accuracies.get(rank) for rank in ranks}
+            spreads |= {"aurac_linear": measured.linear, "aurac_log2": measured.log2, "mean": measured.mean}
+            found.append(
+                {
+                    "split": split,
+                    **_names(row),
+                    "best": "" if row in choice.undecided else int(row in choice.shown),
+                    "chosen_on": choice.split if row.group in several else "",
+                    "failed_seeds": " ".join(map(str, row.failed)),
+                    "base": experiment.base.get(split, ""),
+                    **{key: value for name, spread in spreads.items() for key, value in _numbers(name, spread).items()},
+                }
+            )
+    return found
+
+
+def _csv_differences(comparable: dict[Setting, list[CurveRow]]) -> list[dict[str, Any]]:
+    """A record per pair of rows of one setting; `clear` is empty where a row has no spread."""
+    found = []
+    for rows in comparable.values():
+        for index, first in enumerate(rows):
+            for second in rows[index + 1 :]:
+                difference = compare(first, second)
+                sides = {"first": first, "second": second}
+                found.append(
+                    {
+                        **{f"{side}_{key}": value for side, row in sides.items() for key, value in _names(row).items()},
+                        **_numbers("first_aurac_log2", first.test.log2),
+                        **_numbers("second_aurac_log2", second.test.log2),
+                        "difference": difference.value,
+                        "clear": "" if difference.clear is None else int(difference.clear),
+                    }
+                )
+    return found
+
+
+def _names(row: CurveRow) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "readout": row.readout,
+        "scaling": row.setting.scaling,
+        "rank": row.setting.rank,
+        "weights": " ".join(map(str, row.setting.weights)),
+        "learning_rate": row.learning_rate,
+        "seeds": " ".join(map(str, row.seeds)),
+    }
+
+
+def _numbers(name: str, spread: Spread | None) -> dict[str, Any]:
+    missing = spread is None or spread.deviation is None
+    return {name: "" if spread is None else spread.mean, f"{name}_std": "" if missing else spread.deviation}

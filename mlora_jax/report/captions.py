@@ -1,0 +1,103 @@
+"""The sentences above the tables: what was averaged, what was chosen on which split, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mlora_jax.report.choice import Choice
+from mlora_jax.report.folders import config_differences
+from mlora_jax.report.rows import CurveRow, Experiment, Setting
+
+CHOSEN_ON = {
+    "validation": "the validation split, held out of the training rows",
+    "test": "this same test split, which flatters it",
+}
+UNDECIDED = {
+    "validation": "No learning rate is chosen, for want of accuracies on a validation split, and every one is listed",
+    "test": "No learning rate is chosen, for want of accuracies on the test split, and every one is listed",
+}
+
+
+def describe_runs(experiment: Experiment) -> list[str]:
+    """Sentences about the runs as a whole: which they are, how they differ, what failed or is not finished."""
+    folders = experiment.folders
+    notes = []
+    if len(folders) > 1:
+        notes.append(f"Runs: {', '.join(str(folder.path) for folder in folders)}.")
+    differences = config_differences(folders)
+    if differences:
+        told = "; ".join(f"{name}: {', '.join(values)}" for name, values in differences.items())
+        notes.append(f"Runs differ in {told}.")
+    base = [folder.base["test"] for folder in folders]
+    if len(set(base)) > 1:
+        found = ", ".join(f"{value:.3f} in {folder.path}" for value, folder in zip(base, folders, strict=True))
+        notes.append(f"The base's accuracy differs between the runs: {found}; the first is shown.")
+    for folder in folders:
+        if folder.unfinished:
+            where = f" of {folder.path}" if len(folders) > 1 else ""
+            notes.append(f"{len(folder.unfinished)} of {len(folder.planned)} trials{where} are not finished.")
+    if experiment.failed:
+        notes.append(f"Failed, the loss is not finite: {', '.join(experiment.failed)}.")
+    if not experiment.rows:
+        notes.append(f"No trial finished. Accuracy of the base: {experiment.base['test']:.3f}.")
+    return notes
+
+
+def describe_setting(setting: Setting, experiment: Experiment, choice: Choice) -> str:
+    """The caption of a setting's table."""
+    rows = [row for row in experiment.rows if row.setting == setting]
+    chosen, left_out, undecided = (
+        [row for row in some if row.setting == setting] for some in (choice.chosen, choice.left_out, choice.undecided)
+    )
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    name = str(setting)
+    if any(row.setting.ranks != setting.ranks and str(row.setting) == name for row in experiment.rows):
+        name += f", S = {', '.join(map(str, setting.ranks))}"
+    sentences = [
+        f"{name}. Accuracy on the test split; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+        + ("; mean ± standard deviation over seeds." if len(seeds) > 1 else ".")
+    ]
+    if chosen:
+        sentences.append(
+            "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
+            f"{CHOSEN_ON[choice.split]}."
+        )
+    if undecided:
+        sentences.append(f"{UNDECIDED[choice.split]}: {', '.join(dict.fromkeys(row.label for row in undecided))}.")
+    everyone = {*seeds, *(seed for row in rows for seed in row.failed)}
+    if left_out:
+        sentences.append(
+            "Not chosen among, since fewer of their seeds finished than at another learning rate: "
+            f"{_name_with_absent(left_out, everyone)}."
+        )
+    short = [row for row in rows if set(row.seeds) != everyone and row not in left_out]
+    if short:
+        sentences.append(f"Means over the seeds that finished: {_name_with_absent(short, everyone)}.")
+    return " ".join(sentences)
+
+
+def describe_differences(rows: Iterable[CurveRow]) -> str:
+    """The caption of a setting's pairwise differences."""
+    rows = list(rows)
+    alone = [row.label for row in rows if row.test.log2.deviation is None]
+    which = "every row" if len(alone) == len(rows) else ", ".join(alone)
+    sentences = [
+        "Differences of AURAC (log2) on the test split, row less column.",
+        "Bold: clear, the bands mean ± one standard deviation over seeds do not overlap.",
+    ]
+    if alone:
+        sentences.append(f"In brackets: a row of one seed has no spread, so nothing can be said: {which}.")
+    return " ".join(sentences)
+
+
+def _name_with_absent(rows: Iterable[CurveRow], everyone: set[int]) -> str:
+    return ", ".join(f"{row.label} at {row.learning_rate:g} ({_absent(row, everyone)})" for row in rows)
+
+
+def _absent(row: CurveRow, everyone: set[int]) -> str:
+    kinds = {"failed": row.failed, "missing": sorted(everyone - set(row.seeds) - set(row.failed))}
+    return "; ".join(
+        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))} {kind}"
+        for kind, seeds in kinds.items()
+        if seeds
+    )

@@ -1,0 +1,176 @@
+"""What one run's folder holds: its config, and the rank-accuracy curves of its trials."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from mlora_jax.train.records import read_json_lines
+
+SPLITS = ("validation", "test")
+# What a record says of every trial, and beyond that of every accuracy.
+TRIAL_FIELDS = ("method", "learning_rate", "seed", "scaling", "rank", "weights")
+ACCURACY_FIELDS = ("split", "readout", "at_rank", "accuracy")
+# Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
+SHOWN_GROUPS = ("trials", "report")
+PLACES = ("model.path", "data.file", "data.evaluation_file")  # the last part of the path counts
+UNTOLD_ENDINGS = ("_dir", "_every")
+
+
+class Trial(NamedTuple):
+    """What tells one trial from another."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    scaling: str
+    rank: int
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Trial:
+        """The trial of a record or of a point in the product of a config's trials."""
+        fields = {name: values[name] for name in TRIAL_FIELDS}
+        return cls(**{**fields, "learning_rate": float(fields["learning_rate"]), "weights": tuple(fields["weights"])})
+
+    def __str__(self) -> str:
+        weights = f" weights {list(self.weights)}" if self.weights else ""
+        return f"{self.method} R {self.rank} {self.scaling}{weights} rate {self.learning_rate:g} seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run's folder.
+
+    Attributes:
+      path: the folder.
+      config: what config.json holds.
+      base: split -> accuracy of the model without an adapter; always has "test".
+      curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
+      failed: the trials whose loss became infinite or NaN -> their names.
+    """
+
+    path: pathlib.Path
+    config: dict[str, Any]
+    base: dict[str, float]
+    curves: dict[Trial, dict[tuple[str, str], dict[int, float]]]
+    failed: dict[Trial, str]
+
+    @classmethod
+    def read(cls, path) -> RunFolder:
+        """Reads a folder.
+
+        Args:
+          path: the folder of a run, finished or not.
+
+        Raises:
+          FileNotFoundError: config.json or curves.jsonl is missing.
+          ValueError: unreadable records, or none of the base model on the test split.
+        """
+        path = pathlib.Path(path)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} is not the folder of a run: it has no config.json")
+        if not (path / "curves.jsonl").is_file():
+            raise FileNotFoundError(f"{path} has no curves.jsonl: the run has not measured anything yet")
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path / 'config.json'}: {error}") from error
+        base: dict[str, float] = {}
+        curves: dict[Trial, dict] = collections.defaultdict(lambda: collections.defaultdict(dict))
+        failed: dict[Trial, str] = {}
+        for record in _checked(path / "curves.jsonl"):
+            if record["trial"] == "base":
+                base[record["split"]] = record["accuracy"]
+            elif record.get("failed"):
+                failed[Trial.of(record)] = record["trial"]
+            else:
+                curve = curves[Trial.of(record)][record["split"], record["readout"]]
+                curve[record["at_rank"]] = record["accuracy"]
+        if "test" not in base:
+            raise ValueError(f"{path} holds no accuracy of the base model on the test split")
+        return cls(path, config, base, _whole(curves), failed)
+
+    @property
+    def task(self) -> str:
+        return self.config["data"]["task"]
+
+    @property
+    def base_model(self) -> str:
+        """The last part of the base model's path."""
+        return pathlib.PurePath(self.config["model"]["path"]).name
+
+    @property
+    def planned(self) -> list[Trial]:
+        """The product of `config.trials`; empty if the config does not say."""
+        axes = self.config.get("trials")
+        if not axes:
+            return []
+        points = itertools.product(*(axes[name] for name in TRIAL_FIELDS))
+        return [Trial.of(dict(zip(TRIAL_FIELDS, values, strict=True))) for values in points]
+
+    @property
+    def unfinished(self) -> list[Trial]:
+        """The planned trials that have neither failed nor a curve on the test split."""
+        measured = {trial for trial, curves in self.curves.items() if any(split == "test" for split, _ in curves)}
+        return [trial for trial in self.planned if trial not in measured and trial not in self.failed]
+
+    def told_values(self) -> dict[str, Any]:
+        """Dotted config keys and values, without those in which runs may differ without a word."""
+        told = {}
+        for name, value in _flat({group: self.config[group] for group in self.config if group not in SHOWN_GROUPS}):
+            if not name.endswith(UNTOLD_ENDINGS):
+                told[name] = pathlib.PurePath(value).name if name in PLACES else value
+        return told
+
+
+def config_differences(folders: Iterable[RunFolder]) -> dict[str, list[str]]:
+    """Dotted config key -> its distinct values as text, of the keys in which folders differ."""
+    configs = [folder.told_values() for folder in folders]
+    found = {}
+    for name in dict.fromkeys(name for config in configs for name in config):
+        values = list(dict.fromkeys(_text(config[name]) if name in config else "not set" for config in configs))
+        if len(values) > 1:
+            found[name] = values
+    return found
+
+
+def _checked(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(read_json_lines(path), start=1):
+        of_trial = () if record.get("trial") == "base" else TRIAL_FIELDS
+        needed = ("trial", *of_trial, *(() if record.get("failed") else ACCURACY_FIELDS))
+        missing = [name for name in needed if name not in record]
+        if missing:
+            raise ValueError(f"{path}: record {number} has no {', '.join(missing)}")
+        yield record
+
+
+def _whole(curves: dict[Trial, dict]) -> dict[Trial, dict]:
+    """Drops the curves that a killed run left short of a rank which other curves of that R and read-out have."""
+    ranks = collections.defaultdict(set)
+    for trial, of_trial in curves.items():
+        for (_, readout), curve in of_trial.items():
+            ranks[trial.rank, readout] |= set(curve)
+    whole: dict[Trial, dict] = collections.defaultdict(dict)
+    for trial, of_trial in curves.items():
+        for (split, readout), curve in of_trial.items():
+            if set(curve) == ranks[trial.rank, readout]:
+                whole[trial][split, readout] = dict(sorted(curve.items()))
+    return dict(whole)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -1,0 +1,102 @@
+"""A table of cells as Markdown and as LaTeX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from mlora_jax.report.choice import Difference
+from mlora_jax.report.rows import Spread
+
+Cell = str | Spread | Difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table; the cells of its first column are text.
+
+    Attributes:
+      title: of the table within a larger one.
+      header: [columns].
+      rows: [rows][columns].
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+
+
+def to_markdown(table: Table) -> str:
+    """A Markdown table; the columns after the first are set to the right."""
+    lines = [[_MARKDOWN[type(cell)](cell) for cell in row] for row in (table.header, *table.rows)]
+    lines.insert(1, ["---", *["---:"] * (len(table.header) - 1)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def to_latex(tables: Sequence[Table], comments: Sequence[str]) -> str:
+    r"""One LaTeX tabular, a titled block per table if there are several; needs \usepackage{booktabs}.
+
+    Args:
+      tables: all with the same header.
+      comments: lines above it, as LaTeX comments.
+    """
+    header = tables[0].header
+    lines = [f"% {line}" for comment in (*comments, r"Needs \usepackage{booktabs}.") for line in comment.splitlines()]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", _latex_row(header)]
+    for table in tables:
+        lines.append(r"\midrule")
+        if len(tables) > 1:
+            lines += [rf"\multicolumn{{{len(header)}}}{{l}}{{{escape_latex(table.title)}}} \\", r"\midrule"]
+        lines += [_latex_row(row) for row in table.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+_LATEX_SPECIAL = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+    }
+)
+
+
+def escape_latex(text: str) -> str:
+    r"""Text with the characters that LaTeX reads as commands written out.
+
+    >>> escape_latex("dylora_frozen & 5%")
+    'dylora\\_frozen \\& 5\\%'
+    """
+    return text.translate(_LATEX_SPECIAL)
+
+
+def _latex_row(cells: Sequence[Cell]) -> str:
+    return f"{' & '.join(_LATEX[type(cell)](cell) for cell in cells)} \\\\"
+
+
+def _markdown_spread(spread: Spread) -> str:
+    return f"{spread.mean:.3f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.3f}")
+
+
+def _latex_spread(spread: Spread) -> str:
+    return f"${spread.mean:.3f}" + ("$" if spread.deviation is None else rf" \pm {spread.deviation:.3f}$")
+
+
+# Difference.clear -> how its value is set.
+_MARKDOWN_CLEAR = {True: "**{:+.3f}**", False: "{:+.3f}", None: "({:+.3f})"}
+_LATEX_CLEAR = {True: r"$\mathbf{{{:+.3f}}}$", False: "${:+.3f}$", None: "$({:+.3f})$"}
+
+_MARKDOWN: dict[type, Callable[..., str]] = {
+    str: lambda text: text.replace("|", r"\|"),
+    Spread: _markdown_spread,
+    Difference: lambda difference: _MARKDOWN_CLEAR[difference.clear].format(difference.value),
+}
+_LATEX: dict[type, Callable[..., str]] = {
+    str: escape_latex,
+    Spread: _latex_spread,
+    Difference: lambda difference: _LATEX_CLEAR[difference.clear].format(difference.value),
+}

@@ -1,0 +1,55 @@
+"""Folders of runs with known numbers."""
+
+import json
+import pathlib
+
+from mlora_jax.train.records import JsonLines
+
+RANKS = (1, 2, 4)
+
+
+def write_run(
+    path,
+    curves,
+    *,
+    failed=(),
+    base=(("test", 0.25),),
+    task="trec",
+    model="some/folder/base",
+    scaling="none",
+    weights=(),
+    **config,
+):
+    """Writes a run's folder.
+
+    Args:
+      path: of the folder.
+      curves: (method, read-out, learning rate) -> split -> seed -> accuracies at the ranks 1, 2, 4.
+      failed: (method, learning rate, seed) of the trials that failed.
+      base: (split, accuracy) of the base.
+      task, model: of the config.
+      scaling, weights: of every trial.
+      **config: more groups of the config.
+    """
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    values = {"data": {"task": task}, "model": {"path": model}} | config
+    (path / "config.json").write_text(json.dumps(values))
+    with JsonLines(path / "curves.jsonl") as records:
+        for split, accuracy in base:
+            records.write(trial="base", split=split, readout="base", at_rank=0, accuracy=accuracy)
+        for (method, readout, rate), splits in curves.items():
+            for split, seeds in splits.items():
+                for seed, accuracies in seeds.items():
+                    for rank, accuracy in zip(RANKS, accuracies, strict=False):
+                        where = {"split": split, "readout": readout, "at_rank": rank, "accuracy": accuracy}
+                        records.write(**_trial(method, rate, seed, scaling, weights), **where)
+        for method, rate, seed in failed:
+            records.write(**_trial(method, rate, seed, scaling, weights), failed=True)
+    return path
+
+
+def _trial(method, rate, seed, scaling, weights):
+    name = f"{method}-lr{rate:g}-seed{seed}"
+    fields = {"method": method, "learning_rate": rate, "seed": seed, "scaling": scaling, "weights": list(weights)}
+    return {"trial": name, **fields, "rank": 4, "task": "trec"}
