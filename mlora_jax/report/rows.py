@@ -172,7 +172,7 @@ def _merge(folders: list[RunFolder]) -> Experiment:
             finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
             if not finished:
                 continue
-            failed = failed_seeds[setting.scaling, setting.rank, setting.weights, method, rate] - set(finished)
+            failed = failed_seeds[setting.scaling, setting.rank, setting.weights, method, rate]
             splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
             measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
             rows.append(CurveRow(setting, method, readout, rate, tuple(finished), tuple(sorted(failed)), measured))

@@ -178,26 +178,26 @@ def _latex_differences(experiment: Experiment, comparable: dict[Setting, list[Cu
 
 
 def _csv_rows(experiment: Experiment, choice: Choice) -> list[dict[str, Any]]:
-    """A record per row and split; `best` is empty where no learning rate could be chosen."""
+    """A record per row; `best` is empty where no learning rate could be chosen."""
     several = {row.group for row in choice.chosen}
     ranks = sorted({rank for row in experiment.rows for rank in row.setting.ranks})
+    splits = [split for split in ("test", "validation") if any(split in row.measured for row in experiment.rows)]
     found = []
     for row in experiment.rows:
-        for split in sorted(row.measured):
-            measured = row.measured[split]
-            spreads = {f"rank_{rank}": measured.accuracies.get(rank) for rank in ranks}
-            spreads |= {"aurac_linear": measured.linear, "aurac_log2": measured.log2, "mean": measured.mean}
-            found.append(
-                {
-                    "split": split,
-                    **_names(row),
-                    "best": "" if row in choice.undecided else int(row in choice.shown),
-                    "chosen_on": choice.split if row.group in several else "",
-                    "failed_seeds": " ".join(map(str, row.failed)),
-                    "base": experiment.base.get(split, ""),
-                    **{key: value for name, spread in spreads.items() for key, value in _numbers(name, spread).items()},
-                }
-            )
+        record = {
+            **_names(row),
+            "best": "" if row in choice.undecided else int(row in choice.shown),
+            "chosen_on": choice.split if row.group in several else "",
+            "failed_seeds": " ".join(map(str, row.failed)),
+        }
+        for split in splits:
+            prefix, measured = "" if split == "test" else f"{split}_", row.measured.get(split)
+            record[f"{prefix}base"] = experiment.base.get(split, "")
+            for rank in ranks:
+                record |= _numbers(f"{prefix}rank_{rank}", measured.accuracies.get(rank) if measured else None)
+            for name, area in (("aurac_linear", "linear"), ("aurac_log2", "log2"), ("mean", "mean")):
+                record |= _numbers(f"{prefix}{name}", getattr(measured, area) if measured else None)
+        found.append(record)
     return found
 
 

@@ -239,23 +239,30 @@ def test_a_difference_is_clear_where_the_bands_do_not_overlap(tmp_path):
     assert float(pairs["lora", "dylora"]["first_aurac_log2_std"]) == pytest.approx(0.02**0.5)
 
 
-def test_csv_holds_every_row_and_split_with_full_precision(run):
+def test_csv_holds_every_row_with_full_precision(run):
     write_report(run)
     rows = read_csv(run / "table.csv")
-    assert [(row["method"], row["learning_rate"], row["split"], row["best"]) for row in rows] == [
-        ("lora", "0.1", "test", "1"),
-        ("lora", "0.1", "validation", "1"),
-        ("lora", "0.2", "test", "0"),
-        ("lora", "0.2", "validation", "0"),
-        ("matryoshka", "0.1", "test", "0"),
-        ("matryoshka", "0.1", "validation", "0"),
-        ("matryoshka", "0.2", "test", "1"),
-        ("matryoshka", "0.2", "validation", "1"),
+    assert [(row["method"], row["learning_rate"], row["best"]) for row in rows] == [
+        ("lora", "0.1", "1"),
+        ("lora", "0.2", "0"),
+        ("matryoshka", "0.1", "0"),
+        ("matryoshka", "0.2", "1"),
     ]
     assert float(rows[0]["rank_1_std"]) == pytest.approx(np.std([0.1, 0.2], ddof=1), abs=1e-15)
     assert float(rows[0]["aurac_linear"]) == pytest.approx(0.8 / 3, abs=1e-15)
-    assert [row["base"] for row in rows[:2]] == ["0.25", "0.125"]
+    assert float(rows[0]["validation_aurac_log2"]) == pytest.approx(0.6, abs=1e-15)
+    assert float(rows[1]["validation_rank_4"]) == pytest.approx(0.6, abs=1e-15)
+    assert (rows[0]["base"], rows[0]["validation_base"]) == ("0.25", "0.125")
     assert {row["chosen_on"] for row in rows} == {"validation"} and rows[0]["seeds"] == "1 2"
+
+
+def test_csv_leaves_empty_what_was_not_measured(tmp_path):
+    both = {("lora", "prefix", 0.1): BOTH_SPLITS["lora", "prefix", 0.1]}
+    only_test = {("dylora", "prefix", 0.1): {"test": {1: (0.5, 0.5, 0.5)}}}
+    write_report(write_run(tmp_path, both | only_test, base=BOTH_BASES))
+    lora, dylora = read_csv(tmp_path / "table.csv")
+    assert dylora["validation_aurac_log2"] == "" and dylora["validation_rank_1"] == "" and dylora["rank_1_std"] == ""
+    assert float(lora["validation_aurac_log2"]) == pytest.approx(0.6)
 
 
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
