@@ -20,12 +20,15 @@ _HOMES = {
     "Task": "tasks",
     "TaskData": "load",
     "Tokenized": "tokenize",
+    "TrialsPipeline": "pipeline",
     "batch_shape": "pipeline",
     "collate": "pipeline",
     "encode_row": "tokenize",
     "find_task": "tasks",
     "load_task": "load",
+    "hold_out": "load",
     "make_pipeline": "pipeline",
+    "make_trials_pipeline": "pipeline",
     "prompt_tokens": "tokenize",
 }
 __all__ = sorted(_HOMES)

@@ -126,8 +126,8 @@ def load_task(
     )
 
 
-def hold_out(count: int, fraction: float) -> frozenset[int]:
-    """The rows held out of `count`: those with the smallest sha256 of "0:ROW", one at least.
+def hold_out(count: int, fraction: float, *, limit: int | None = None, name: str = "data.holdout") -> frozenset[int]:
+    """The rows held out of `count`: those with the smallest sha256 of "0:ROW", one at least and at most `limit`.
 
     Raises:
         ValueError: a fraction outside 0..1, or nothing left to train on.
@@ -138,12 +138,12 @@ def hold_out(count: int, fraction: float) -> frozenset[int]:
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(
-            f"data.holdout must be above 0 and below 1, got {fraction}; to train on every row, set data.evaluation_file"
+            f"{name} must be above 0 and below 1, got {fraction}; to train on every row, set data.evaluation_file"
         )
-    held = max(1, round(count * fraction))
+    held = min(max(1, round(count * fraction)), limit or count)
     if held >= count:
         raise ValueError(
-            f"data.holdout={fraction} of {count} row(s) leaves none to train on: add rows, or set data.evaluation_file"
+            f"{name}={fraction} of {count} row(s) leaves none to train on: add rows, or set data.evaluation_file"
         )
     by_hash = sorted(range(count), key=lambda row: hashlib.sha256(f"0:{row}".encode()).digest())
     return frozenset(by_hash[:held])

@@ -193,3 +193,52 @@ def make_pipeline(
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)
     return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialsPipeline:
+    """The step batches of K trials that train together, each in the order of its own seed.
+
+    All trials of a step share one shape: the time and answer axes that the longest examples of the step need.
+    `iter` gives a grain iterator, as `Pipeline` does.
+
+    Attributes:
+        pipelines: one per different seed.
+        members: which of them each trial follows, [K].
+    """
+
+    pipelines: tuple[Pipeline, ...]
+    members: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, over all epochs; the same for every trial."""
+        return self.pipelines[0].steps
+
+    def stack(self, parts: Sequence[Sequence[Example]]) -> dict[str, np.ndarray]:
+        """One step's examples of every pipeline as arrays [K, M, B, ...]; see `collate`."""
+        shapes = [batch_shape(examples, self.pipelines[0].pad_multiple) for examples in parts]
+        length, answers = (max(axis) for axis in zip(*shapes, strict=True))
+        batches = [
+            dataclasses.replace(pipeline, length=length, answers=answers).collate(examples)
+            for pipeline, examples in zip(self.pipelines, parts, strict=True)
+        ]
+        return {name: np.stack([batches[member][name] for member in self.members]) for name in batches[0]}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        joined = grain.experimental.ZipMapDataset([pipeline.batches for pipeline in self.pipelines])
+        return iter(joined.map(self.stack).to_iter_dataset(READ_OPTIONS))
+
+
+def make_trials_pipeline(examples: Sequence[Example], *, seeds: Sequence[int], **options) -> TrialsPipeline:
+    """The pipeline of trials with these seeds; the other arguments are those of `make_pipeline`.
+
+    Example:
+        >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
+        >>> pipeline = make_trials_pipeline([example] * 3, seeds=(7, 8, 7), batch_size=2)
+        >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
+        (2, (3, 1, 2, 32))
+    """
+    different = list(dict.fromkeys(seeds))
+    pipelines = tuple(make_pipeline(examples, seed=seed, **options) for seed in different)
+    return TrialsPipeline(pipelines, tuple(different.index(seed) for seed in seeds))

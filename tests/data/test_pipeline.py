@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlora_jax.data.pipeline import batch_shape, collate, make_pipeline
+from mlora_jax.data.pipeline import batch_shape, collate, make_pipeline, make_trials_pipeline
 from mlora_jax.data.tokenize import Example
 
 KEYS = {"tokens": np.int32, "positions": np.int32, "targets": np.int32, "weights": np.float32}
@@ -29,6 +29,10 @@ def example_lists(draw):
 def some_examples(count, length=6):
     mask = np.arange(length) >= length - 2
     return [Example(np.full(length, 100 + number, np.int32), mask, number) for number in range(count)]
+
+
+def make_example(length, targets, row):
+    return Example(np.full(length, 100 + row, np.int32), np.arange(length) >= length - targets, row)
 
 
 def rows_of(batch):
@@ -199,3 +203,32 @@ def test_collate_names_what_does_not_fit():
         collate(some_examples(1), batch_size=1, answers=1)
     with pytest.raises(ValueError, match=r"a batch of 2 rows takes 1 to 2 examples, got 3"):
         collate(some_examples(3), batch_size=2)
+
+
+def test_trials_follow_their_own_seeds_in_one_shape():
+    examples = [make_example(3 + 5 * (number % 7), 1 + number % 3, row=number) for number in range(23)]
+    options = {"batch_size": 4, "accumulation": 2, "epochs": 3, "pad_multiple": 8}
+    together = make_trials_pipeline(examples, seeds=(5, 9, 5), **options)
+    alone = {seed: make_pipeline(examples, seed=seed, **options) for seed in (5, 9)}
+    assert together.steps == alone[5].steps == 18 and together.members == (0, 1, 0)
+    for stacked, five, nine in zip(together, alone[5], alone[9], strict=True):
+        for trial, batch in ((0, five), (1, nine), (2, five)):
+            for name, array in batch.items():
+                own = stacked[name][trial]
+                assert own.dtype == array.dtype and own.shape[:2] == array.shape[:2]
+                kept = own[..., : array.shape[-1]]
+                assert np.array_equal(kept, array) and not own[..., array.shape[-1] :].any()
+
+
+def test_trials_resume_where_they_were():
+    examples = [make_example(3 + number % 9, 1, row=number) for number in range(11)]
+    pipeline = make_trials_pipeline(examples, seeds=(1, 2), batch_size=2, epochs=2)
+    first = iter(pipeline)
+    for _ in range(4):
+        next(first)
+    second = iter(pipeline)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    left = list(second)
+    assert len(left) == 11 - 4
+    for one, other in zip(first, left, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
