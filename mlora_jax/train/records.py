@@ -3,26 +3,60 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
+
+from mlora_jax.models.hugging_face import write_aside
 
 SCHEMA = 1
 
 
 class JsonLines:
-    """Appends records to a file, each with a `schema` field.
+    """Appends records to a file, each with a `schema` field; NaN and infinities become null.
 
     Args:
-      path: of the file; an old one is replaced.
+      path: of the file; records that it holds already stay, half a line at its end does not.
     """
 
     def __init__(self, path):
-        self._file = pathlib.Path(path).open("w", encoding="utf-8")
+        self._path = pathlib.Path(path)
+        self._path.touch()
+        end = self._path.read_bytes().rfind(b"\n") + 1
+        os.truncate(self._path, end)
+        self._file = self._path.open("a", encoding="utf-8")
 
-    def write(self, **record: Any) -> None:
-        """Appends one record."""
-        self._file.write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+    @property
+    def position(self) -> int:
+        """The size of the file in bytes: what `cut` takes."""
+        return self._file.tell()
+
+    def write(self, *records: dict[str, Any]) -> None:
+        """Appends records, all in one piece."""
+        lines = (json.dumps({"schema": SCHEMA, **_finite(record)}, allow_nan=False) for record in records)
+        self._file.write("".join(f"{line}\n" for line in lines))
         self._file.flush()
+
+    def cut(self, position: int) -> None:
+        """Takes everything from a position on back.
+
+        Raises:
+          ValueError: the file is shorter than that.
+        """
+        if position > self.position:
+            raise ValueError(
+                f"{self._path} has {self.position} bytes, but a checkpoint was made when it had {position}"
+            )
+        self._file.truncate(position)
+        self._file.seek(position)
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops the records that are not wanted; see `keep_records`."""
+        self._file.close()
+        keep_records(self._path, wanted)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def __enter__(self):
         return self
@@ -31,14 +65,36 @@ class JsonLines:
         self._file.close()
 
 
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_records(path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites a file with the records that are wanted; a file that is not there stays so."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return
+    with JsonLines(path):  # drops half a line
+        pass
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line, record in zip(lines, read_json_lines(path), strict=True) if wanted(record)]
+    if len(kept) < len(lines):
+        with write_aside(path) as file:
+            file.write_text("".join(kept), encoding="utf-8")
+
+
 def read_json_lines(path) -> list[dict[str, Any]]:
-    """All records of a file.
+    """All records of a file; half a line at its end, which a run is writing or was killed in, is none.
 
     Raises:
       ValueError: a line is no JSON object or of another schema; names file and line.
     """
     records = []
-    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    data = pathlib.Path(path).read_bytes()
+    whole = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

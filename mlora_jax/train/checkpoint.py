@@ -1,0 +1,144 @@
+"""Exact resume: what a batch of trials is at a step, on disk by orbax while the next steps run."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import shutil
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+logger = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read: its step, the arrays in the template's structure, and the JSON values beside them."""
+
+    step: int
+    state: Any
+    values: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one batch of trials.
+
+    A save returns as soon as the arrays are copied; the files are written behind it, and a step's folder gets its name
+    when all of it is there. What is read back is compared with a checksum, so that a damaged checkpoint is never taken
+    for a sound one.
+
+    Args:
+      folder: of the batch; made if it is not there.
+      keep: how many of the newest checkpoints are kept.
+    """
+
+    def __init__(self, folder, *, keep: int = 2):
+        self._folder = pathlib.Path(folder).absolute()
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            # Otherwise a save during another save is declined; with it off the second one waits.
+            enable_should_save_is_saving_in_progress_check=False,
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._folder, options=self._options, item_names=("state", "values"))
+
+    def save(self, step: int, state, values: dict[str, Any]) -> None:
+        """Begins to write a checkpoint.
+
+        Args:
+          step: finished steps; above that of every earlier checkpoint.
+          state: tree of arrays.
+          values: whatever JSON holds.
+
+        Raises:
+          RuntimeError: orbax declined to write it.
+        """
+        # Copies: the next step reuses the buffers of these while they are still being written.
+        arrays = {name: jnp.copy(leaf) for name, leaf in _named_arrays(state).items()}
+        record = {"values": values, "checksum": _checksum(arrays)}
+        try:
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), values=ocp.args.JsonSave(record)),
+                force=True,
+            )
+        except ValueError as error:
+            raise RuntimeError(f"the checkpoint of step {step} in {self._folder} was not written: {error}") from error
+        if not saved:
+            raise RuntimeError(f"the checkpoint of step {step} in {self._folder} was not written: orbax declined to")
+
+    def restore(self, template) -> Restored | None:
+        """The newest sound checkpoint; damaged ones above it are removed with a warning. None if there is none.
+
+        Args:
+          template: tree of arrays of the shapes, dtypes and shardings to restore to.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._read(step, template)
+            except Exception as error:  # orbax, tensorstore and JSON each have their own for a damaged file
+                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                logger.warning("the checkpoint of step %d in %s is damaged and removed: %s", step, self._folder, reason)
+                # Removed before training goes on: its step comes again, and orbax does not overwrite a step.
+                self._manager.close()
+                shutil.rmtree(self._folder / str(step))
+                self._manager = self._open()
+        return None
+
+    def _read(self, step: int, template) -> Restored:
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in _named_arrays(template).items()
+        }
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), values=ocp.args.JsonRestore())
+        )
+        arrays, record = found["state"], found["values"]
+        if record["checksum"] != _checksum(arrays):
+            raise ValueError("its arrays are not those that were saved")
+        leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+        return Restored(step, structure.unflatten([arrays[_name(path)] for path, _ in leaves]), record["values"])
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises what went wrong while it was written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees the threads."""
+        self._manager.close()
+
+    def remove(self) -> None:
+        """Closes, and deletes the folder."""
+        self.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _named_arrays(tree) -> dict[str, jax.Array]:
+    return {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksum(arrays: dict[str, jax.Array]) -> int:
+    total = 0
+    for name, array in sorted(arrays.items()):
+        values = np.ascontiguousarray(np.asarray(array))
+        total = zlib.crc32(name.encode(), total)
+        total = zlib.crc32(f"{values.dtype}{values.shape}".encode(), total)
+        total = zlib.crc32(values.reshape(-1).view(np.uint8), total)
+    return total
