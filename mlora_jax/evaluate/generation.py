@@ -14,6 +14,7 @@ from flax import nnx
 from mlora_jax.adapt import set_profile
 from mlora_jax.data.tasks import Task
 from mlora_jax.data.tokenize import prompt_tokens
+from mlora_jax.evaluate.requests import even_batch_size
 from mlora_jax.models.tokenizer import Tokenizer
 
 
@@ -84,7 +85,7 @@ class GenerationEvaluator:
       task: says how the answer is found in a text (`answer_pattern`) and which strings end one (`stop`).
       max_length: a longer prompt loses tokens on its left.
       max_new_tokens: N.
-      batch_size: B.
+      batch_size: the largest B; batches are cut evenly.
       pad_multiple: prompt lengths are padded to a multiple of this.
       stop: token ids that end an answer.
     """
@@ -123,11 +124,20 @@ class GenerationEvaluator:
         self.truncated = sum(len(prompt) > max_length for prompt in prompts)
         self._batches = _prompt_batches([p[-max_length:] for p in prompts], batch_size, pad_multiple)
 
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._batches)
+
+    def run_batch(self, number: int, adapter, p) -> np.ndarray:
+        """The greedy tokens [B, N] that answer one batch of prompts; -1 from the end of an answer on."""
+        _, tokens, lengths = self._batches[number]
+        return np.asarray(self._decode(adapter, p, tokens, lengths))
+
     def texts(self, adapter, p) -> list[str]:
         """The greedy answer to every prompt, up to the first stop string."""
         texts = [""] * len(self._answers)
-        for members, tokens, lengths in self._batches:
-            made = np.asarray(self._decode(adapter, p, tokens, lengths))
+        for number, (members, _, _) in enumerate(self._batches):
+            made = self.run_batch(number, adapter, p)
             for row, member in enumerate(members):
                 text = self._tokenizer.decode([int(t) for t in made[row] if t >= 0])
                 texts[member] = min((text.partition(end)[0] for end in self._task.stop), key=len, default=text)
@@ -142,6 +152,7 @@ class GenerationEvaluator:
 def _prompt_batches(prompts, batch_size: int, pad_multiple: int):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = []
+    batch_size = even_batch_size(len(order), batch_size)
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in members)

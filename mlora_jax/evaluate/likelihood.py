@@ -39,4 +39,12 @@ class ChoiceEvaluator:
     def __call__(self, adapter, p) -> np.ndarray:
         """Verdicts [items] bool of an adapter under the profile p [R]."""
         # Fetched one by one: dozens of executions in flight can starve XLA's thread pool on a CPU of few cores.
-        return self._requests.verdicts([np.asarray(self._score(adapter, p, batch)) for batch in self._batches])
+        return self._requests.verdicts([self.run_batch(number, adapter, p) for number in range(len(self))])
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._batches)
+
+    def run_batch(self, number: int, adapter, p) -> np.ndarray:
+        """Log-likelihoods [B, A] of the tokens that one batch asks for."""
+        return np.asarray(self._score(adapter, p, self._batches[number]))

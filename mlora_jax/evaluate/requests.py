@@ -64,7 +64,7 @@ def prepare_choices(
       tokenizer: of the model.
       seam: how prompt and choice meet, see `Tokenizer.encode_pair`.
       max_length: a longer context loses tokens on its left.
-      batch_size: B.
+      batch_size: the largest B; batches are cut evenly.
       pad_multiple: T is a multiple of this.
 
     Raises:
@@ -109,6 +109,7 @@ def prepare_choices(
     batches, owners = [], []
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     width = max((len(a) for a in asked), default=1)
+    batch_size = even_batch_size(len(order), batch_size)
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         longest = max(len(sequences[i]) for i in members)
@@ -116,6 +117,15 @@ def prepare_choices(
         batches.append(batch)
         owners.append(owner)
     return ChoiceRequests(batches, owners, np.asarray(offsets), np.asarray(labels), truncated)
+
+
+def even_batch_size(rows: int, largest: int) -> int:
+    """The smallest size at which rows make no more batches than at the largest size: less padding at the end.
+
+    >>> even_batch_size(500, 64), even_batch_size(12, 64), even_batch_size(0, 64)
+    (63, 12, 1)
+    """
+    return -(-rows // -(-rows // largest)) if rows else 1
 
 
 def _batch(members, sequences, asked, batch_size, length, width):
