@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
+    "wandb": ["wandb>=0.19"],
     "test": [
         "hypothesis",
         "ipykernel",
@@ -37,6 +38,7 @@ setup(
         "flax>=0.12.8",
         "optax>=0.2.8",
         "grain>=0.2.18",
+        "orbax-checkpoint>=0.12.8",
         # Reads and writes array_record files; TensorFlow is neither needed nor installed.
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8.3",
@@ -47,6 +49,7 @@ setup(
         "tokenizers>=0.21",
         "jinja2>=3.1.6",
         "rich>=13",
+        "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "numpy>=2.0",
     ],

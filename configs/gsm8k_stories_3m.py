@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
                 "scaling": ("none",),
                 "rank": (32,),
             },
+            "validation": {"holdout": 0.0},  # one learning rate: nothing to choose
             "train": {"epochs": 1, "batch_size": 32, "accumulation": 8},
             "evaluation": {"limit": 100, "max_new_tokens": 128},
         }

@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
                 "scaling": ("none",),
                 "rank": (16,),
             },
+            "validation": {"holdout": 0.0},  # one learning rate: nothing to choose
             "train": {"epochs": 2, "batch_size": 32},
             "evaluation": {"batch_size": 128},
         }

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
                 "scaling": ("none",),
                 "rank": (32,),
             },
+            "validation": {"holdout": 0.0},  # one learning rate: nothing to choose
             "train": {"epochs": 3, "batch_size": 32},
         }
     )

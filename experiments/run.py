@@ -4,15 +4,17 @@ Every key of `mlora_jax.config.DEFAULTS` can be set on the command line, whether
 """
 
 import importlib.util
+import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mlora_jax.config import check_key, resolve
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
 
 
 def read_config(path: str) -> ConfigDict:
@@ -38,23 +40,37 @@ def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
     raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
 
 
-def main() -> None:
-    """Parses the command line and trains."""
+def run_with_config(action: Callable[[ConfigDict], None]) -> None:
+    """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
     try:
         path, arguments = take_config_path(sys.argv)
         for argument in arguments:
             check_key(argument.lstrip("-").partition("=")[0])
         config = config_flags.DEFINE_config_dict("config", read_config(path), sys_argv=arguments)
-        app.run(lambda _: _run(config.value), argv=arguments)
+        app.run(lambda _: _quietly(action, config.value), argv=arguments)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def _run(config: ConfigDict) -> None:
+def _quietly(action, config: ConfigDict) -> None:
     # absl prints every library's chatter as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
-    from mlora_jax.run import train
+    action(config)
 
+
+def main() -> None:
+    """Parses the command line and trains."""
+    flags.mark_flag_as_required("workdir")
+    run_with_config(_run)
+
+
+def _run(config: ConfigDict) -> None:
+    from mlora_jax.run import train
+    from mlora_jax.run_folder import stored_threads
+
+    if threads := stored_threads(WORKDIR.value):
+        # The last bits depend on how XLA divides its work; it reads this when it starts.
+        os.environ.setdefault("NPROC", str(threads))
     results = train(config, WORKDIR.value)
     print(f"\n{(results.workdir / 'table.md').read_text(encoding='utf-8')}\nresults in {results.workdir}")
 

@@ -15,6 +15,19 @@ from mlora_jax.core import INITIALIZERS, READOUTS, RankHierarchy, get_policy, po
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
 READOUT_NAMES = (*READOUTS, "squeeze")
+# Keys that a run may change when it is continued: they do not touch a trial that is trained already.
+CHANGEABLE = (
+    "trials",
+    "report",
+    "records",
+    "checkpoint",
+    "train.trials_at_once",
+    "train.memory_gib",
+    "data.raw_dir",
+    "data.cache_dir",
+    "evaluation.readouts",
+    "evaluation.batch_size",
+)
 
 # The type of a default is the type of the key. An empty string or tuple stands for "not set".
 DEFAULTS: dict[str, Any] = {
@@ -47,6 +60,9 @@ DEFAULTS: dict[str, Any] = {
         "scaling": ("none",),
         "rank": (32,),
         "weights": ((),),  # w_r, one tuple per trial; () is 1 for every rank
+        # An explicit list in place of the one product: every entry is a dict of some of the keys above, a value or a
+        # tuple of values each, and stands for its own product; the keys that it leaves out are taken from above.
+        "list": (),
     },
     "train": {
         "epochs": 3,
@@ -61,6 +77,27 @@ DEFAULTS: dict[str, Any] = {
         "loss_chunk": 1024,  # answer positions whose logits exist at one time
         "log_every": 10,  # steps between lines of metrics.jsonl
         "remat": False,  # recompute a layer in the backward pass rather than keep its activations
+        "trials_at_once": 0,  # trials in one batch; 0 is as many as fit in memory
+        "memory_gib": 0.0,  # memory that a batch of trials may take; 0 is what the device reports, or 8 on a CPU
+    },
+    "validation": {  # on the data set's own validation split, or else on rows held out of its training split
+        "holdout": 0.1,  # share of the training rows that is held out; 0 holds none out
+        "limit": 512,  # at most so many rows are held out, or taken from the data set's own split
+        "every": 0,  # optimizer steps between validations while training; 0 validates at the end only
+        "measure": "aurac",  # what those look at: aurac (over log2 rank, by prefix) | loss (its mean over the prefixes)
+        "keep": "last",  # the adapter that a trial ends with: last | best (by those validations)
+        "patience": 0,  # a trial stops after so many validations without a better one; 0 never stops it
+    },
+    "checkpoint": {
+        "every": 100,  # optimizer steps between checkpoints; 0 saves at the end of a batch only
+        "keep": 2,  # how many of a batch are kept while it trains
+    },
+    "records": {  # besides metrics.jsonl and curves.jsonl
+        "tensorboard": False,  # event files in WORKDIR/tensorboard
+        "wandb_project": "",  # Weights & Biases, if installed; "" is off
+    },
+    "report": {
+        "choose_on": "validation",  # the split on which the best learning rate is chosen: validation | test
     },
     "evaluation": {
         "limit": 0,  # the first so many test rows; 0 is all
@@ -124,14 +161,35 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """
     given = config.to_dict() if isinstance(config, ConfigDict) else config
     merged = _merge(DEFAULTS, given, "config")
+    entries = enumerate(merged["trials"]["list"])
+    merged["trials"]["list"] = tuple(_trial_entry(entry, f"config.trials.list[{n}]") for n, entry in entries)
     _check(merged)
     return ConfigDict(merged).lock()
 
 
 def expand_trials(config: ConfigDict) -> list[Trial]:
-    """The product of `config.trials`, in the order of its keys."""
+    """The product of `config.trials` in the order of its keys, or those of its list one after the other."""
     axes = {field.name: config.trials[field.name] for field in dataclasses.fields(Trial)}
-    return [Trial(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    trials = [
+        Trial(**dict(zip(axes, values, strict=True)))
+        for entry in config.trials.list or ({},)
+        for values in itertools.product(*(axes | dict(entry)).values())
+    ]
+    return list(dict.fromkeys(trials))
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """The keys, other than `CHANGEABLE`, in which two resolved configs differ: "train.epochs was 3 and is 4"."""
+    found = []
+    for key in dict.fromkeys((*old, *new)):
+        name, before, after = f"{path}{key}", old.get(key), new.get(key)
+        if name in CHANGEABLE or before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += changed_keys(before, after, f"{name}.")
+        else:
+            found.append(f"config.{name} was {before!r} and is {after!r}")
+    return found
 
 
 def check_key(name: str) -> None:
@@ -168,6 +226,20 @@ def _merge(defaults: Mapping, given: Mapping, path: str) -> dict:
     return merged
 
 
+def _trial_entry(entry, name: str) -> dict[str, tuple]:
+    axes = {key: default for key, default in DEFAULTS["trials"].items() if key != "list"}
+    if not isinstance(entry, (Mapping, ConfigDict)):
+        raise ValueError(f"{name} must be a dict of some of {', '.join(axes)}; got {entry!r}")
+    _check_keys(axes, entry, name)
+    values = {}
+    for key, value in entry.items():
+        several = isinstance(value, (tuple, list))
+        if key == "weights" and several:  # one trial's weights, or a tuple of such
+            several = any(isinstance(item, (tuple, list)) for item in value)
+        values[key] = _typed(value if several else (value,), axes[key], f"{name}.{key}")
+    return values
+
+
 def _typed(value, default, name: str):
     if isinstance(default, tuple) and isinstance(value, (tuple, list)):
         value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
@@ -187,6 +259,14 @@ def _typed(value, default, name: str):
 # (key, smallest, largest); None is no bound.
 RANGES = (
     ("data.holdout", 0.0, 0.99),
+    ("validation.holdout", 0.0, 0.99),
+    ("validation.limit", 1, None),
+    ("validation.every", 0, None),
+    ("validation.patience", 0, None),
+    ("checkpoint.every", 0, None),
+    ("checkpoint.keep", 1, None),
+    ("train.trials_at_once", 0, None),
+    ("train.memory_gib", 0.0, None),
     ("data.max_length", 2, None),
     ("data.pad_multiple", 1, None),
     ("adapter.dropout", 0.0, 0.999),
@@ -209,6 +289,9 @@ CHOICES = (
     ("model.dtype", DTYPES),
     ("data.overflow", OVERFLOWS),
     ("adapter.init", tuple(INITIALIZERS)),
+    ("validation.measure", ("aurac", "loss")),
+    ("validation.keep", ("last", "best")),
+    ("report.choose_on", ("validation", "test")),
 )
 
 
@@ -236,20 +319,33 @@ def _check(config: dict) -> None:
                     f"unknown read-out {readout!r} in config.evaluation.readouts.{method}; "
                     f"known: {', '.join(READOUT_NAMES)}"
                 )
-    for axis, values in config["trials"].items():
-        if not values:
-            raise ValueError(f"config.trials.{axis} must name at least one value, got ()")
-        if len(set(values)) != len(values):
-            raise ValueError(f"config.trials.{axis} repeats a value: {values}")
-    for method in config["trials"]["method"]:
-        get_policy(method)
-    if any(not rate > 0 for rate in config["trials"]["learning_rate"]):
-        raise ValueError(f"config.trials.learning_rate must be positive, got {config['trials']['learning_rate']}")
+    axes = {key: values for key, values in config["trials"].items() if key != "list"}
+    _check_axes(axes, "config.trials")
+    for number, entry in enumerate(config["trials"]["list"]):
+        _check_axes(entry, f"config.trials.list[{number}]")
     for trial in expand_trials(ConfigDict(config)):
         try:
             trial.hierarchy(config["adapter"]["ranks"])
         except ValueError as error:
             raise ValueError(f"config.trials cannot make {trial}: {error}") from None
+    if not config["validation"]["every"]:
+        for key, default in (("keep", "last"), ("patience", 0)):
+            if config["validation"][key] != default:
+                raise ValueError(
+                    f"config.validation.{key} needs validations while training: set config.validation.every"
+                )
+
+
+def _check_axes(axes: Mapping, path: str) -> None:
+    for axis, values in axes.items():
+        if not values:
+            raise ValueError(f"{path}.{axis} must name at least one value, got ()")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{path}.{axis} repeats a value: {values}")
+    for method in axes.get("method", ()):
+        get_policy(method)
+    if any(not rate > 0 for rate in axes.get("learning_rate", ())):
+        raise ValueError(f"{path}.learning_rate must be positive, got {axes['learning_rate']}")
 
 
 def _get(config: Mapping, dotted: str):

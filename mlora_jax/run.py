@@ -1,51 +1,49 @@
-"""An experiment from config to report, in named stages."""
+"""An experiment from config to report, in named stages; whatever is done already is not done again."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.resources
-import itertools
-import json
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from ml_collections import ConfigDict
 
-from mlora_jax.adapt import adapt, split
 from mlora_jax.config import Trial, expand_trials, resolve
-from mlora_jax.core import get_policy
-from mlora_jax.data import Pipeline, TaskData, Tokenized, load_task, make_pipeline
-from mlora_jax.data.tokenize import tokenize
-from mlora_jax.evaluate import (
-    ChoiceEvaluator,
-    GenerationEvaluator,
-    RankCurve,
-    accuracy_and_error,
-    prepare_choices,
-    rank_curve,
-)
-from mlora_jax.models import Decoder, Tokenizer, load_decoder
+from mlora_jax.core import get_policy, summarize
+from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
+from mlora_jax.experiment import Experiment
 from mlora_jax.report import write_report
-from mlora_jax.train.adapter_file import save_adapter
-from mlora_jax.train.loop import compile_step, train_trial, trial_keys
+from mlora_jax.run_folder import CURVES, METRICS, RunFolder
+from mlora_jax.train.adapter_file import load_adapter, save_adapter
+from mlora_jax.train.checkpoint import Checkpoints
+from mlora_jax.train.grid import TrialBatch
+from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, select_trials, take_trial, train_trials
 from mlora_jax.train.progress import RunProgress
 from mlora_jax.train.records import JsonLines
-from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
+from mlora_jax.train.trackers import Tracker, make_trackers
+
+__all__ = ["Interrupted", "Results", "TrialResult", "train"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialResult:
-    """A finished trial: its adapter's folder and a curve per read-out; none if its loss became infinite or NaN."""
+    """A finished trial: its adapter's folder and its curves by split, one per read-out.
+
+    `failed` if its loss became infinite or NaN; then there are no curves, and the adapter is the last finite one.
+    """
 
     trial: Trial
     adapter: pathlib.Path
-    curves: tuple[RankCurve, ...]
-    failed: bool = False
+    curves: dict[str, tuple[RankCurve, ...]]
+    failed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,254 +51,322 @@ class Results:
     """What a run found.
 
     Attributes:
-      workdir: folder with config.json, metrics.jsonl, curves.jsonl, adapters/, table.md, table.csv, curves.png.
-      base_accuracy: of the model without an adapter.
+      workdir: folder with config.json, metrics.jsonl, curves.jsonl, adapters/ and the report.
+      base_accuracy: split -> accuracy of the model without an adapter.
       trials: one per trial of the config.
-      compilations: how many executables the run compiled for training steps and for evaluation.
+      compilations: executables compiled this time, for training steps and for evaluation; 0 if all was done before.
     """
 
     workdir: pathlib.Path
-    base_accuracy: float
+    base_accuracy: dict[str, float]
     trials: tuple[TrialResult, ...]
     compilations: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Adapted:
-    """The adapted model of one rank: what every trial of that rank shares."""
+class _Run:
+    """What the stages of a run share."""
 
-    base: Any
-    adapter: Any
-    profile: Any
-    optimizer: Any
-    step: Any
-    evaluator: Any
+    config: ConfigDict
+    folder: RunFolder
+    experiment: Experiment
+    metrics: JsonLines
+    curves: JsonLines
+    progress: RunProgress
+    trackers: list[Tracker]
+    interrupted: Callable[[], int]
+
+    def record(self, **values: Any) -> None:
+        self.metrics.write(values)
+        for tracker in self.trackers:
+            tracker.write(values)
 
 
 def train(config: ConfigDict | dict, workdir) -> Results:
-    """Runs an experiment: data, training, evaluation, report.
+    """Runs an experiment: data, training, evaluation, report. A run that was cut short goes on where it was.
 
     Args:
       config: see `mlora_jax.config.DEFAULTS` for the keys; those not set take their defaults.
-      workdir: folder for the results; results of an earlier run in it are replaced.
+      workdir: folder for the results. What an earlier run of the same config has finished in it is kept, and trials
+        that the config has in addition are trained.
 
     Raises:
-      ValueError: a config, data row, checkpoint or target that cannot be used; the message names it.
+      ValueError: a config, data row, checkpoint or target that cannot be used, or a workdir of another config; the
+        message names it.
       FileNotFoundError: a file of the model or the data is missing.
+      Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     config = resolve(config)
     trials = expand_trials(config)
-    workdir = pathlib.Path(workdir)
-    (workdir / "adapters").mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    model, tokenizer = load_model(config)
-    data, examples = load_examples(config, tokenizer)
-    adapted = {rank: _adapt_for_rank(config, model, tokenizer, data, rank) for rank in config.trials.rank}
-    steps = _pipeline(config, examples, seed=0).steps
-
-    with (
-        JsonLines(workdir / "metrics.jsonl") as metrics,
-        JsonLines(workdir / "curves.jsonl") as curves,
-        RunProgress(steps * len(trials)) as progress,
-    ):
-        progress.say(_describe(config, data, examples, len(trials), steps))
-        base_accuracy = _evaluate_base(adapted[trials[0].rank], trials[0].rank, data, curves)
-        progress.say(f"base accuracy {base_accuracy:.3f}")
-        results = []
-        for trial in trials:
-            state = _train_one(config, trial, adapted[trial.rank], model, examples, metrics, progress)
-            results.append(_finish_one(config, trial, adapted[trial.rank], state, workdir, data, curves, progress))
-    write_report(workdir)
-    compilations = {
-        "train": sum(each.step._cache_size() for each in adapted.values()),
-        "evaluation": sum(each.evaluator.compiled._cache_size() for each in adapted.values()),
-    }
-    return Results(workdir, base_accuracy, tuple(results), compilations)
+    folder = RunFolder(workdir, config)
+    compilations = {"train": 0, "evaluation": 0}
+    if not _all_done(config, folder, trials):
+        compilations = _run_what_is_missing(config, folder, trials)
+    write_report(folder.path)
+    return _results(config, folder, trials, compilations)
 
 
-def load_model(config: ConfigDict) -> tuple[Decoder, Tokenizer]:
-    """The frozen base and its tokenizer, from `config.model`."""
-    dtype = config.model.dtype
-    if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError("config.model.dtype='float64' needs the environment variable JAX_ENABLE_X64=1")
-    folder = model_folder(config.model.path)
-    model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None)
-    model.remat = config.train.remat
-    return model, Tokenizer.load(folder)
+def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
+    measured, failed = folder.curves(), folder.failed()
+    splits = [split for name, split, _ in measured if name == "base"]
+    wanted = [(t.name, s, r) for t in trials if t.name not in failed for s in splits for r in _readouts(config, t)]
+    trained = {trial for batch in folder.batches if folder.trained(batch) for trial in batch.trials}
+    return bool(splits) and set(trials) <= trained and all(key in measured for key in wanted)
 
 
-def model_folder(path: str) -> pathlib.Path:
-    """The folder of a model: the path itself, or the base that the package ships for "quickstart"."""
-    if path == "quickstart":
-        return pathlib.Path(str(importlib.resources.files("mlora_jax") / "assets" / "quickstart"))
-    if not path:
-        raise ValueError("config.model.path is not set: give a Hugging Face folder by --config.model.path=FOLDER")
-    return pathlib.Path(path)
+def _readouts(config, trial: Trial) -> tuple[str, ...]:
+    return config.evaluation.readouts.get(trial.method, ("prefix",))
 
 
-def load_examples(config: ConfigDict, tokenizer: Tokenizer) -> tuple[TaskData, Tokenized]:
-    """The task's rows, and its training rows as tokens and loss masks, from `config.data`."""
-    options = config.data
-    data = load_task(
-        options.task,
-        raw_dir=options.raw_dir,
-        cache_dir=options.cache_dir,
-        style=options.style,
-        file=options.file,
-        evaluation_file=options.evaluation_file,
-        holdout=options.holdout,
-        tokenizer=tokenizer,
-    )
-    examples = tokenize(data.train, tokenizer, seam=data.seam, max_length=options.max_length, overflow=options.overflow)
-    return data, examples
+def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> dict[str, int]:
+    experiment = Experiment.load(config)
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(_until_asked_to_stop())
+        metrics = stack.enter_context(JsonLines(folder.path / METRICS))
+        curves = stack.enter_context(JsonLines(folder.path / CURVES))
+        trackers = make_trackers(folder.path, **config.records)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        progress = stack.enter_context(RunProgress())
+        run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
+        progress.say(_describe(experiment))
+        _evaluate_base(run, trials[0].rank)
+        if new := folder.unplanned(trials):
+            folder.add(experiment.plan(new))
+        wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
+        to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
+        progress.expect(dict.fromkeys(to_train, experiment.steps))
+        try:
+            for batch in wanted:
+                if not folder.trained(batch):
+                    _train_batch(run, batch)
+                for trial in batch.trials:
+                    _evaluate_trial(run, trial)
+        except Interrupted:
+            progress.say(f"stopped by a signal, all is saved in {folder.path}: run the same command to go on")
+            raise
+    return experiment.compilations
 
 
-def make_evaluator(config: ConfigDict, graphdef, base, profile, rows: Sequence[dict], data: TaskData, tokenizer, stop):
-    """The evaluator of the task's metric: (adapter, p [R]) -> verdicts [items]."""
-    shapes = dict(
-        seam=data.seam,
-        max_length=config.data.max_length,
-        batch_size=config.evaluation.batch_size,
-        pad_multiple=config.data.pad_multiple,
-    )
-    if data.task.metric == "choice":
-        requests = prepare_choices(rows, tokenizer, **shapes)
-        return ChoiceEvaluator(graphdef, base, profile, requests, chunk=config.train.loss_chunk)
-    return GenerationEvaluator(
-        graphdef,
-        base,
-        profile,
-        rows,
-        tokenizer,
-        task=data.task,
-        max_new_tokens=config.evaluation.max_new_tokens,
-        stop=stop,
-        **shapes,
-    )
+@contextlib.contextmanager
+def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
+    """The number of the signal to stop that has come, or 0; a second one has its usual effect."""
+    came = [0]
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # only the main thread may listen
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, frame):
+        del frame
+        came[0] = number
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _adapt(config, model, rank, key) -> nnx.Module:
-    options = config.adapter
-    return adapt(model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
-
-
-def _adapt_for_rank(config, model, tokenizer, data, rank) -> _Adapted:
-    adapted = _adapt(config, model, rank, jax.random.key(0))
-    train_graphdef, base, adapter, profile = split(adapted)
-    graphdef, *_ = split(_in_evaluation_mode(adapted))
-    optimizer = make_optimizer(**{k: config.train[k] for k in ("beta1", "beta2", "epsilon", "weight_decay", "clip")})
-    rows = list(itertools.islice(data.test, config.evaluation.limit or None))
-    stop = sorted({*tokenizer.eos_ids, *model.config.eos_token_ids})
-    evaluator = make_evaluator(config, graphdef, base, profile, rows, data, tokenizer, stop)
-    step = compile_step(train_graphdef, optimizer, chunk=config.train.loss_chunk)
-    return _Adapted(base, adapter, profile, optimizer, step, evaluator)
-
-
-def _in_evaluation_mode(model: nnx.Module) -> nnx.Module:
-    model.eval()
-    return model
-
-
-def _pipeline(config, examples: Tokenized, seed: int) -> Pipeline:
-    return make_pipeline(
-        examples.examples,
-        seed=seed,
-        batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        epochs=config.train.epochs,
-        pad_multiple=config.data.pad_multiple,
-    )
-
-
-def _describe(config, data, examples, trials, steps) -> str:
-    device = jax.devices()[0]
+def _describe(experiment: Experiment) -> str:
+    config, data, examples, device = experiment.config, experiment.data, experiment.examples, jax.devices()[0]
+    held = len(experiment.rows.get("validation", ()))
     return (
         f"{config.model.path} on {jax.device_count()} x {device.device_kind}; task {data.task.name}: "
         f"{examples.kept} examples to train on ({examples.dropped} dropped, {examples.truncated} truncated), "
-        f"{len(data.test)} to test on; {trials} trials of {steps} steps"
+        f"{held} to validate on, {len(experiment.rows['test'])} to test on; {experiment.steps} steps a trial"
     )
 
 
-def _evaluate_base(adapted: _Adapted, rank: int, data: TaskData, curves: JsonLines) -> float:
-    verdicts = adapted.evaluator(adapted.adapter, jnp.zeros(rank))
-    accuracy, error = accuracy_and_error(verdicts)
-    curves.write(trial="base", **_measured(data, "base", 0, accuracy, error, len(verdicts)))
-    return accuracy
+def _evaluate_base(run: _Run, rank: int) -> None:
+    measured = run.folder.curves()
+    for split in run.experiment.rows:
+        if ("base", split, "base") not in measured:
+            adapted = run.experiment.adapted(rank)
+            verdicts = adapted.evaluators[split](adapted.adapter, jnp.zeros(rank))
+            accuracy, error = accuracy_and_error(verdicts)
+            run.curves.write({"trial": "base", **_measured(run, split, "base", 0, accuracy, error, len(verdicts), 1)})
+            run.progress.say(f"base accuracy {accuracy:.3f} ({split})")
 
 
-def _train_one(config, trial: Trial, adapted: _Adapted, model, examples, metrics, progress) -> TrialState:
-    keys = trial_keys(trial.seed)
-    _, _, adapter, _ = split(_adapt(config, model, trial.rank, keys.adapter))
-    pipeline = _pipeline(config, examples, trial.seed)
-    logged = 0
+def _train_batch(run: _Run, batch: TrialBatch) -> None:
+    config, experiment, trials = run.config, run.experiment, batch.slotted
+    adapted = experiment.adapted(trials[0].rank)
+    run.progress.say(f"{batch.name}: {len(batch.trials)} trials at once")
+    with Checkpoints(run.folder.checkpoints(batch), keep=config.checkpoint.keep) as checkpoints:
+        start, keys = experiment.start(trials)
+        best = jax.tree.map(jnp.copy, start.adapter) if config.validation.keep == "best" else None
+        state, memory, batches = _resume(run, batch, checkpoints, State(start, best))
+        schedules = experiment.schedules(trials)
+        state = train_trials(
+            lambda at, arrays, draw: adapted.step(
+                adapted.base, adapted.profile, at, arrays, draw, schedules, keys.dropout
+            ),
+            batches,
+            experiment.draws(trials, keys),
+            state,
+            memory,
+            steps=experiment.steps,
+            cadence=Cadence(
+                config.train.log_every, config.validation.every, config.checkpoint.every, config.validation.patience
+            ),
+            log=lambda step, slot, values: _log(run, batch, step, slot, values),
+            validate=lambda step, adapters, slots: _validate(run, batch, step, adapters, slots),
+            save=lambda state, memory: checkpoints.save(memory.step, state, _values(run, memory, batches)),
+            interrupted=run.interrupted,
+        )
+        checkpoints.wait()
+        _save_adapters(run, batch, state, memory)
+    run.folder.finish(batch)
+    run.progress.expect({trial.name: 0 for trial in batch.trials})
 
-    def log(step: int, values: dict[str, Any]) -> None:
-        nonlocal logged
-        metrics.write(trial=trial.name, step=step, time=time.time(), **values)
-        shown = {name: values[name] for name in ("loss", "tokens_per_second")}
-        progress.advance(step - logged, trial=trial.name, step=step, **shown)
-        logged = step
 
-    state = train_trial(
-        adapted.step,
-        adapted.base,
-        adapted.profile,
-        init_state(adapter, adapted.optimizer),
-        pipeline,
-        policy=get_policy(trial.method),
-        hierarchy=trial.hierarchy(config.adapter.ranks),
-        schedule=Schedule(trial.learning_rate, config.train.warmup_steps, pipeline.steps),
-        keys=keys,
-        log_every=config.train.log_every,
-        log=log,
-    )
-    progress.skip(pipeline.steps - logged)
-    return state
+def _values(run: _Run, memory: Memory, batches) -> dict[str, Any]:
+    """What a checkpoint holds besides arrays."""
+    positions = {METRICS: run.metrics.position, CURVES: run.curves.position}
+    return {"memory": dataclasses.asdict(memory), "positions": positions, "data": batches.get_state()}
 
 
-def _finish_one(config, trial: Trial, adapted: _Adapted, state: TrialState, workdir, data, curves, progress):
-    hierarchy, policy = trial.hierarchy(config.adapter.ranks), get_policy(trial.method)
-    description = {
-        "trial": dataclasses.asdict(trial),
-        "base_model": config.model.path,
-        "task": data.task.name,
-        "targets": list(config.adapter.targets),
-        "steps": int(state.step),
-        "finite": bool(state.finite),
-    }
-    folder = save_adapter(workdir / "adapters" / trial.name, state.adapter, hierarchy, description)
-    if not state.finite:
-        curves.write(trial=trial.name, **dataclasses.asdict(trial), failed=True)
-        progress.say(f"{trial.name}: FAILED, the loss is not finite; the last finite adapter is saved, not evaluated")
-        return TrialResult(trial, folder, (), failed=True)
-    found = []
-    for readout in config.evaluation.readouts.get(trial.method, ("prefix",)):
+def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State):
+    """State, memory and data of the newest sound checkpoint, records cut back to it; or the beginning."""
+    batches = iter(run.experiment.pipeline(batch.slotted))
+    names = [trial.name for trial in batch.trials]
+    restored = checkpoints.restore(start)
+    if restored is None:
+        run.metrics.keep(lambda record: record["trial"] not in names)
+        state, memory = start, Memory.of(batch.slots)
+    else:
+        state, memory = restored.state, Memory(**restored.values["memory"])
+        run.metrics.cut(restored.values["positions"][METRICS])
+        run.curves.cut(restored.values["positions"][CURVES])
+        batches.set_state(restored.values["data"])
+        run.progress.say(f"{batch.name} goes on from step {memory.step}")
+        run.progress.expect(dict.fromkeys(names, run.experiment.steps - memory.step))
+    for tracker in run.trackers:
+        tracker.go_back(names, memory.step)
+    return state, memory, batches
+
+
+def _log(run: _Run, batch: TrialBatch, step: int, slot: int, values: dict[str, Any]) -> None:
+    if slot >= len(batch.trials):
+        return
+    trial = batch.trials[slot]
+    run.record(trial=trial.name, step=step, time=time.time(), **values)
+    shown = {name: values[name] for name in ("loss", "tokens_per_second")}
+    run.progress.advance(trial.name, run.experiment.steps - step, step=step, **shown)
+    if not values["finite"]:
+        run.progress.say(f"{trial.name}: FAILED before step {step}, the loss is not finite; the others go on")
+
+
+def _validate(run: _Run, batch: TrialBatch, step: int, adapters, slots: Sequence[bool]) -> list[float | None]:
+    """Scores [K] of the trials that are still trained, higher is better."""
+    scores: list[float | None] = [None] * batch.slots
+    for slot, trial in enumerate(batch.trials):
+        if slots[slot]:
+            score = _score(run, trial, take_trial(adapters, slot))
+            scores[slot] = -score if run.config.validation.measure == "loss" else score
+            run.record(
+                trial=trial.name, step=step, time=time.time(), **{f"validation_{run.config.validation.measure}": score}
+            )
+    return scores
+
+
+def _score(run: _Run, trial: Trial, adapter) -> float:
+    adapted, hierarchy = run.experiment.adapted(trial.rank), run.experiment.hierarchy(trial)
+    if run.config.validation.measure == "loss":
+        loss = adapted.validation_loss()
+        return float(np.mean([loss(adapter, hierarchy.prefix(rank)) for rank in hierarchy.ranks]))
+    return rank_curve(adapted.evaluators["validation"], adapter, adapted.profile, hierarchy).log2
+
+
+def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -> None:
+    adapters, finite = state.trials.adapter, np.asarray(state.trials.finite)
+    scored = np.array([memory.best(slot)[0] >= 0 for slot in range(batch.slots)])
+    if state.best is not None:
+        adapters = select_trials(scored, state.best, adapters)
+    for slot, trial in enumerate(batch.trials):
+        description = {
+            "trial": dataclasses.asdict(trial),
+            "base_model": run.config.model.path,
+            "task": run.experiment.data.task.name,
+            "targets": list(run.config.adapter.targets),
+            "steps": int(state.trials.step[slot]),
+            "finite": bool(finite[slot]),
+        }
+        if state.best is not None and scored[slot]:
+            at, score = memory.best(slot)
+            description["best"] = {"step": min((at + 1) * run.config.validation.every, memory.step), "score": score}
+        hierarchy = run.experiment.hierarchy(trial)
+        save_adapter(run.folder.adapter(trial), take_trial(adapters, slot), hierarchy, description)
+
+
+def _evaluate_trial(run: _Run, trial: Trial) -> None:
+    """Every curve of a trial that is not on record yet, each written in one piece."""
+    measured, experiment = run.folder.curves(), run.experiment
+    missing = [
+        (split, readout)
+        for split in experiment.rows
+        for readout in _readouts(run.config, trial)
+        if (trial.name, split, readout) not in measured
+    ]
+    if not missing or trial.name in run.folder.failed():
+        return
+    adapted, function = experiment.adapted(trial.rank), get_policy(trial.method).function
+    adapter, hierarchy, description = load_adapter(run.folder.adapter(trial), adapted.adapter)
+    fields = {"trial": trial.name, **dataclasses.asdict(trial)}
+    if not description["finite"]:
+        run.curves.write({**fields, "failed": True})
+        return
+    for split, readout in missing:
+        if signal_number := run.interrupted():
+            raise Interrupted(128 + signal_number)
         curve = rank_curve(
-            adapted.evaluator,
-            state.adapter,
+            adapted.evaluators[split],
+            adapter,
             adapted.profile,
             hierarchy,
             readout=readout,
-            function=policy.function(hierarchy),
+            function=function(hierarchy),
         )
-        found.append(curve)
-        for rank, accuracy, error in zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True):
-            measured = _measured(data, readout, rank, accuracy, error, curve.items)
-            curves.write(trial=trial.name, **dataclasses.asdict(trial), **measured)
+        values = zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True)
+        of_ranks = len(curve.ranks)
+        run.curves.write(*({**fields, **_measured(run, split, readout, *at, curve.items, of_ranks)} for at in values))
         shown = " ".join(f"{accuracy:.3f}" for accuracy in curve.accuracies)
-        progress.say(f"{trial.name} {readout:8} {shown}  AURAC {curve.linear:.3f} linear, {curve.log2:.3f} log2")
-    return TrialResult(trial, folder, tuple(found))
+        areas = f"AURAC {curve.linear:.3f} linear, {curve.log2:.3f} log2"
+        run.progress.say(f"{trial.name} {split:10} {readout:8} {shown}  {areas}")
 
 
-def _measured(data: TaskData, readout: str, at_rank: int, accuracy: float, error: float, items: int) -> dict[str, Any]:
+def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks) -> dict[str, Any]:
     return dict(
-        task=data.task.name,
-        split="test",
+        task=run.experiment.data.task.name,
+        split=split,
         shots=0,
         readout=readout,
         at_rank=at_rank,
+        of_ranks=of_ranks,
         accuracy=accuracy,
         stderr=error,
         items=items,
     )
+
+
+def _results(config, folder: RunFolder, trials: Sequence[Trial], compilations: dict[str, int]) -> Results:
+    """What the records say."""
+    measured, failed = folder.curves(), folder.failed()
+    base = {split: records[0]["accuracy"] for (name, split, _), records in measured.items() if name == "base"}
+    results = []
+    for trial in trials:
+        keys = [(trial.name, split, readout) for split in base for readout in _readouts(config, trial)]
+        found = {key: _curve(measured[key]) for key in keys if key in measured}
+        by_split = {split: tuple(curve for key, curve in found.items() if key[1] == split) for split in base}
+        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed))
+    return Results(folder.path, base, tuple(results), compilations)
+
+
+def _curve(records: list[dict[str, Any]]) -> RankCurve:
+    ranks, accuracies, errors = zip(*((r["at_rank"], r["accuracy"], r["stderr"]) for r in records), strict=True)
+    areas = dataclasses.asdict(summarize(accuracies, ranks))
+    return RankCurve(records[0]["readout"], ranks, accuracies, errors, records[0]["items"], **areas)

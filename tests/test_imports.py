@@ -26,9 +26,11 @@ MAY_IMPORT = {
     "train": {"core", "adapt", "config", "models", "data"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "train.records"},
-    "run": BELOW_EVALUATE | {"evaluate", "interop", "report"},
-    "experiments": BELOW_EVALUATE | {"evaluate", "interop", "report", "run"},
+    "report": {"core", "config", "train.records"},
+    "experiment": BELOW_EVALUATE | {"evaluate"},
+    "run_folder": BELOW_EVALUATE,
+    "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder"},
+    "experiments": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder", "run"},
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}

@@ -4,12 +4,17 @@ import copy
 import csv
 import json
 import math
+import struct
+import sys
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
-from mlora_jax.run import model_folder, train
+from mlora_jax.experiment import model_folder
+from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
@@ -41,6 +46,7 @@ def choice_config(folders):
         "adapter": {"targets": ("v_proj", "up_proj")},
         "trials": {"rank": (4,), "learning_rate": (0.03,), "seed": (1,)},
         "train": {"epochs": 2, "batch_size": 4, "log_every": 1},
+        "validation": {"holdout": 0.0},
     }
 
 
@@ -97,8 +103,10 @@ def test_a_run_leaves_what_the_design_lists(folders, tmp_path):
 
     metrics = read_json_lines(tmp_path / "metrics.jsonl")
     assert len(metrics) == 8 * 6  # 12 questions, 2 epochs, 4 a step
-    first, last = metrics[0], metrics[5]
-    assert (first["step"], last["step"]) == (1, 6) and all(math.isfinite(record["loss"]) for record in metrics)
+    assert all(math.isfinite(record["loss"]) for record in metrics)
+    one = [record for record in metrics if record["trial"] == "sandwich-r6-sqrt-lr0.03-seed2"]
+    first, last = one[0], one[-1]
+    assert [record["step"] for record in one] == [1, 2, 3, 4, 5, 6]
     assert first["learning_rate"] == pytest.approx(0.03) and last["learning_rate"] == pytest.approx(0.03 / 6)
 
     curves = read_json_lines(tmp_path / "curves.jsonl")
@@ -132,6 +140,7 @@ def test_no_compilation_per_rank_or_method(folders, tmp_path):
         "method": ("lora", "dylora", "dylora_original", "dylora_frozen", "matryoshka", "sandwich", "matryoshka_exact"),
         "learning_rate": (0.03, 0.01),
     }
+    config["report"] = {"choose_on": "test"}
     config["train"]["batch_size"] = 12  # all rows in every step, so that no step has other shapes
     compilations = train(config, tmp_path).compilations
     # S = (1, 2, 4): one profile a step for five methods, three for sandwich and matryoshka_exact.
@@ -146,6 +155,7 @@ def test_the_same_config_gives_the_same_bits(folders, first_run, tmp_path):
 def test_a_diverging_trial_fails_and_the_others_go_on(folders, tmp_path):
     config = with_key(choice_config(folders), "trials.learning_rate", (3e38, 0.03))
     config["train"]["clip"] = 0.0
+    config["report"] = {"choose_on": "test"}
     results = train(config, tmp_path)
     assert [result.failed for result in results.trials] == [True, False]
     description = json.loads((results.trials[0].adapter / "adapter.json").read_text())
@@ -183,6 +193,8 @@ CHANGES = {
     "train.weight_decay": lambda f: 0.5,
     "train.clip": lambda f: 0.01,
     "train.log_every": lambda f: 2,
+    "trials.list": lambda f: ({"method": "dylora"},),
+    "validation.holdout": lambda f: 0.3,
     "evaluation.limit": lambda f: 5,
     "evaluation.readouts.matryoshka": lambda f: ("prefix",),
 }
@@ -200,6 +212,18 @@ ELSEWHERE = {
     "data.evaluation_file": "test_keys_of_own_data",
     "data.holdout": "test_keys_of_own_data",
     "evaluation.max_new_tokens": "test_keys_of_own_data",
+    "train.trials_at_once": "test_keys_of_the_batches",
+    "train.memory_gib": "test_keys_of_the_batches",
+    "validation.limit": "test_keys_of_validation",
+    "validation.every": "test_keys_of_validation",
+    "validation.measure": "test_keys_of_validation",
+    "validation.keep": "test_keys_of_validation",
+    "validation.patience": "test_keys_of_validation",
+    "checkpoint.every": "test_keys_of_checkpoints",
+    "checkpoint.keep": "test_keys_of_checkpoints",
+    "records.tensorboard": "test_tensorboard",
+    "records.wandb_project": "test_weights_and_biases",
+    "report.choose_on": "test_key_of_the_report",
 }
 
 
@@ -238,29 +262,23 @@ def test_readouts_of_every_method(folders, method):
 
 def program(config, tmp_path, monkeypatch):
     """The shapes and texts of what a run compiles."""
-    from mlora_jax import run
+    from mlora_jax import experiment
 
     seen = {}
-    compile_step = run.compile_step
 
-    def spy(*args, **kwargs):
-        step = compile_step(*args, **kwargs)
+    class Spy(experiment.TrialsStep):
+        def __call__(self, *arguments):
+            seen.setdefault("train", self.compile(*arguments).as_text())
+            return super().__call__(*arguments)
 
-        def call(*inputs):
-            seen.setdefault("train", step.lower(*inputs).as_text())
-            return step(*inputs)
-
-        call._cache_size = step._cache_size
-        return call
-
-    monkeypatch.setattr(run, "compile_step", spy)
-    evaluator = run.ChoiceEvaluator
+    monkeypatch.setattr(experiment, "TrialsStep", Spy)
+    evaluator = experiment.ChoiceEvaluator
 
     def spy_evaluator(graphdef, base, profile, requests, **kwargs):
         seen["evaluation"] = [batch["tokens"].shape for batch in requests.batches]
         return evaluator(graphdef, base, profile, requests, **kwargs)
 
-    monkeypatch.setattr(run, "ChoiceEvaluator", spy_evaluator)
+    monkeypatch.setattr(experiment, "ChoiceEvaluator", spy_evaluator)
     train(config, tmp_path)
     return seen
 
@@ -287,14 +305,182 @@ def test_keys_of_the_program(folders, tmp_path, monkeypatch, name, value, where)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def trials_of(folders, **trials):
+    config = choice_config(folders)
+    config["trials"] |= trials
+    return config
+
+
+def test_keys_of_the_batches(folders, tmp_path):
+    """How many trials train at once changes batches and compilations, and next to nothing else."""
+    config = trials_of(folders, method=("lora", "dylora"), seed=(1, 2, 3), learning_rate=(1e-3,), rank=(6,))
+    config["train"] |= {"epochs": 7, "accumulation": 2}  # 21 steps
+    sizes, adapters = {}, {}
+    for name, changes in {
+        "auto": {},
+        "one": {"trials_at_once": 1},
+        "four": {"trials_at_once": 4},
+        "little memory": {"memory_gib": 0.0035},
+    }.items():
+        train({**config, "train": config["train"] | changes}, tmp_path / name)
+        batches = json.loads((tmp_path / name / "batches.json").read_text())["batches"]
+        sizes[name] = [(len(batch["trials"]), batch["slots"]) for batch in batches]
+        adapters[name] = {
+            path.parent.name: load_file(path) for path in (tmp_path / name).glob("adapters/*/adapter.safetensors")
+        }
+    assert sizes["auto"] == [(6, 6)] and sizes["one"] == [(1, 1)] * 6 and sizes["four"] == [(3, 3)] * 2
+    assert 1 < len(sizes["little memory"]) <= 6
+    for name in ("auto", "four", "little memory"):
+        for trial, alone in adapters["one"].items():
+            assert relative_difference(alone, adapters[name][trial]) < 1e-5, (name, trial)
+    with pytest.raises(ValueError, match=r"one trial needs .* GiB and the limit is 0\.00 GiB: raise config\.train"):
+        train({**config, "train": config["train"] | {"memory_gib": 1e-6}}, tmp_path / "none")
+
+
+def relative_difference(one, other):
+    """Relative L2 norm of the difference of two adapters."""
+    assert one.keys() == other.keys()
+    norm = lambda tensors: math.sqrt(sum(float(np.sum(np.square(t, dtype=np.float64))) for t in tensors))  # noqa: E731
+    return norm([one[name] - other[name] for name in one]) / norm(one.values())
+
+
+def test_order_and_company_change_nothing(folders, tmp_path):
+    """The same trial first or last, among others or not."""
+    config = trials_of(folders, learning_rate=(1e-3,), rank=(6,), scaling=("sqrt",))
+    config["train"] |= {"epochs": 7, "accumulation": 2}
+    ours = {"method": "dylora", "seed": 5}
+    found = []
+    for number, entries in enumerate(
+        [(ours,), (ours, {"method": "lora", "seed": (6, 7)}), ({"method": ("matryoshka", "lora"), "seed": 7}, ours)]
+    ):
+        config["trials"]["list"] = entries
+        train(config, tmp_path / str(number))
+        metrics = read_json_lines(tmp_path / str(number) / "metrics.jsonl")
+        name = "dylora-r6-sqrt-lr0.001-seed5"
+        found.append(load_file(tmp_path / str(number) / "adapters" / name / "adapter.safetensors"))
+        assert len([record for record in metrics if record["trial"] == name]) == 21
+    assert relative_difference(found[0], found[1]) < 1e-5 and relative_difference(found[0], found[2]) < 1e-5
+
+
+def test_keys_of_validation(folders, tmp_path):
+    config = trials_of(folders, method=("lora",), learning_rate=(0.3,))
+    config["train"] |= {"epochs": 8}
+    config["validation"] = {"holdout": 0.25, "every": 2}
+    steps = 18  # nine rows, eight epochs, four a step
+
+    def run(name, **changes):
+        train({**config, "validation": config["validation"] | changes}, tmp_path / name)
+        records, adapters = outcome(tmp_path / name)
+        seen = [r for r in records if any(key.startswith("validation_") for key in r)]
+        losses = [r for r in records if "loss" in r]
+        items = {r["items"] for r in records if r.get("split") == "validation"}
+        return seen, losses, items, adapters
+
+    seen, losses, items, last = run("aurac")
+    assert [r["step"] for r in seen] == list(range(2, steps + 1, 2)) and len(losses) == steps and items == {3}
+    assert all(0 <= r["validation_aurac"] <= 1 for r in seen)
+    assert run("limit", limit=2)[2] == {2}
+    assert [r["step"] for r in run("every", every=5)[0]] == [5, 10, 15, 18]
+
+    by_loss = run("loss", measure="loss", keep="best")
+    scores = {r["step"]: r["validation_loss"] for r in by_loss[0]}
+    description = json.loads((tmp_path / "loss/adapters/lora-r4-none-lr0.3-seed1/adapter.json").read_text())
+    best = min(scores, key=scores.get)
+    assert description["best"] == {"step": best, "score": -scores[best]} and best < steps
+    assert by_loss[3] != last  # the best is not the last
+    assert run("loss and last", measure="loss")[3] == last
+
+    stopped = run("patience", measure="loss", patience=2)
+    worse = [step for step in scores if step > best]
+    assert [r["step"] for r in stopped[0]][-1] == worse[1] and len(stopped[1]) == worse[1]
+    description = json.loads((tmp_path / "patience/adapters/lora-r4-none-lr0.3-seed1/adapter.json").read_text())
+    assert description["steps"] == worse[1]
+    with pytest.raises(ValueError, match=r"config\.validation\.patience needs config\.validation\.every above 0"):
+        resolve({"validation": {"patience": 2}})
+    with pytest.raises(ValueError, match=r"validation\.every needs rows to validate on"):
+        train({**config, "validation": {"holdout": 0.0, "every": 2}}, tmp_path / "no rows")
+
+
+def test_keys_of_checkpoints(folders, tmp_path, monkeypatch):
+    from mlora_jax import run
+
+    seen, kept = [], []
+
+    class Spy(run.Checkpoints):
+        def __init__(self, folder, *, keep):
+            kept.append(keep)
+            super().__init__(folder, keep=keep)
+
+        def save(self, step, *arguments):
+            seen.append(step)
+            super().save(step, *arguments)
+
+    monkeypatch.setattr(run, "Checkpoints", Spy)
+    config = choice_config(folders)
+    for number, group in enumerate(({"every": 0}, {"every": 4, "keep": 1})):
+        train({**config, "checkpoint": group}, tmp_path / str(number))
+    assert seen == [6, 4, 6] and kept == [2, 1]
+    assert outcome(tmp_path / "0") == outcome(tmp_path / "1")
+    assert not list((tmp_path / "1/checkpoints").iterdir())  # a finished trial needs none
+
+
+def scalars(file):
+    """(step, name, value) of every scalar in an event file: records of length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, found = file.read_bytes(), 0, []
+    while at < len(data):
+        (length,) = struct.unpack("<Q", data[at : at + 8])
+        event = Event.FromString(data[at + 12 : at + 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += 16 + length
+    return found
+
+
+def test_tensorboard(folders, tmp_path):
+    config = with_key(choice_config(folders), "records.tensorboard", True)
+    train(config, tmp_path)
+    (file,) = tmp_path.glob("tensorboard/matryoshka-r4-none-lr0.03-seed1/events.*")
+    losses = [(r["step"], "loss", pytest.approx(r["loss"])) for r in read_json_lines(tmp_path / "metrics.jsonl")]
+    assert [scalar for scalar in scalars(file) if scalar[1] == "loss"] == losses
+    assert {name for _, name, _ in scalars(file)} >= {"gradient_norm", "learning_rate", "tokens_per_second"}
+
+
+def test_weights_and_biases(folders, tmp_path, monkeypatch):
+    config = with_key(choice_config(folders), "records.wandb_project", "nested")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"wandb_project='nested' needs wandb: pip install"):
+        train(config, tmp_path / "without")
+    seen = []
+
+    class Run:
+        def log(self, values, step):
+            seen.append((step, values["loss"]))
+
+        def finish(self):
+            seen.append("finished")
+
+    class Wandb:
+        @staticmethod
+        def init(**options):
+            seen.append(options)
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    train(config, tmp_path / "with")
+    assert (seen[0]["project"], seen[0]["group"], seen[0]["resume"]) == ("nested", "with", "allow")
+    assert seen[0]["name"] == "matryoshka-r4-none-lr0.03-seed1" and seen[-1] == "finished"
+    assert seen[1:-1] == [(r["step"], r["loss"]) for r in read_json_lines(tmp_path / "with/metrics.jsonl")]
+
+
 def test_overflow(folders, tmp_path):
     config = with_key(choice_config(folders), "data.max_length", 28)
     with pytest.raises(ValueError, match=r"train row \d+ has \d+ tokens, more than the limit data\.max_length=28"):
         train(config, tmp_path)
     found = []
     for overflow in ("drop", "truncate"):
-        train(with_key(config, "data.overflow", overflow), tmp_path)
-        found.append(outcome(tmp_path))
+        train(with_key(config, "data.overflow", overflow), tmp_path / overflow)
+        found.append(outcome(tmp_path / overflow))
     assert found[0] != found[1]
     with pytest.raises(ValueError, match="'error', 'drop', 'truncate', got 'cut'"):
         train(with_key(config, "data.overflow", "cut"), tmp_path)
@@ -319,29 +505,29 @@ def test_keys_of_own_data(folders, tmp_path):
         "data.holdout": 0.5,
         "data.task": "trec",  # the file decides
     }.items():
-        train(with_key(config, name, value), tmp_path)
-        records, adapters = outcome(tmp_path)
+        train(with_key(config, name, value), tmp_path / name)
+        records, adapters = outcome(tmp_path / name)
         found[name] = [r["items"] for r in records if "items" in r], adapters
     plain = found["evaluation.max_new_tokens"]
     assert plain[0] == [2] * 4 and found["data.task"] == plain
     assert found["data.file"][0] == [1] * 3 or found["data.file"][1] != plain[1]
     assert found["data.evaluation_file"][0] == [4] * 4 and found["data.holdout"][0] == [10] * 4
     with pytest.raises(ValueError, match="unknown style 'poem'"):
-        train(with_key(config, "data.style", "poem"), tmp_path)
+        train(with_key(config, "data.style", "poem"), tmp_path / "style")
     with pytest.raises(ValueError, match=r"unknown task 'treck'.*did you mean 'trec'"):
-        train(with_key(choice_config(folders), "data.task", "treck"), tmp_path)
+        train(with_key(choice_config(folders), "data.task", "treck"), tmp_path / "task")
 
 
 def test_bad_models(folders, tmp_path):
     config = choice_config(folders)
     with pytest.raises(ValueError, match=r"config\.model\.path is not set"):
-        train(with_key(config, "model.path", ""), tmp_path)
+        train(with_key(config, "model.path", ""), tmp_path / "1")
     with pytest.raises(FileNotFoundError, match="no-such-model"):
-        train(with_key(config, "model.path", "no-such-model"), tmp_path)
+        train(with_key(config, "model.path", "no-such-model"), tmp_path / "2")
     with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
-        train(with_key(config, "model.dtype", "float64"), tmp_path)
+        train(with_key(config, "model.dtype", "float64"), tmp_path / "3")
     with pytest.raises(ValueError, match="target 'q_prj' matches no linear layer; did you mean 'q_proj'"):
-        train(with_key(config, "adapter.targets", ("q_prj",)), tmp_path)
+        train(with_key(config, "adapter.targets", ("q_prj",)), tmp_path / "4")
 
 
 def test_names_of_trials_are_their_own(folders):

@@ -1,13 +1,21 @@
 """A tiny random checkpoint and tiny data of their own, for tests of the whole program."""
 
+import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlora_jax.models import Decoder, DecoderConfig, save_decoder
+from mlora_jax.train.step import train_step
 from tests.data.conftest import write_tokenizer
+
+
+def compile_step(graphdef, optimizer, *, chunk):
+    """`train_step` of one trial; the state's buffers are reused."""
+    return jax.jit(functools.partial(train_step, graphdef, optimizer, chunk), donate_argnums=(2,))
 
 
 def tiny_config(**changes) -> DecoderConfig:

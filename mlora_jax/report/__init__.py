@@ -2,7 +2,7 @@
 
 from mlora_jax.report.choice import Choice, Difference, choose_rows, compare
 from mlora_jax.report.figure import draw_curves, draw_learning_rates
-from mlora_jax.report.folders import SPLITS, RunFolder
+from mlora_jax.report.folders import SPLITS, RunRecords
 from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread, read_experiments
 from mlora_jax.report.table import write_report, write_tables
 
@@ -12,7 +12,7 @@ __all__ = [
     "CurveRow",
     "Difference",
     "Experiment",
-    "RunFolder",
+    "RunRecords",
     "Setting",
     "Spread",
     "choose_rows",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mlora_jax.config import CHANGEABLE, expand_trials, resolve
 from mlora_jax.train.records import read_json_lines
 
 SPLITS = ("validation", "test")
@@ -17,9 +17,8 @@ SPLITS = ("validation", "test")
 TRIAL_FIELDS = ("method", "learning_rate", "seed", "scaling", "rank", "weights")
 ACCURACY_FIELDS = ("split", "readout", "at_rank", "accuracy")
 # Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
-SHOWN_GROUPS = ("trials", "report")
+UNTOLD = (*CHANGEABLE, "train.log_every")
 PLACES = ("model.path", "data.file", "data.evaluation_file")  # the last part of the path counts
-UNTOLD_ENDINGS = ("_dir", "_every")
 
 
 class Trial(NamedTuple):
@@ -44,7 +43,7 @@ class Trial(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFolder:
+class RunRecords:
     """A run's folder.
 
     Attributes:
@@ -62,7 +61,7 @@ class RunFolder:
     failed: dict[Trial, str]
 
     @classmethod
-    def read(cls, path) -> RunFolder:
+    def read(cls, path) -> RunRecords:
         """Reads a folder.
 
         Args:
@@ -107,12 +106,10 @@ class RunFolder:
 
     @property
     def planned(self) -> list[Trial]:
-        """The product of `config.trials`; empty if the config does not say."""
-        axes = self.config.get("trials")
-        if not axes:
+        """The trials of the config; empty if it does not say."""
+        if not self.config.get("trials"):
             return []
-        points = itertools.product(*(axes[name] for name in TRIAL_FIELDS))
-        return [Trial.of(dict(zip(TRIAL_FIELDS, values, strict=True))) for values in points]
+        return [Trial.of(dataclasses.asdict(trial)) for trial in expand_trials(resolve(self.config))]
 
     @property
     def unfinished(self) -> list[Trial]:
@@ -123,13 +120,13 @@ class RunFolder:
     def told_values(self) -> dict[str, Any]:
         """Dotted config keys and values, without those in which runs may differ without a word."""
         told = {}
-        for name, value in _flat({group: self.config[group] for group in self.config if group not in SHOWN_GROUPS}):
-            if not name.endswith(UNTOLD_ENDINGS):
+        for name, value in _flat(self.config):
+            if not any(name == key or name.startswith(f"{key}.") for key in UNTOLD):
                 told[name] = pathlib.PurePath(value).name if name in PLACES else value
         return told
 
 
-def config_differences(folders: Iterable[RunFolder]) -> dict[str, list[str]]:
+def config_differences(folders: Iterable[RunRecords]) -> dict[str, list[str]]:
     """Dotted config key -> its distinct values as text, of the keys in which folders differ."""
     configs = [folder.told_values() for folder in folders]
     found = {}

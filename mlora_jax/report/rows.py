@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from mlora_jax.core import POLICIES, summarize
-from mlora_jax.report.folders import RunFolder
+from mlora_jax.report.folders import RunRecords
 
 READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
 
@@ -108,7 +108,7 @@ class Experiment:
       failed: names of the trials whose loss became infinite or NaN.
     """
 
-    folders: tuple[RunFolder, ...]
+    folders: tuple[RunRecords, ...]
     rows: list[CurveRow]
     failed: list[str]
 
@@ -139,13 +139,13 @@ def read_experiments(folders: Iterable) -> list[Experiment]:
     Raises:
       FileNotFoundError, ValueError: a folder without records, unreadable ones, or a trial that two folders hold.
     """
-    groups: dict[tuple[str, str], list[RunFolder]] = collections.defaultdict(list)
-    for folder in map(RunFolder.read, folders):
+    groups: dict[tuple[str, str], list[RunRecords]] = collections.defaultdict(list)
+    for folder in map(RunRecords.read, folders):
         groups[folder.task, folder.base_model].append(folder)
     return [_merge(members) for members in groups.values()]
 
 
-def _merge(folders: list[RunFolder]) -> Experiment:
+def _merge(folders: list[RunRecords]) -> Experiment:
     holders: dict = {}
     for folder in folders:
         for trial in (*folder.curves, *(trial for trial in folder.failed if trial not in folder.curves)):

@@ -1,20 +1,22 @@
-"""Training one trial: draw, step, log."""
+"""Training a batch of trials: draw, step, log, validate, save."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.policies import Draw, Policy, draw_step
-from mlora_jax.train.step import Schedule, TrialState, train_step
-
-draw = jax.jit(draw_step, static_argnames=("policy", "hierarchy", "accumulation"))
+from mlora_jax.train.step import TrialState, train_step
 
 
 class TrialKeys(NamedTuple):
@@ -30,68 +32,211 @@ def trial_keys(seed: int) -> TrialKeys:
     return TrialKeys(*(jax.random.fold_in(jax.random.key(seed), number) for number in range(3)))
 
 
-def compile_step(graphdef, optimizer: optax.GradientTransformation, *, chunk: int) -> Callable:
-    """`train_step` under `jax.jit`: one executable per number of profiles and batch shape, whatever the method.
+class TrialsStep:
+    """`train_step` for K trials at once on one frozen base: one executable per K, number of profiles and batch shape.
 
-    The trial state is donated. Arguments and results as `train_step` from `base` on.
-    """
-    return jax.jit(functools.partial(train_step, graphdef, optimizer, chunk), donate_argnums=(2,))
-
-
-def train_trial(
-    step: Callable,
-    base,
-    profile,
-    state: TrialState,
-    batches: Iterable[dict[str, np.ndarray]],
-    *,
-    policy: Policy,
-    hierarchy,
-    schedule: Schedule,
-    keys: TrialKeys,
-    log_every: int,
-    log: Callable[[int, dict[str, Any]], None],
-) -> TrialState:
-    """Trains to the end of `batches`, or to the first log after a loss that is not finite.
+    Called with base, profile tree, and then state, batch, draw, schedule and dropout key with a leading K. The state's
+    buffers are reused for the result.
 
     Args:
-      step: from `compile_step`.
-      base: frozen tree.
-      profile: profile tree.
-      state: the state to start from; its buffers are consumed.
-      batches: step batches, arrays [M, B, ...].
-      policy: draws the profiles.
-      hierarchy: S, s_r, w_r and R.
-      schedule: learning rate and lengths.
-      keys: of the trial.
-      log_every: steps between logs.
-      log: called with (finished steps, values) where values has loss (mean over the steps since the last log),
-        gradient_norm and learning_rate (of the last step), tokens_per_second, finite.
-
-    Returns:
-      The last finite state.
+      graphdef: of the adapted decoder in training mode.
+      optimizer: from `make_optimizer`.
+      chunk: answer positions with logits at one time.
     """
-    losses, tokens, since, metrics, done = [], 0, time.monotonic(), None, 0
 
-    def flush():
-        nonlocal losses, tokens, since
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        values["loss"] = float(np.mean(jax.device_get(losses)))
-        now = time.monotonic()
-        values["tokens_per_second"] = tokens / (now - since)
-        losses, tokens, since = [], 0, now
-        log(done, values)
-        return values["finite"]
+    def __init__(self, graphdef, optimizer: optax.GradientTransformation, *, chunk: int):
+        step = functools.partial(train_step, graphdef, optimizer, chunk)
+        self._jitted = jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)), donate_argnums=(2,))
+        self._executables: dict[tuple, jax.stages.Compiled] = {}
 
-    for done, batch in enumerate(batches, start=1):
-        drawn: Draw = draw(policy, hierarchy, keys.draws, done - 1, accumulation=len(batch["tokens"]))
-        state, metrics = step(base, profile, state, batch, drawn, schedule, keys.dropout)
-        if losses:
-            jax.block_until_ready(losses[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
-        losses.append(metrics["loss"])
-        tokens += batch["tokens"].size
-        if done % log_every == 0 and not flush():
-            return state
-    if losses:
-        flush()
+    def compile(self, *arguments) -> jax.stages.Compiled:
+        """The executable for arguments of these shapes; arrays or `jax.ShapeDtypeStruct`s."""
+        key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2:]))
+        if key not in self._executables:
+            self._executables[key] = self._jitted.lower(*arguments).compile()
+        return self._executables[key]
+
+    def __call__(self, *arguments) -> tuple[TrialState, dict[str, jax.Array]]:
+        return self.compile(*arguments)(*arguments)
+
+    @property
+    def compilations(self) -> int:
+        """How many executables were compiled."""
+        return len(self._executables)
+
+
+def compile_draws(
+    drawn_by: Sequence[tuple[Policy, RankHierarchy]], keys: jax.Array, *, accumulation: int
+) -> Callable[[Any], Draw]:
+    """The draws of K trials as one function: step -> profiles [K, M, N, R] and update_mask [K, R].
+
+    Args:
+      drawn_by: policy and hierarchy of every trial; as many profiles for each.
+      keys: [K] `jax.random.key`s for draws.
+      accumulation: M.
+    """
+    members: dict[tuple, list[int]] = {}
+    for number, each in enumerate(drawn_by):
+        members.setdefault(each, []).append(number)
+    back = np.argsort(np.concatenate(list(members.values())))
+
+    @jax.jit
+    def draw(keys, step):
+        def one_kind(policy, hierarchy, numbers):
+            one = functools.partial(draw_step, policy, hierarchy, step=step, accumulation=accumulation)
+            return jax.vmap(lambda key: one(key=key))(keys[np.array(numbers)])
+
+        parts = [one_kind(*kind, numbers) for kind, numbers in members.items()]
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs)[back], *parts)
+
+    return functools.partial(draw, keys)
+
+
+@dataclasses.dataclass
+class Memory:
+    """What the loop must know, besides arrays, to go on exactly where it was; JSON holds all of it.
+
+    Attributes:
+      step: finished steps.
+      losses: [steps since the last log, K].
+      reported: [K], whether a trial's steps are still written down: until it has failed or stopped.
+      scores: [validations, K], None for a trial that was no longer trained.
+      ended: whether nothing is left to train.
+    """
+
+    step: int
+    losses: list[list[float]]
+    reported: list[bool]
+    scores: list[list[float | None]]
+    ended: bool = False
+
+    @classmethod
+    def of(cls, slots: int) -> Memory:
+        """At the start."""
+        return cls(0, [], [True] * slots, [])
+
+    def best(self, slot: int) -> tuple[int, float]:
+        """Which validation of a trial was its best, and its score; (-1, -inf) before the first."""
+        scores = [-math.inf if row[slot] is None else row[slot] for row in self.scores]
+        return max(enumerate(scores), key=lambda pair: pair[1], default=(-1, -math.inf))
+
+
+class State(NamedTuple):
+    """The arrays of a batch of trials: what trains, and the adapters that scored best so far (None if not kept)."""
+
+    trials: TrialState
+    best: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """Steps between two logs, validations and checkpoints (0: at the end only), and validations without progress."""
+
+    log: int
+    validate: int
+    save: int
+    patience: int
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop by a signal, and everything is saved; the exit status is 128 + the signal's number."""
+
+
+def train_trials(
+    step: Callable,
+    batches: Iterator[dict[str, np.ndarray]],
+    draw: Callable[[int], Draw],
+    state: State,
+    memory: Memory,
+    *,
+    steps: int,
+    cadence: Cadence,
+    log: Callable[[int, int, dict[str, Any]], None],
+    validate: Callable[[int, Any, Sequence[bool]], list[float | None]],
+    save: Callable[[State, Memory], None],
+    interrupted: Callable[[], int],
+) -> State:
+    """Trains K trials to the end, or until none of them is left to train.
+
+    Args:
+      step: (trial state, batch, draw) -> (trial state, metrics), all with a leading K.
+      batches: step batches, arrays [K, M, B, ...], from step `memory.step` on.
+      draw: finished steps -> Draw.
+      state: where to start; its buffers are consumed.
+      memory: where to start; kept up to date.
+      steps: how many there are in all.
+      cadence: when to do what.
+      log: called with (finished steps, trial, values) where values has loss (mean over the steps since the last log),
+        gradient_norm and learning_rate (of the last step), tokens_per_second and finite.
+      validate: (finished steps, adapters [K, ...], which to look at) -> scores [K], higher is better.
+      save: called when a checkpoint is due, and at the end.
+      interrupted: asked after every step; gives the number of the signal that came, or 0.
+
+    Raises:
+      Interrupted: after a save.
+    """
+    pending, tokens, since = [], 0, time.monotonic()
+    due = lambda every: every and memory.step % every == 0  # noqa: E731
+    while not memory.ended:
+        batch = next(batches)
+        trials, metrics = step(state.trials, batch, draw(memory.step))
+        if pending:
+            jax.block_until_ready(pending[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
+        state, pending = state._replace(trials=trials), [*pending, metrics["loss"]]
+        memory.step, tokens = memory.step + 1, tokens + batch["tokens"][0].size
+        last, stop = memory.step == steps, interrupted()
+        if due(cadence.log) or last:
+            memory.losses += np.asarray(jax.device_get(pending), float).tolist()
+            _report(memory, metrics, tokens / (time.monotonic() - since), log)
+            pending, tokens, since = [], 0, time.monotonic()
+        if due(cadence.validate) or (cadence.validate and last):
+            state = _validate(state, memory, cadence.patience, validate)
+        memory.ended = last or not any(memory.reported)
+        if memory.ended or stop or due(cadence.save):
+            memory.losses += np.asarray(jax.device_get(pending), float).tolist()
+            pending = []
+            save(state, memory)
+        if stop and not memory.ended:
+            raise Interrupted(128 + stop)
     return state
+
+
+def _report(memory: Memory, metrics, tokens_per_second: float, log) -> None:
+    """Logs every trial that is still trained; one whose loss is not finite for the last time."""
+    values = jax.device_get(metrics)
+    losses = np.asarray(memory.losses).mean(axis=0)
+    for trial in np.flatnonzero(memory.reported).tolist():
+        found = {name: value[trial].item() for name, value in values.items()}
+        log(memory.step, trial, found | {"loss": losses[trial].item(), "tokens_per_second": tokens_per_second})
+        memory.reported[trial] = found["finite"]
+    memory.losses = []
+
+
+def _validate(state: State, memory: Memory, patience: int, validate) -> State:
+    """Scores the trials that are still trained, keeps the best adapters, and stops who has not got better."""
+    before = [memory.best(slot)[1] for slot in range(len(memory.reported))]
+    memory.scores.append(validate(memory.step, state.trials.adapter, memory.reported))
+    better = np.array([score is not None and score > old for score, old in zip(memory.scores[-1], before, strict=True)])
+    if state.best is not None:
+        state = state._replace(best=select_trials(better, state.trials.adapter, state.best))
+    if patience:
+        waited = [len(memory.scores) - 1 - memory.best(slot)[0] for slot in range(len(before))]
+        memory.reported = [on and gone < patience for on, gone in zip(memory.reported, waited, strict=True)]
+        stopped = state.trials.finite & ~jnp.asarray(memory.reported)
+        state = state._replace(trials=state.trials._replace(stopped=stopped | state.trials.stopped))
+    return state
+
+
+def select_trials(chosen: np.ndarray, these, those):
+    """The trees of the trials that are chosen [K] from `these`, the others' from `those`; leaves [K, ...]."""
+    return jax.tree.map(lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), these, those)
+
+
+def stack_trees(trees: Iterable[Any]) -> Any:
+    """K trees of arrays as one with a leading K."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def take_trial(tree, number: int) -> Any:
+    """The tree of one trial from a tree with a leading K."""
+    return jax.tree.map(lambda leaf: leaf[number], tree)

@@ -205,7 +205,8 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
     optimizer = make_optimizer(train)
     step, optimizer_state = make_step(graphdef, optimizer), optimizer.init(state)
 
-    with RunProgress(train["steps"]) as progress:
+    with RunProgress() as progress:
+        progress.expect({"pretraining": train["steps"]})
         start = time.monotonic()
         batches = _batches(rows, train["batch_size"], train["steps"], seed)
         for number, (tokens, segments) in enumerate(batches, 1):
@@ -213,8 +214,8 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
             if number % _LOG_EVERY == 0 or number == train["steps"]:
                 loss = float(loss)  # waits for the device, so it comes before the clock is read
                 speed = number * tokens.size / (time.monotonic() - start)
-                advanced = (number - 1) % _LOG_EVERY + 1
-                progress.advance(advanced, trial="pretraining", step=number, loss=loss, tokens_per_second=speed)
+                left = train["steps"] - number
+                progress.advance("pretraining", left, step=number, loss=loss, tokens_per_second=speed)
         held_out_loss = float(jax.jit(next_token_loss, static_argnums=0)(graphdef, state, *held_out))
         progress.say(f"held-out loss {held_out_loss:.4f} nats per token")
 

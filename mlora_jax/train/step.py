@@ -36,13 +36,15 @@ class TrialState(NamedTuple):
       optimizer: the optax state.
       step: int32 scalar, the number of finished steps.
       finite: bool scalar; False from the first step on whose loss or gradient is not finite. Such a trial is frozen:
-        adapter and optimizer stay what they were before that step.
+        adapter, optimizer and step stay what they were before that step.
+      stopped: bool scalar; True freezes a trial that has been trained enough.
     """
 
     adapter: Any
     optimizer: Any
     step: jax.Array
     finite: jax.Array
+    stopped: jax.Array
 
 
 def learning_rate_at(schedule: Schedule, step) -> jax.Array:
@@ -87,7 +89,8 @@ def make_optimizer(
 
 def init_state(adapter, optimizer: optax.GradientTransformation) -> TrialState:
     """The state before the first step."""
-    return TrialState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    no = jnp.zeros((), bool)
+    return TrialState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32), finite=~no, stopped=no)
 
 
 def train_step(
@@ -152,9 +155,12 @@ def train_step(
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.update_mask))
     adapter = optax.apply_updates(state.adapter, updates)
     norm = optax.tree.norm(gradient)
-    finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
-    adapter, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (adapter, optimizer_state), (state.adapter, state.optimizer)
+    finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm)))
+    going = finite & ~state.stopped
+    adapter, optimizer_state, step = jax.tree.map(
+        lambda new, old: jnp.where(going, new, old),
+        (adapter, optimizer_state, state.step + 1),
+        (state.adapter, state.optimizer, state.step),
     )
     metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "finite": finite}
-    return TrialState(adapter, optimizer_state, state.step + 1, finite), metrics
+    return TrialState(adapter, optimizer_state, step, finite, state.stopped), metrics

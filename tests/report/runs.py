@@ -37,15 +37,15 @@ def write_run(
     (path / "config.json").write_text(json.dumps(values))
     with JsonLines(path / "curves.jsonl") as records:
         for split, accuracy in base:
-            records.write(trial="base", split=split, readout="base", at_rank=0, accuracy=accuracy)
+            records.write(dict(trial="base", split=split, readout="base", at_rank=0, accuracy=accuracy))
         for (method, readout, rate), splits in curves.items():
             for split, seeds in splits.items():
                 for seed, accuracies in seeds.items():
                     for rank, accuracy in zip(RANKS, accuracies, strict=False):
                         where = {"split": split, "readout": readout, "at_rank": rank, "accuracy": accuracy}
-                        records.write(**_trial(method, rate, seed, scaling, weights), **where)
+                        records.write(dict(**_trial(method, rate, seed, scaling, weights), **where))
         for method, rate, seed in failed:
-            records.write(**_trial(method, rate, seed, scaling, weights), failed=True)
+            records.write(dict(**_trial(method, rate, seed, scaling, weights), failed=True))
     return path
 
 

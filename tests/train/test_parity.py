@@ -11,9 +11,9 @@ from mlora_jax.adapt import adapt, split
 from mlora_jax.core import POLICIES, RankHierarchy, draw_step, get_policy
 from mlora_jax.data import Example, collate
 from mlora_jax.models import load_decoder
-from mlora_jax.train.loop import compile_step
 from mlora_jax.train.step import Schedule, init_state, make_optimizer
 from tests.oracles import torch_lora
+from tests.tiny import compile_step
 
 STEPS, RATE = 20, 1e-3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,318 @@
+"""What every trial of an experiment shares: model, data, and for each rank the compiled step and the evaluators."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mlora_jax.adapt import adapt, set_profile, split
+from mlora_jax.config import Trial
+from mlora_jax.core import get_policy
+from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, load_task, make_trials_pipeline
+from mlora_jax.data.load import hold_out
+from mlora_jax.data.pipeline import collate
+from mlora_jax.data.tokenize import tokenize
+from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, prepare_choices
+from mlora_jax.models import Decoder, Tokenizer, load_decoder
+from mlora_jax.train.grid import cut_evenly, group_trials, largest_batch, memory_limit, memory_of
+from mlora_jax.train.loop import TrialKeys, TrialsStep, compile_draws, stack_trees, trial_keys
+from mlora_jax.train.objective import answer_loss
+from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """The adapted model of one rank.
+
+    Attributes:
+      base, adapter, profile: trees of `mlora_jax.split`; the adapter is one trial's.
+      optimizer: optax transformation.
+      step: trains K trials at once.
+      evaluators: split -> (adapter, p [R]) -> verdicts [items].
+      validation_loss: () -> a function (adapter, p [R]) -> nats per answer token on the validation rows; made once.
+    """
+
+    base: Any
+    adapter: Any
+    profile: Any
+    optimizer: Any
+    step: TrialsStep
+    evaluators: dict[str, Any]
+    validation_loss: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config stands for, loaded.
+
+    Attributes:
+      config: resolved.
+      model, tokenizer: the frozen base.
+      data: the task's rows.
+      examples: what is trained on.
+      rows: split -> the rows to evaluate on: "test", and "validation" if some are held out.
+    """
+
+    config: ConfigDict
+    model: Decoder
+    tokenizer: Tokenizer
+    data: TaskData
+    examples: Tokenized
+    rows: dict[str, list[dict]]
+
+    @classmethod
+    def load(cls, config: ConfigDict) -> Experiment:
+        """Loads model and data.
+
+        Raises:
+          ValueError, FileNotFoundError: a model or data that cannot be used; the message names it.
+        """
+        model, tokenizer = load_model(config)
+        data = load_data(config, tokenizer)
+        train, validation = hold_out_validation(data, config.validation.holdout, config.validation.limit)
+        options = config.data
+        examples = tokenize(train, tokenizer, seam=data.seam, max_length=options.max_length, overflow=options.overflow)
+        rows = {"test": list(itertools.islice(data.test, config.evaluation.limit or None))}
+        if validation:
+            rows["validation"] = validation
+        elif config.validation.every:
+            raise ValueError(
+                "config.validation.every needs rows to validate on: raise config.validation.holdout above 0"
+            )
+        return cls(config, model, tokenizer, data, examples, rows)
+
+    @functools.cached_property
+    def _by_rank(self) -> dict[int, Adapted]:
+        return {}
+
+    def adapted(self, rank: int) -> Adapted:
+        """The adapted model of a rank; made once."""
+        if rank not in self._by_rank:
+            self._by_rank[rank] = self._adapt_for_rank(rank)
+        return self._by_rank[rank]
+
+    @property
+    def compilations(self) -> dict[str, int]:
+        """How many executables were compiled for training steps and for evaluation."""
+        every = self._by_rank.values()
+        evaluators = [evaluator for each in every for evaluator in each.evaluators.values()]
+        return {
+            "train": sum(each.step.compilations for each in every),
+            "evaluation": sum(evaluator.compiled._cache_size() for evaluator in evaluators),
+        }
+
+    def pipeline(self, trials: Sequence[Trial]) -> TrialsPipeline:
+        """The batches of these trials."""
+        return make_trials_pipeline(
+            self.examples.examples,
+            seeds=[trial.seed for trial in trials],
+            batch_size=self.config.train.batch_size,
+            accumulation=self.config.train.accumulation,
+            epochs=self.config.train.epochs,
+            pad_multiple=self.config.data.pad_multiple,
+        )
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Optimizer steps of a trial."""
+        return -(-len(self.examples.examples) * self.config.train.epochs // self.config.train.batch_size)
+
+    def start(self, trials: Sequence[Trial]) -> tuple[TrialState, TrialKeys]:
+        """State and keys [K] of trials of one rank before their first step."""
+        adapted = self.adapted(trials[0].rank)
+        keys = [trial_keys(trial.seed) for trial in trials]
+        adapters = [split(self._adapt(trial.rank, key.adapter))[2] for trial, key in zip(trials, keys, strict=True)]
+        return stack_trees(init_state(adapter, adapted.optimizer) for adapter in adapters), stack_trees(keys)
+
+    def schedules(self, trials: Sequence[Trial]) -> Schedule:
+        """Learning rates and lengths [K]."""
+        warmup, count = self.config.train.warmup_steps, len(trials)
+        rates = jnp.array([trial.learning_rate for trial in trials], float)
+        return Schedule(rates, jnp.full(count, warmup, float), jnp.full(count, self.steps, float))
+
+    def draws(self, trials: Sequence[Trial], keys: TrialKeys):
+        """step -> the draws of these trials, with a leading K."""
+        drawn_by = [(get_policy(trial.method), self.hierarchy(trial)) for trial in trials]
+        return compile_draws(drawn_by, keys.draws, accumulation=self.config.train.accumulation)
+
+    def hierarchy(self, trial: Trial):
+        """S, scales and weights of a trial."""
+        return trial.hierarchy(self.config.adapter.ranks)
+
+    def plan(self, trials: Sequence[Trial]) -> list[tuple[tuple[Trial, ...], int]]:
+        """Cuts trials into batches: (trials, slots) each. Compiles where the size is to be found out.
+
+        Raises:
+          ValueError: not even one trial fits in memory.
+        """
+        groups = group_trials(trials, lambda trial: (trial.rank, self.profiles(trial)))
+        batches = []
+        for group in groups:
+            batches += cut_evenly(group, min(self.config.train.trials_at_once or self._fitting(group), len(group)))
+        return batches
+
+    def profiles(self, trial: Trial) -> int:
+        """N, the profiles of a step: its cost in LoRA steps."""
+        return get_policy(trial.method).count(self.hierarchy(trial))
+
+    def _fitting(self, group: Sequence[Trial]) -> int:
+        base = sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapted(group[0].rank).base))
+        limit = memory_limit(self.config.train.memory_gib)
+        return largest_batch(lambda count: memory_of(self.compile_largest(group[0], count)), base, len(group), limit)
+
+    def compile_largest(self, trial: Trial, count: int) -> jax.stages.Compiled:
+        """The step of `count` trials like this one at the largest batch shape there is."""
+        adapted, options = self.adapted(trial.rank), self.config.train
+        one = jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
+        rows = options.batch_size // options.accumulation
+        length, answers = batch_shape(self.examples.examples, self.config.data.pad_multiple)
+        integers = jax.ShapeDtypeStruct((options.accumulation, rows, length), jnp.int32)
+        positions = jax.ShapeDtypeStruct((options.accumulation, rows, answers), jnp.int32)
+        batch = {
+            "tokens": integers,
+            "positions": positions,
+            "targets": positions,
+            "weights": jax.ShapeDtypeStruct(positions.shape, jnp.float32),
+        }
+        keys = jax.eval_shape(lambda: trial_keys(0))
+        draw = jax.eval_shape(self.draws([trial], stack_trees([trial_keys(0)])), 0)
+        many = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)  # noqa: E731
+        draw = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), draw)
+        schedule = jax.eval_shape(lambda: self.schedules([trial] * count))
+        return adapted.step.compile(
+            adapted.base, adapted.profile, many(one), many(batch), draw, schedule, many(keys.dropout)
+        )
+
+    def _adapt(self, rank: int, key: jax.Array) -> nnx.Module:
+        options = self.config.adapter
+        return adapt(self.model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
+
+    def _adapt_for_rank(self, rank: int) -> Adapted:
+        config, adapted = self.config, self._adapt(rank, jax.random.key(0))
+        train_graphdef, base, adapter, profile = split(adapted)
+        graphdef, *_ = split(_in_evaluation_mode(adapted))
+        names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
+        optimizer = make_optimizer(**{name: config.train[name] for name in names})
+        evaluators = {name: self._evaluator(graphdef, base, profile, rows) for name, rows in self.rows.items()}
+        step = TrialsStep(train_graphdef, optimizer, chunk=config.train.loss_chunk)
+        loss = functools.partial(self._validation_loss, graphdef, base, profile)
+        return Adapted(base, adapter, profile, optimizer, step, evaluators, functools.cache(loss))
+
+    def _evaluator(self, graphdef, base, profile, rows: Sequence[dict]):
+        """The evaluator of the task's metric: (adapter, p [R]) -> verdicts [items]."""
+        config, data = self.config, self.data
+        shapes = dict(
+            seam=data.seam,
+            max_length=config.data.max_length,
+            batch_size=config.evaluation.batch_size,
+            pad_multiple=config.data.pad_multiple,
+        )
+        if data.task.metric == "choice":
+            requests = prepare_choices(rows, self.tokenizer, **shapes)
+            return ChoiceEvaluator(graphdef, base, profile, requests, chunk=config.train.loss_chunk)
+        return GenerationEvaluator(
+            graphdef,
+            base,
+            profile,
+            rows,
+            self.tokenizer,
+            task=data.task,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            stop=sorted({*self.tokenizer.eos_ids, *self.model.config.eos_token_ids}),
+            **shapes,
+        )
+
+    def _validation_loss(self, graphdef, base, profile):
+        """(adapter, p [R]) -> nats per answer token on the validation rows."""
+        options, config = self.config.data, self.config
+        rows = tokenize(
+            self.rows["validation"],
+            self.tokenizer,
+            seam=self.data.seam,
+            max_length=options.max_length,
+            overflow="drop",
+            split="validation",
+        )
+        batches = [
+            {
+                name: part[0]
+                for name, part in collate(
+                    rows.examples[start : start + config.evaluation.batch_size],
+                    batch_size=config.evaluation.batch_size,
+                    pad_multiple=options.pad_multiple,
+                ).items()
+            }
+            for start in range(0, len(rows.examples), config.evaluation.batch_size)
+        ]
+        answers = sum(batch["weights"].sum() for batch in batches)
+
+        @jax.jit
+        def total(base, adapter, p, batch):
+            values = set_profile(profile, p)
+            return answer_loss(graphdef, base, adapter, values, batch, chunk=config.train.loss_chunk)
+
+        return lambda adapter, p: sum(float(total(base, adapter, p, batch)) for batch in batches) / answers
+
+
+def load_model(config: ConfigDict) -> tuple[Decoder, Tokenizer]:
+    """The frozen base and its tokenizer, from `config.model`."""
+    dtype = config.model.dtype
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("config.model.dtype='float64' needs the environment variable JAX_ENABLE_X64=1")
+    folder = model_folder(config.model.path)
+    model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None)
+    model.remat = config.train.remat
+    return model, Tokenizer.load(folder)
+
+
+def model_folder(path: str) -> pathlib.Path:
+    """The folder of a model: the path itself, or the base that the package ships for "quickstart"."""
+    if path == "quickstart":
+        return pathlib.Path(str(importlib.resources.files("mlora_jax") / "assets" / "quickstart"))
+    if not path:
+        raise ValueError("config.model.path is not set: give a Hugging Face folder by --config.model.path=FOLDER")
+    return pathlib.Path(path)
+
+
+def load_data(config: ConfigDict, tokenizer: Tokenizer) -> TaskData:
+    """The task's rows, from `config.data`."""
+    options = config.data
+    return load_task(
+        options.task,
+        raw_dir=options.raw_dir,
+        cache_dir=options.cache_dir,
+        style=options.style,
+        file=options.file,
+        evaluation_file=options.evaluation_file,
+        holdout=options.holdout,
+        tokenizer=tokenizer,
+    )
+
+
+def hold_out_validation(data: TaskData, fraction: float, limit: int) -> tuple[Sequence[dict], list[dict]]:
+    """Rows to train on, and rows to validate on.
+
+    Those are the first `limit` of the data set's own validation split if it has one; otherwise the rows of its training
+    split with the smallest sha256 of "0:ROW", `fraction` of them and at most `limit`.
+    """
+    if not fraction:
+        return data.train, []
+    if len(data.validation):
+        return data.train, list(itertools.islice(data.validation, limit))
+    held = hold_out(len(data.train), fraction, limit=limit, name="validation.holdout")
+    return [row for at, row in enumerate(data.train) if at not in held], [data.train[at] for at in sorted(held)]
+
+
+def _in_evaluation_mode(model: nnx.Module) -> nnx.Module:
+    model.eval()
+    return model

@@ -1,0 +1,183 @@
+"""What an experiment will cost, before it is run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mlora_jax.config import Trial, expand_trials, resolve
+from mlora_jax.data import batch_shape
+from mlora_jax.experiment import Experiment
+from mlora_jax.train.grid import TrialBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Batches of trials that share executables.
+
+    Attributes:
+      rank: R.
+      profiles: N, profiles a step.
+      trials: in all batches together.
+      batches: of them.
+      at_once: K, trials in a batch.
+      compilations: executables of the training step, one per batch shape.
+      tokens: that are trained on, over all trials; padding is not counted.
+      padded_tokens: that are computed, empty slots and every profile included.
+      compile_seconds: for one executable, measured.
+      step_seconds: for one step of one batch, measured: median.
+      training_seconds: projected for all of it, compilations included.
+    """
+
+    rank: int
+    profiles: int
+    trials: int
+    batches: int
+    at_once: int
+    compilations: int
+    tokens: int
+    padded_tokens: int
+    compile_seconds: float
+    step_seconds: float
+    training_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cost of an experiment.
+
+    Attributes:
+      trials: how many there are.
+      steps: optimizer steps of each.
+      groups: what trains together.
+      adapter_bytes: of all trained adapters, float32 (or float64).
+      curves: rank-accuracy curves to measure, over splits and read-outs.
+      evaluation_seconds: projected for them, from one timed batch of requests for each rank and split.
+    """
+
+    trials: int
+    steps: int
+    groups: tuple[GroupPlan, ...]
+    adapter_bytes: int
+    curves: int
+    evaluation_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Projected for training and evaluation."""
+        return sum(group.training_seconds for group in self.groups) + self.evaluation_seconds
+
+
+def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
+    """Loads model and data, sizes the batches of trials, and times a few steps of each kind; trains nothing.
+
+    Args:
+      config: as `mlora_jax.run.train` takes it.
+      timed_steps: how many steps of a group are timed, after one that is not.
+
+    Raises:
+      ValueError, FileNotFoundError: as `train`.
+    """
+    config = resolve(config)
+    trials, experiment = expand_trials(config), Experiment.load(config)
+    cuts = experiment.plan(trials)
+    groups: dict[tuple[int, int, int], list[TrialBatch]] = collections.defaultdict(list)
+    for number, (members, slots) in enumerate(cuts):
+        kind = (members[0].rank, experiment.profiles(members[0]), slots)
+        groups[kind].append(TrialBatch(f"batch-{number:04d}", members, slots))
+    per_rank = {trial.rank: jax.tree.leaves(experiment.adapted(trial.rank).adapter) for trial in trials}
+    curves, seconds = _evaluation(experiment, trials)
+    return Plan(
+        trials=len(trials),
+        steps=experiment.steps,
+        groups=tuple(_group(experiment, *kind, batches, timed_steps) for kind, batches in groups.items()),
+        adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in per_rank[trial.rank]),
+        curves=curves,
+        evaluation_seconds=seconds,
+    )
+
+
+def _group(experiment: Experiment, rank: int, profiles: int, slots: int, batches, timed_steps: int) -> GroupPlan:
+    shapes: set[tuple[int, int]] = set()
+    tokens = positions = 0
+    for batch in batches:
+        found, real, computed = _shapes(experiment, batch)
+        shapes |= found
+        tokens, positions = tokens + real, positions + computed
+    compiling, at, step_seconds = _time_steps(experiment, batches[0], timed_steps)
+    return GroupPlan(
+        rank=rank,
+        profiles=profiles,
+        trials=sum(len(batch.trials) for batch in batches),
+        batches=len(batches),
+        at_once=slots,
+        compilations=len(shapes),
+        tokens=tokens,
+        padded_tokens=positions * profiles,
+        compile_seconds=compiling,
+        step_seconds=step_seconds,
+        training_seconds=len(shapes) * compiling + positions / at * step_seconds,
+    )
+
+
+def _shapes(experiment: Experiment, batch: TrialBatch) -> tuple[set[tuple[int, int]], int, int]:
+    """Batch shapes that come up, tokens of the trials, and positions computed with padding and empty slots."""
+    pipeline, rows = experiment.pipeline(batch.slotted), experiment.config.train.batch_size
+    shapes, real, positions = set(), 0, 0
+    for step in range(pipeline.steps):
+        parts = [each.examples_at(step) for each in pipeline.pipelines]
+        own = [batch_shape(part, experiment.config.data.pad_multiple) for part in parts]
+        shape = tuple(max(axis) for axis in zip(*own, strict=True))
+        shapes.add(shape)
+        counts = [sum(len(example.tokens) for example in part) for part in parts]
+        real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
+        positions += batch.slots * rows * shape[0]
+    return shapes, real, positions
+
+
+def _time_steps(experiment: Experiment, batch: TrialBatch, timed_steps: int) -> tuple[float, int, float]:
+    """Seconds to compile, positions of the timed step, and the median of its seconds."""
+    trials = batch.slotted
+    adapted = experiment.adapted(trials[0].rank)
+    state, keys = experiment.start(trials)
+    arrays, draws = next(iter(experiment.pipeline(trials))), experiment.draws(trials, keys)
+    schedules, seconds = experiment.schedules(trials), []
+    for number in range(timed_steps + 1):
+        start = time.monotonic()
+        state, metrics = adapted.step(
+            adapted.base, adapted.profile, state, arrays, draws(number), schedules, keys.dropout
+        )
+        jax.block_until_ready(metrics)
+        seconds.append(time.monotonic() - start)
+    median = float(np.median(seconds[1:]))
+    return max(seconds[0] - median, 0.0), arrays["tokens"].size, median
+
+
+def _evaluation(experiment: Experiment, trials: list[Trial]) -> tuple[int, float]:
+    curves, seconds, timed = 0, 0.0, {}
+    for trial in trials:
+        readouts = experiment.config.evaluation.readouts.get(trial.method, ("prefix",))
+        for split in experiment.rows:
+            if (trial.rank, split) not in timed:
+                timed[trial.rank, split] = _time_evaluation(experiment, trial.rank, split)
+            curves += len(readouts)
+            seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed[trial.rank, split]
+    return curves, seconds
+
+
+def _time_evaluation(experiment: Experiment, rank: int, split: str) -> float:
+    """Seconds for one rank on one split, from its middle batch of requests."""
+    adapted = experiment.adapted(rank)
+    evaluator = adapted.evaluators[split]
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        evaluator.run_batch(len(evaluator) // 2, adapted.adapter, jnp.zeros(rank))
+        seconds.append(time.monotonic() - start)
+    return seconds[-1] * len(evaluator)

@@ -1,0 +1,150 @@
+"""A run's folder: which batches its trials train in, what of them is done, and what a kill left half written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mlora_jax.config import Trial, changed_keys
+from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.train.grid import TrialBatch
+from mlora_jax.train.records import keep_records, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+LEDGER, CONFIG, METRICS, CURVES = "batches.json", "config.json", "metrics.jsonl", "curves.jsonl"
+SCHEMA = 1
+
+
+def threads() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stored_threads(workdir) -> int | None:
+    """How many threads a run in this folder began with, if there is one: the last bits depend on it."""
+    ledger = pathlib.Path(workdir) / LEDGER
+    return json.loads(ledger.read_text(encoding="utf-8"))["machine"]["threads"] if ledger.is_file() else None
+
+
+class RunFolder:
+    """What a run has on disk.
+
+    Args:
+      path: of the folder; made if it is not there.
+      config: resolved.
+
+    Attributes:
+      path: of the folder.
+      batches: every batch of this run so far, in the order in which they train.
+
+    Raises:
+      ValueError: the folder holds a run of another config.
+    """
+
+    def __init__(self, path, config: ConfigDict):
+        self.path = pathlib.Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_config(config)
+        self.batches: list[TrialBatch] = []
+        self._trained: set[str] = set()
+        self._machine = {"threads": threads(), "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        if (self.path / LEDGER).is_file():
+            self._read_ledger()
+        self.drop_half_curves()
+
+    def _check_config(self, config: ConfigDict) -> None:
+        file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))
+        if file.is_file():
+            changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new)
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run of another config: {'; '.join(changed)}. Give another --workdir, or "
+                    "delete this one"
+                )
+        with write_aside(file) as aside:
+            aside.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+
+    def _read_ledger(self) -> None:
+        record = json.loads((self.path / LEDGER).read_text(encoding="utf-8"))
+        if record.get("schema") != SCHEMA:
+            raise ValueError(f"{self.path / LEDGER} has schema {record.get('schema')!r}; this version reads {SCHEMA}")
+        for name, before in record["machine"].items():
+            if before != self._machine[name]:
+                logger.warning(
+                    "this run began with %s %s and goes on with %s: its last bits may differ",
+                    name, before, self._machine[name],
+                )  # fmt: skip
+        self._machine = record["machine"]
+        for batch in record["batches"]:
+            trials = tuple(Trial(**{**trial, "weights": tuple(trial["weights"])}) for trial in batch["trials"])
+            self.batches.append(TrialBatch(batch["name"], trials, batch["slots"]))
+            if batch["trained"]:
+                self._trained.add(batch["name"])
+
+    def _write_ledger(self) -> None:
+        batches = [{**dataclasses.asdict(batch), "trained": self.trained(batch)} for batch in self.batches]
+        record = {"schema": SCHEMA, "machine": self._machine, "batches": batches}
+        with write_aside(self.path / LEDGER) as aside:
+            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def trained(self, batch: TrialBatch) -> bool:
+        """Whether all of its adapters are on disk."""
+        return batch.name in self._trained
+
+    def unplanned(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those that are in no batch yet."""
+        planned = {trial for batch in self.batches for trial in batch.trials}
+        return [trial for trial in trials if trial not in planned]
+
+    def add(self, batches: Sequence[tuple[tuple[Trial, ...], int]]) -> None:
+        """Adds batches: their trials and slots. From here on they are trained in these and no others."""
+        for trials, slots in batches:
+            self.batches.append(TrialBatch(f"batch-{len(self.batches):04d}", trials, slots))
+        self._write_ledger()
+
+    def finish(self, batch: TrialBatch) -> None:
+        """Marks a batch as trained, and deletes its checkpoints."""
+        self._trained.add(batch.name)
+        self._write_ledger()
+        shutil.rmtree(self.checkpoints(batch), ignore_errors=True)
+
+    def checkpoints(self, batch: TrialBatch) -> pathlib.Path:
+        """The folder of its checkpoints."""
+        return self.path / "checkpoints" / batch.name
+
+    def adapter(self, trial: Trial) -> pathlib.Path:
+        """The folder of its adapter."""
+        return self.path / "adapters" / trial.name
+
+    def drop_half_curves(self) -> None:
+        """Drops curves of which not every rank was written."""
+        whole = self.curves()
+        keep_records(self.path / CURVES, lambda record: record.get("failed") or _key(record) in whole)
+
+    def curves(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+        """(trial, split, read-out) -> one record per rank, of every curve that is complete."""
+        found: dict[tuple, list[dict[str, Any]]] = {}
+        if (self.path / CURVES).is_file():
+            for record in read_json_lines(self.path / CURVES):
+                if not record.get("failed"):
+                    found.setdefault(_key(record), []).append(record)
+        return {key: records for key, records in found.items() if len(records) == records[0]["of_ranks"]}
+
+    def failed(self) -> set[str]:
+        """Names of the trials whose loss was not finite."""
+        file = self.path / CURVES
+        return {r["trial"] for r in read_json_lines(file) if r.get("failed")} if file.is_file() else set()
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str, str]:
+    return record["trial"], record["split"], record["readout"]

@@ -1,0 +1,207 @@
+"""Runs that are killed, stopped or damaged go on and end in the same bits as one that was left alone."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mlora_jax.run import train
+from mlora_jax.train.records import read_json_lines
+from tests.tiny import write_checkpoint, write_trec
+
+ROOT = pathlib.Path(__file__).parents[1]
+CLOCKS = ("time", "tokens_per_second")
+STEPS = 30
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({config!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    return {
+        "model": {"path": str(write_checkpoint(root / "model"))},
+        "data": {
+            "task": "trec",
+            "raw_dir": str(write_trec(root / "raw")),
+            "cache_dir": str(root / "cache"),
+            "pad_multiple": 32,  # two shapes
+            "max_length": 96,
+        },
+        "adapter": {"targets": ("v_proj", "up_proj"), "dropout": 0.1},
+        "trials": {
+            "rank": (6,),
+            "learning_rate": (0.03,),
+            "scaling": ("sqrt",),
+            "list": (
+                {"method": ("lora", "dylora_frozen"), "seed": (1, 2, 3)},
+                {"method": "sandwich", "seed": 1},
+                {"method": "dylora", "learning_rate": 3e38},  # fails
+            ),
+        },
+        "train": {"epochs": 12, "batch_size": 4, "accumulation": 2, "log_every": 4, "trials_at_once": 4},
+        "validation": {"holdout": 0.2, "every": 8, "measure": "loss", "keep": "best", "patience": 3},
+        "checkpoint": {"every": 3},
+    }
+
+
+def command(tmp_path, config, workdir):
+    (tmp_path / "killed.py").write_text(CONFIG.format(config=config))
+    return [sys.executable, "-m", "experiments.run", "--config", str(tmp_path / "killed.py"), "--workdir", str(workdir)]
+
+
+def start(command, config, *, fill_cache=False):
+    """One run in a process of its own. Executables are kept by the undisturbed run and read by the others."""
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(config["model"]["path"]).parent / "executables"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill_cache else "1e9",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def outcome(workdir):
+    """Everything a run leaves that does not depend on the clock."""
+    records = [
+        {key: value for key, value in record.items() if key not in CLOCKS}
+        for name in ("metrics.jsonl", "curves.jsonl")
+        for record in read_json_lines(workdir / name)
+    ]
+    files = [*(workdir / "adapters").glob("*/*"), *workdir.glob("table.*"), workdir / "batches.json"]
+    return records, {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    """What a run leaves that nobody touches, and the seconds it takes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    since = time.monotonic()
+    finish(start(command(folder, config, folder / "run"), config, fill_cache=True))
+    return outcome(folder / "run"), time.monotonic() - since
+
+
+def kill_at_random(tmp_path, config, seconds, *, kills, seed):
+    """Starts a run again and again, each time killed; the last time it may finish. Returns how often it was killed."""
+    chance, killed = random.Random(seed), 0
+    while killed < kills:
+        process = start(command(tmp_path, config, tmp_path / "run"), config)
+        try:
+            process.communicate(timeout=chance.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+        else:
+            assert process.returncode == 0
+            shutil.rmtree(tmp_path / "run")  # it was faster: kill another one
+    finish(start(command(tmp_path, config, tmp_path / "run"), config))
+    return killed
+
+
+def test_killed_at_random_moments(config, undisturbed, tmp_path):
+    expected, seconds = undisturbed
+    assert kill_at_random(tmp_path, config, seconds, kills=3, seed=0) == 3
+    assert outcome(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_many_random_moments(config, undisturbed, tmp_path, seed):
+    expected, seconds = undisturbed
+    assert kill_at_random(tmp_path, config, seconds, kills=5, seed=100 + seed) == 5
+    assert outcome(tmp_path / "run") == expected
+
+
+def wait_for(workdir, process, steps):
+    """Until some trial has logged so many steps."""
+    for _ in range(6000):
+        assert process.poll() is None, process.communicate()[0]
+        text = (workdir / "metrics.jsonl").read_text() if (workdir / "metrics.jsonl").is_file() else ""
+        if any(json.loads(line)["step"] >= steps for line in text.splitlines(keepends=True) if line.endswith("\n")):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came that far")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_it_leaves(config, undisturbed, tmp_path, number):
+    config = {**config, "checkpoint": {"every": 0}}  # nothing is saved before the signal
+    process = start(command(tmp_path, config, tmp_path / "run"), config)
+    wait_for(tmp_path / "run", process, 4)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, output
+    assert "run the same command to go on" in output and "Traceback" not in output
+    steps = [int(path.name) for path in (tmp_path / "run/checkpoints/batch-0000").iterdir() if path.name.isdigit()]
+    assert len(steps) == 1 and 4 <= steps[0] < STEPS
+    output = finish(start(command(tmp_path, config, tmp_path / "run"), config))
+    assert f"batch-0000 goes on from step {steps[0]}" in output
+    assert outcome(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config, undisturbed, tmp_path):
+    process = start(command(tmp_path, config, tmp_path / "run"), config)
+    wait_for(tmp_path / "run", process, 8)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    folder = tmp_path / "run/checkpoints/batch-0000"
+    before, newest = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    for path in (folder / str(newest)).rglob("d/*"):
+        path.write_bytes(b"")
+    output = finish(start(command(tmp_path, config, tmp_path / "run"), config))
+    assert f"the checkpoint of step {newest}" in output and "is damaged and removed" in output
+    assert f"batch-0000 goes on from step {before}" in output
+    assert outcome(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_finished_run_only_writes_its_report_again(config, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    small = {**config, "trials": {**config["trials"], "list": ({"method": "lora", "seed": (1, 2)},)}}
+    first = train(small, workdir)
+    assert first.compilations["train"] and not first.trials[0].failed
+    before = outcome(workdir)
+    (workdir / "table.md").unlink()
+    # Without model and data: nothing is computed.
+    shutil.move(small["data"]["cache_dir"], tmp_path / "cache")
+    shutil.move(small["model"]["path"], tmp_path / "model")
+    try:
+        again = train(small, workdir)
+    finally:
+        shutil.move(tmp_path / "cache", small["data"]["cache_dir"])
+        shutil.move(tmp_path / "model", small["model"]["path"])
+    assert again.compilations == {"train": 0, "evaluation": 0}
+    assert again.trials == first.trials and again.base_accuracy == first.base_accuracy
+    assert outcome(workdir) == before
+
+    more = {**small, "trials": {**small["trials"], "learning_rate": (0.03, 0.01)}}
+    results = train(more, workdir)
+    assert len(results.trials) == 4 and results.trials[::2] == first.trials
+    records, files = outcome(workdir)
+    assert records[: len(before[0])] != records and [r for r in records if r in before[0]] == before[0]
+    assert all(files[name] == data for name, data in before[1].items() if name.startswith("adapters"))
+    trained = {record["trial"] for record in records if "loss" in record} - {t.trial.name for t in first.trials}
+    assert trained == {"lora-r6-sqrt-lr0.01-seed1", "lora-r6-sqrt-lr0.01-seed2"}
+
+    with pytest.raises(ValueError, match=r"holds a run of another config: config\.train\.epochs was 12 and is 25"):
+        train({**more, "train": {**more["train"], "epochs": 25}}, workdir)
