@@ -6,7 +6,7 @@ The task (`mlora_jax/data/quickstart_text.py`): 48 animals of a little world hav
 which of 16 homes each lives in now. 4800 training rows, each seen twice (300 steps); 384 test rows, in places where
 their animal was not seen.
 
-Hardware: two CPU cores. Wall time: 3 min 21 s while other work kept both cores busy; 129 s of processor time.
+Hardware: two CPU cores. Wall time: 3 min 33 s with the environment made anew (`make run`).
 
 Expected, accuracy at ranks 1, 2, 4, 8, 16 (mean of seeds 42 and 666; single seeds differ by up to 0.2 at ranks 1 to 4):
 

@@ -5,6 +5,18 @@
 
 MODEL_FOLDER: a Hugging Face folder of stories-3m (3.1M parameters, Llama layout). DATA_FOLDER: the raw files
 of TREC (train_5500.label, TREC_10.label); without it they are downloaded.
+
+Hardware: one CPU core, about 50 minutes. Result, accuracy at ranks 1, 2, 4, 8, 16, 32 (mean of two seeds):
+
+    base                 0.226
+    lora                 0.226  0.237  0.373  0.561  0.829  0.906
+    lora + squeeze       0.285  0.430  0.757  0.858  0.904  0.906
+    dylora               0.735  0.771  0.803  0.826  0.808  0.776
+    matryoshka           0.226  0.229  0.255  0.255  0.459  0.740
+    matryoshka (nested)  0.226  0.245  0.241  0.334  0.727  0.830
+    matryoshka (masked)  0.190  0.212  0.460  0.647  0.789  0.830
+
+Single seeds differ by up to 0.19 (matryoshka, masked, rank 8). One learning rate for all, not the best of each.
 """
 
 from ml_collections import ConfigDict

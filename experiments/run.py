@@ -44,15 +44,18 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
     """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
     try:
         path, arguments = take_config_path(sys.argv)
-        for argument in arguments:
-            check_key(argument.lstrip("-").partition("=")[0])
+        for argument in arguments[1:]:
+            if argument.startswith("-"):
+                check_key(argument.lstrip("-").partition("=")[0])
         config = config_flags.DEFINE_config_dict("config", read_config(path), sys_argv=arguments)
-        app.run(lambda _: _quietly(action, config.value), argv=arguments)
+        app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def _quietly(action, config: ConfigDict) -> None:
+def _quietly(action, config: ConfigDict, left: list[str]) -> None:
+    if left:
+        raise ValueError(f"what is {' '.join(left)!r}? Options begin with --, and values with spaces need quotes")
     # absl prints every library's chatter as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
     action(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlora_jax.core import INITIALIZERS, READOUTS, RankHierarchy, get_policy, po
 
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
+MAX_SEED = 2**32
 READOUT_NAMES = (*READOUTS, "squeeze")
 # Keys that a run may change when it is continued: they do not touch a trial that is trained already.
 CHANGEABLE = (
@@ -77,7 +79,7 @@ DEFAULTS: dict[str, Any] = {
         "loss_chunk": 1024,  # answer positions whose logits exist at one time
         "log_every": 10,  # steps between lines of metrics.jsonl
         "remat": False,  # recompute a layer in the backward pass rather than keep its activations
-        "trials_at_once": 0,  # trials in one batch; 0 is as many as fit in memory
+        "trials_at_once": 0,  # trials in one batch; 0 is as many as fit in memory (on a CPU one, if that is faster)
         "memory_gib": 0.0,  # memory that a batch of trials may take; 0 is what the device reports, or 8 on a CPU
     },
     "validation": {  # on the data set's own validation split, or else on rows held out of its training split
@@ -344,8 +346,10 @@ def _check_axes(axes: Mapping, path: str) -> None:
             raise ValueError(f"{path}.{axis} repeats a value: {values}")
     for method in axes.get("method", ()):
         get_policy(method)
-    if any(not rate > 0 for rate in axes.get("learning_rate", ())):
-        raise ValueError(f"{path}.learning_rate must be positive, got {axes['learning_rate']}")
+    if any(not 0 < rate < math.inf for rate in axes.get("learning_rate", ())):
+        raise ValueError(f"{path}.learning_rate must be positive and finite, got {axes['learning_rate']}")
+    if any(not 0 <= seed < MAX_SEED for seed in axes.get("seed", ())):
+        raise ValueError(f"{path}.seed must be in 0..{MAX_SEED - 1}, got {axes['seed']}")
 
 
 def _get(config: Mapping, dotted: str):

@@ -7,11 +7,13 @@ import functools
 import importlib.resources
 import itertools
 import pathlib
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -49,6 +51,13 @@ class Adapted:
     step: TrialsStep
     evaluators: dict[str, Any]
     validation_loss: Any
+
+
+class StepTiming(NamedTuple):
+    """Tokens of a timed step with padding, and the median of its seconds."""
+
+    tokens: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +177,26 @@ class Experiment:
     def _fitting(self, group: Sequence[Trial]) -> int:
         base = sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapted(group[0].rank).base))
         limit = memory_limit(self.config.train.memory_gib)
-        return largest_batch(lambda count: memory_of(self.compile_largest(group[0], count)), base, len(group), limit)
+        most = largest_batch(lambda count: memory_of(self.compile_largest(group[0], count)), base, len(group), limit)
+        if most == 1 or jax.default_backend() != "cpu":
+            return most
+        # On a CPU many trials at once fall out of its caches, and may be slower than one after the other.
+        return min((most, 1), key=lambda count: self.time_steps(group[:count], 2).seconds / count)
+
+    def time_steps(self, trials: Sequence[Trial], steps: int) -> StepTiming:
+        """Trains trials of one group for a few steps and forgets them."""
+        adapted, schedules = self.adapted(trials[0].rank), self.schedules(trials)
+        state, keys = self.start(trials)
+        arrays, draws = next(iter(self.pipeline(trials))), self.draws(trials, keys)
+        seconds = []
+        for number in range(steps + 1):
+            start = time.monotonic()
+            state, metrics = adapted.step(
+                adapted.base, adapted.profile, state, arrays, draws(number), schedules, keys.dropout
+            )
+            jax.block_until_ready(metrics)
+            seconds.append(time.monotonic() - start)
+        return StepTiming(arrays["tokens"].size, float(np.median(seconds[1:])))  # the first one compiles
 
     def compile_largest(self, trial: Trial, count: int) -> jax.stages.Compiled:
         """The step of `count` trials like this one at the largest batch shape there is."""

@@ -8,7 +8,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, expand_trials, resolve
@@ -110,7 +109,8 @@ def _group(experiment: Experiment, rank: int, profiles: int, slots: int, batches
         found, real, computed = _shapes(experiment, batch)
         shapes |= found
         tokens, positions = tokens + real, positions + computed
-    compiling, at, step_seconds = _time_steps(experiment, batches[0], timed_steps)
+    timing = experiment.time_steps(batches[0].slotted, timed_steps)
+    compile_seconds = experiment.adapted(rank).step.compile_seconds
     return GroupPlan(
         rank=rank,
         profiles=profiles,
@@ -120,9 +120,9 @@ def _group(experiment: Experiment, rank: int, profiles: int, slots: int, batches
         compilations=len(shapes),
         tokens=tokens,
         padded_tokens=positions * profiles,
-        compile_seconds=compiling,
-        step_seconds=step_seconds,
-        training_seconds=len(shapes) * compiling + positions / at * step_seconds,
+        compile_seconds=compile_seconds,
+        step_seconds=timing.seconds,
+        training_seconds=len(shapes) * compile_seconds + positions / timing.tokens * timing.seconds,
     )
 
 
@@ -139,24 +139,6 @@ def _shapes(experiment: Experiment, batch: TrialBatch) -> tuple[set[tuple[int, i
         real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
         positions += batch.slots * rows * shape[0]
     return shapes, real, positions
-
-
-def _time_steps(experiment: Experiment, batch: TrialBatch, timed_steps: int) -> tuple[float, int, float]:
-    """Seconds to compile, positions of the timed step, and the median of its seconds."""
-    trials = batch.slotted
-    adapted = experiment.adapted(trials[0].rank)
-    state, keys = experiment.start(trials)
-    arrays, draws = next(iter(experiment.pipeline(trials))), experiment.draws(trials, keys)
-    schedules, seconds = experiment.schedules(trials), []
-    for number in range(timed_steps + 1):
-        start = time.monotonic()
-        state, metrics = adapted.step(
-            adapted.base, adapted.profile, state, arrays, draws(number), schedules, keys.dropout
-        )
-        jax.block_until_ready(metrics)
-        seconds.append(time.monotonic() - start)
-    median = float(np.median(seconds[1:]))
-    return max(seconds[0] - median, 0.0), arrays["tokens"].size, median
 
 
 def _evaluation(experiment: Experiment, trials: list[Trial]) -> tuple[int, float]:

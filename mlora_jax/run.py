@@ -21,7 +21,7 @@ from mlora_jax.core import get_policy, summarize
 from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.experiment import Experiment
 from mlora_jax.report import write_report
-from mlora_jax.run_folder import CURVES, METRICS, RunFolder
+from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from mlora_jax.train.checkpoint import Checkpoints
 from mlora_jax.train.grid import TrialBatch
@@ -98,12 +98,13 @@ def train(config: ConfigDict | dict, workdir) -> Results:
     """
     config = resolve(config)
     trials = expand_trials(config)
-    folder = RunFolder(workdir, config)
-    compilations = {"train": 0, "evaluation": 0}
-    if not _all_done(config, folder, trials):
-        compilations = _run_what_is_missing(config, folder, trials)
-    write_report(folder.path)
-    return _results(config, folder, trials, compilations)
+    with only_one_run(workdir):
+        folder = RunFolder(workdir, config)
+        compilations = {"train": 0, "evaluation": 0}
+        if not _all_done(config, folder, trials):
+            compilations = _run_what_is_missing(config, folder, trials)
+        write_report(folder.path)
+        return _results(config, folder, trials, compilations)
 
 
 def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
@@ -226,8 +227,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
 
 def _values(run: _Run, memory: Memory, batches) -> dict[str, Any]:
     """What a checkpoint holds besides arrays."""
-    positions = {METRICS: run.metrics.position, CURVES: run.curves.position}
-    return {"memory": dataclasses.asdict(memory), "positions": positions, "data": batches.get_state()}
+    return {"memory": dataclasses.asdict(memory), "metrics": run.metrics.position, "data": batches.get_state()}
 
 
 def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State):
@@ -240,8 +240,7 @@ def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State
         state, memory = start, Memory.of(batch.slots)
     else:
         state, memory = restored.state, Memory(**restored.values["memory"])
-        run.metrics.cut(restored.values["positions"][METRICS])
-        run.curves.cut(restored.values["positions"][CURVES])
+        run.metrics.cut(restored.values["metrics"])  # curves are written when a batch is trained, never before
         batches.set_state(restored.values["data"])
         run.progress.say(f"{batch.name} goes on from step {memory.step}")
         run.progress.expect(dict.fromkeys(names, run.experiment.steps - memory.step))
@@ -268,9 +267,8 @@ def _validate(run: _Run, batch: TrialBatch, step: int, adapters, slots: Sequence
         if slots[slot]:
             score = _score(run, trial, take_trial(adapters, slot))
             scores[slot] = -score if run.config.validation.measure == "loss" else score
-            run.record(
-                trial=trial.name, step=step, time=time.time(), **{f"validation_{run.config.validation.measure}": score}
-            )
+            measured = {f"validation_{run.config.validation.measure}": score}
+            run.record(trial=trial.name, step=step, time=time.time(), **measured)
     return scores
 
 

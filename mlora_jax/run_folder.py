@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +28,9 @@ SCHEMA = 1
 
 
 def threads() -> int:
-    """The processor cores that this process may use."""
+    """The threads among which XLA divides its work on a CPU: NPROC, or the cores that this process may use."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return int(os.environ["NPROC"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -34,6 +38,27 @@ def stored_threads(workdir) -> int | None:
     """How many threads a run in this folder began with, if there is one: the last bits depend on it."""
     ledger = pathlib.Path(workdir) / LEDGER
     return json.loads(ledger.read_text(encoding="utf-8"))["machine"]["threads"] if ledger.is_file() else None
+
+
+@contextlib.contextmanager
+def only_one_run(path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder until this one leaves it, in whatever way.
+
+    Raises:
+      ValueError: another process is in it.
+    """
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running in {folder}: wait for it, or give another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see to it that no other process runs in it", folder, error)
+        yield
 
 
 class RunFolder:

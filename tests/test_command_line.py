@@ -55,6 +55,8 @@ def test_a_shipped_config_with_overrides(tmp_path):
         (["--config.adapter.ranks=(4,2)"], "ranks must be strictly increasing without repeats, got (4, 2)"),
         (["--config.adapter.ranks=(1,64)"], "rank 64 of S is above the adapter's rank R = 32"),
         (["--config.model.path=nowhere"], "nowhere"),
+        (["config.train.epochs=1"], "what is 'config.train.epochs=1'? Options begin with --"),
+        (["--config.trials.learning_rate=1e-4,", "3e-4"], "what is '3e-4'?"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):

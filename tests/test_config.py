@@ -1,12 +1,13 @@
 """Configs: every default, the product of trials, and a message for everything that is not allowed."""
 
 import importlib
+import json
 import pathlib
 
 import ml_collections
 import pytest
 
-from mlora_jax.config import CHOICES, DEFAULTS, RANGES, Trial, check_key, expand_trials, resolve
+from mlora_jax.config import CHOICES, DEFAULTS, RANGES, Trial, changed_keys, check_key, expand_trials, resolve
 from mlora_jax.core import POLICIES, RankHierarchy
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -46,17 +47,32 @@ def test_an_empty_config_has_every_default():
 @pytest.mark.parametrize("name", [name for name, _ in leaves(DEFAULTS)])
 def test_a_key_can_be_set_and_changes_nothing_else(name):
     default = get(DEFAULTS, name)
-    other = {"data.overflow": "drop", "model.dtype": "bfloat16", "adapter.init": "fan_in"}
+    other = {
+        "data.overflow": "drop",
+        "model.dtype": "bfloat16",
+        "adapter.init": "fan_in",
+        "validation.measure": "loss",
+        "validation.keep": "best",
+        "report.choose_on": "test",
+    }
     kinds = {
         str: lambda v: other.get(name, "other"),
         bool: lambda v: not v,
         int: lambda v: v + 1 if name != "train.accumulation" else 4,
         float: lambda v: v * 0.5 + 0.01,
-        tuple: lambda v: {"adapter.ranks": (1, 4), "trials.weights": ((1.0,) * 6,)}.get(name, v[:1]),
+        tuple: lambda v: {
+            "adapter.ranks": (1, 4),
+            "trials.weights": ((1.0,) * 6,),
+            "trials.list": ({"method": ("lora",)},),
+        }.get(name, v[:1]),
     }
     value = kinds[type(default)](default)
-    changed = dict(leaves(resolve(nested(name, value)).to_dict()))
-    assert changed == dict(leaves(DEFAULTS)) | {name: value}
+    given = nested(name, value)
+    needed = {"validation.every": 5} if name in ("validation.keep", "validation.patience") else {}
+    for other_name, other_value in needed.items():
+        given["validation"][other_name.split(".")[1]] = other_value
+    changed = dict(leaves(resolve(given).to_dict()))
+    assert changed == dict(leaves(DEFAULTS)) | {name: value} | needed
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -85,6 +101,29 @@ def test_the_trials_are_the_product_in_order():
     assert trials[-1].hierarchy((1, 3)) == RankHierarchy((1, 3), "rank", max_rank=12)
     weighted = Trial("matryoshka", 1e-3, 1, "sqrt", 2, (1.0, 0.5))
     assert weighted.hierarchy() == RankHierarchy((1, 2), "sqrt", (1.0, 0.5))
+
+
+def test_a_list_of_trials_is_taken_entry_by_entry():
+    entries = (
+        {"method": "lora", "learning_rate": 1},
+        {"method": ("dylora", "lora"), "rank": 3, "weights": (1, 2, 3), "seed": [7, 8]},
+        {"method": "lora", "learning_rate": (1e-3, 1.0)},  # 1.0 is in the first entry already
+    )
+    for given in (entries, ml_collections.ConfigDict({"list": entries}).list):
+        config = resolve({"trials": {"list": given, "method": ("sandwich",), "rank": (4,)}})
+        assert expand_trials(config) == [
+            Trial("lora", 1.0, 42, "none", 4),
+            *(Trial(m, 1e-3, s, "none", 3, (1.0, 2.0, 3.0)) for m in ("dylora", "lora") for s in (7, 8)),
+            Trial("lora", 1e-3, 42, "none", 4),
+        ]
+        json.dumps(config.to_dict())
+
+
+def test_changed_keys_are_those_that_touch_trained_trials():
+    old = resolve({}).to_dict()
+    new = resolve({"train": {"epochs": 5, "trials_at_once": 2}, "trials": {"seed": (1, 2)}, "checkpoint": {"every": 7}})
+    assert changed_keys(old, new.to_dict()) == ["config.train.epochs was 3 and is 5"]
+    assert changed_keys(old, old) == []
 
 
 def test_the_names_of_different_trials_differ():
@@ -158,7 +197,10 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
     with pytest.raises(ValueError, match=rf"config\.{name} must be one of .*'{allowed[-1]}', got 'nothing'"):
         resolve(nested(name, "nothing"))
     for word in allowed:
-        assert get(resolve(nested(name, word)), name) == word
+        given = nested(name, word)
+        if name.startswith("validation"):
+            given["validation"]["every"] = 5
+        assert get(resolve(given), name) == word
 
 
 @pytest.mark.parametrize(
@@ -181,8 +223,17 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
         ({"trials": {"weights": ((0.0, 0.0),), "rank": (2,)}}, "not all zero"),
         ({"trials": {"method": ()}}, r"config.trials.method must name at least one value, got \(\)"),
         ({"trials": {"seed": (1, 1)}}, r"config.trials.seed repeats a value: \(1, 1\)"),
-        ({"trials": {"learning_rate": (0.0,)}}, r"config.trials.learning_rate must be positive, got \(0\.0,\)"),
-        ({"trials": {"learning_rate": (float("nan"),)}}, "config.trials.learning_rate must be positive"),
+        (
+            {"trials": {"learning_rate": (0.0,)}},
+            r"config.trials.learning_rate must be positive and finite, got \(0\.0,\)",
+        ),
+        ({"trials": {"learning_rate": (float("inf"),)}}, "config.trials.learning_rate must be positive and finite"),
+        ({"trials": {"seed": (1, -1)}}, r"config.trials.seed must be in 0\.\.4294967295, got \(1, -1\)"),
+        ({"trials": {"list": (3,)}}, r"config.trials.list\[0\] must be a dict of some of method, learning_rate"),
+        ({"trials": {"list": ({"methods": "lora"},)}}, r"config.trials.list\[0\].methods; did you mean .*method"),
+        ({"trials": {"list": ({"method": "lor"},)}}, "unknown method 'lor'; did you mean 'lora'"),
+        ({"trials": {"list": ({"rank": ()},)}}, r"config.trials.list\[0\].rank must name at least one value"),
+        ({"trials": {"learning_rate": (float("nan"),)}}, "config.trials.learning_rate must be positive and finite"),
         (
             {"train": {"batch_size": 6, "accumulation": 4}},
             "config.train.batch_size 6 is no multiple of .*accumulation 4",

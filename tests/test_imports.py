@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "report": {"core", "config", "train.records"},
     "experiment": BELOW_EVALUATE | {"evaluate"},
     "run_folder": BELOW_EVALUATE,
+    "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
     "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder"},
-    "experiments": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder", "run"},
+    "experiments": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "run"},
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}

