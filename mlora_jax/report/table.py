@@ -116,10 +116,11 @@ def _settings(rows: Iterable[CurveRow]) -> list[Setting]:
 
 
 def _comparable(choice: Choice) -> dict[Setting, list[CurveRow]]:
-    """Per setting the rows to compare, where there are two or more: those that stand alone for their method."""
+    """Per setting the rows to compare, where two or more have a spread: those that stand alone for their method."""
     rows = [row for row in choice.shown if row not in choice.undecided]
     found = {setting: [row for row in rows if row.setting == setting] for setting in _settings(rows)}
-    return {setting: members for setting, members in found.items() if len(members) > 1}
+    spread = {setting: [row for row in rows if row.test.log2.deviation is not None] for setting, rows in found.items()}
+    return {setting: members for setting, members in found.items() if len(spread[setting]) > 1}
 
 
 def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparable) -> str:

@@ -198,17 +198,20 @@ def test_one_seed_has_no_spread(tmp_path):
         ("lora", "prefix", 0.1): {"test": {1: (0.2, 0.2, 0.2)}},
         ("dylora", "prefix", 0.1): {"test": {1: (0.3, 0.3, 0.3), 2: (0.3, 0.3, 0.5)}},
     }
+    write_report(write_run(tmp_path / "b", curves))
+    assert "Differences" not in (tmp_path / "b/table.md").read_text()  # one row with a spread: nothing to compare
+    curves["sandwich", "prefix", 0.1] = curves["dylora", "prefix", 0.1]
     write_report(write_run(tmp_path / "a", curves))
     text = (tmp_path / "a/table.md").read_text()
     assert "| lora | 0.1 | 0.250 | 0.200 | 0.200 | 0.200 | 0.200 | 0.200 | 0.200 |\n" in text
     assert "a row of one seed has no spread, so nothing can be said: lora." in text
-    assert "| 1 lora |  | (-0.125) |\n| 2 dylora | (+0.125) |  |\n" in text
+    assert "| 1 lora |  | (-0.125) | (-0.125) |\n| 2 dylora | (+0.125) |  | +0.000 |\n" in text
     assert "Means over the seeds that finished: lora at 0.1 (seed 2 missing)." in text
-    assert [row["clear"] for row in read_csv(tmp_path / "a/differences.csv")] == [""]
+    assert [row["clear"] for row in read_csv(tmp_path / "a/differences.csv")][:2] == ["", ""]
     alone = {key: {"test": {1: splits["test"][1]}} for key, splits in curves.items()}
     write_report(write_run(tmp_path / "b", alone))
     text = (tmp_path / "b/table.md").read_text()
-    assert "nothing can be said: every row." in text and "seed 1." in text and "±" not in text.split("Differences")[0]
+    assert "Differences" not in text and "seed 1." in text and "±" not in text
 
 
 def test_a_difference_is_clear_where_the_bands_do_not_overlap(tmp_path):
