@@ -80,13 +80,12 @@ def describe_differences(rows: Iterable[CurveRow]) -> str:
     """The caption of a setting's pairwise differences."""
     rows = list(rows)
     alone = [row.label for row in rows if row.test.log2.deviation is None]
-    which = "every row" if len(alone) == len(rows) else ", ".join(alone)
     sentences = [
         "Differences of AURAC (log2) on the test split, row less column.",
         "Bold: clear, the bands mean ± one standard deviation over seeds do not overlap.",
     ]
     if alone:
-        sentences.append(f"In brackets: a row of one seed has no spread, so nothing can be said: {which}.")
+        sentences.append(f"In brackets: a row of one seed has no spread, so nothing can be said: {', '.join(alone)}.")
     return " ".join(sentences)
 
 

@@ -209,8 +209,8 @@ def test_one_seed_has_no_spread(tmp_path):
     assert "Means over the seeds that finished: lora at 0.1 (seed 2 missing)." in text
     assert [row["clear"] for row in read_csv(tmp_path / "a/differences.csv")][:2] == ["", ""]
     alone = {key: {"test": {1: splits["test"][1]}} for key, splits in curves.items()}
-    write_report(write_run(tmp_path / "b", alone))
-    text = (tmp_path / "b/table.md").read_text()
+    write_report(write_run(tmp_path / "c", alone))
+    text = (tmp_path / "c/table.md").read_text()
     assert "Differences" not in text and "seed 1." in text and "±" not in text
 
 
