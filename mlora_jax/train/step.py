@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,8 +36,8 @@ class TrialState(NamedTuple):
       adapter: tree of factors, fp32 (or fp64) masters.
       optimizer: the optax state.
       step: int32 scalar, the number of finished steps.
-      finite: bool scalar; False from the first step on whose loss or gradient is not finite. Such a trial is frozen:
-        adapter, optimizer and step stay what they were before that step.
+      finite: bool scalar; False from the first step on whose loss, gradient or new adapter is not finite. Such a
+        trial is frozen: adapter, optimizer and step stay what they were before that step.
       stopped: bool scalar; True freezes a trial that has been trained enough.
     """
 
@@ -155,7 +156,9 @@ def train_step(
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.update_mask))
     adapter = optax.apply_updates(state.adapter, updates)
     norm = optax.tree.norm(gradient)
-    finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm)))
+    # The adapter too: no later step would notice what the last update broke.
+    whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])
+    finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm) & whole))
     going = finite & ~state.stopped
     adapter, optimizer_state, step = jax.tree.map(
         lambda new, old: jnp.where(going, new, old),

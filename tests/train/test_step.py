@@ -99,7 +99,7 @@ def test_loss_is_the_mean_over_profiles():
 
     def loss(*chosen):
         fresh = state._replace(adapter=jax.tree.map(jnp.array, adapter), optimizer=jax.tree.map(jnp.array, optimizer))
-        fresh = fresh._replace(step=jnp.array(1), finite=jnp.array(True))
+        fresh = fresh._replace(step=jnp.array(1), finite=jnp.array(True), stopped=jnp.array(False))
         draw = Draw(jnp.stack(chosen)[None], jnp.ones(6))
         return float(take(step, base, profile, fresh, draw=draw)[1]["loss"])
 
@@ -137,6 +137,16 @@ def test_a_trial_that_is_not_finite_is_frozen_and_stays_so():
     assert not metrics["finite"]
     state, metrics = take(step, base, profile, state)
     assert np.isfinite(metrics["loss"]) and not metrics["finite"] and not state.finite and state.step == 1
+    assert difference(good, (state.adapter, state.optimizer)) == 0
+
+
+def test_an_update_that_breaks_the_adapter_is_not_kept():
+    step, base, profile, state = make()
+    state, _ = take(step, base, profile, state)
+    good = jax.tree.map(np.asarray, (state.adapter, state.optimizer))
+    state, metrics = take(step, base, profile, state, rate=np.float32(np.inf))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert not metrics["finite"] and not state.finite and state.step == 1
     assert difference(good, (state.adapter, state.optimizer)) == 0
 
 
