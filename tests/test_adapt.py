@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mlora_jax import RankHierarchy, adapt, fold, set_profile, split, truncate
+from mlora_jax import RankHierarchy, adapt, fold, set_dropout_key, set_profile, split, truncate
 from mlora_jax.adapt import AdaptedLinear, AdapterParam, RankProfile
 from tests.foreign import MODELS, PERCEPTRON_LAYERS, WIDTH, LaxScan, NNXScan, Perceptron, Unrolled, build
 
@@ -37,10 +37,6 @@ def forward(model):
 
 def paths(tree):
     return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)}
-
-
-def cut_profile(profile, r):
-    return jax.tree.map(lambda p: p[..., :r], profile)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -203,8 +199,26 @@ def test_prefix_and_truncate_and_fold_are_one_function(name):
         short = truncate(adapter, r)
         assert all(min(leaf.shape[-2:]) <= r for leaf in jax.tree.leaves(short))
         tolerance = {"rtol": 0, "atol": 2e-6 * float(jnp.max(jnp.abs(expected)))}
-        np.testing.assert_allclose(run(base, short, cut_profile(at_rank, r), X), expected, **tolerance)
+        np.testing.assert_allclose(run(base, short, truncate(at_rank, r), X), expected, **tolerance)
         np.testing.assert_allclose(run(fold(base, adapter, at_rank), adapter, zero, X), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_truncated_model_reads_out_every_smaller_rank(dropout):
+    model = adapted("lax.scan", dropout=dropout)
+    model.eval()
+    run, base, adapter, profile = forward(model)
+    profile = set_dropout_key(profile, KEY)
+    short, short_profile, hierarchy = truncate(adapter, 3), truncate(profile, 3), HIERARCHY.truncate(3)
+    for q in range(4):
+        expected = run(base, adapter, set_profile(profile, HIERARCHY.prefix(q)), X)
+        got = run(base, short, set_profile(short_profile, hierarchy.prefix(q)), X)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(expected))))
+    rows = jnp.stack([HIERARCHY.prefix(r) for r in (1, 3, 0, 2, 3)])
+    per_example = set_profile(profile, rows, per_example=True)
+    expected = run(base, adapter, per_example, X)
+    got = run(base, short, truncate(per_example, 3), X)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(expected))))
 
 
 @pytest.mark.parametrize("kind", [NNXScan, LaxScan])

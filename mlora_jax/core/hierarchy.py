@@ -146,6 +146,32 @@ class RankHierarchy:
         """
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks)))
 
+    def truncate(self, r: int) -> RankHierarchy:
+        """The hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
+
+        S becomes its ranks up to r, and r itself. A scale depends on its own rank only, so `prefix(q)` stays the same
+        function for every q <= r; so does `nested(q)` for q < r, and for q = r if r was in S. `masked` and `matryoshka`
+        do not: they add up all of S, of which the larger ranks are gone.
+
+        Args:
+          r: 1..R.
+
+        Returns:
+          A hierarchy with R = r. Its weights are those of the ranks that stay; r has weight 1 if it was not in S. If
+          none above zero is left, every weight is 1.
+
+        Raises:
+          ValueError: r is outside 1..R.
+
+        >>> RankHierarchy((1, 2, 4, 8), "sqrt").truncate(3).ranks
+        (1, 2, 3)
+        """
+        r = check_rank(r, "rank to truncate to", low=1, high=self.max_rank)
+        weights = dict(zip(self.ranks, self.weights or (1.0,) * len(self.ranks), strict=True))
+        kept = {q: weight for q, weight in weights.items() if q <= r} | {r: weights.get(r, 1.0)}
+        given = self.weights is not None and any(kept.values())
+        return RankHierarchy(tuple(kept), self.scaling, tuple(kept.values()) if given else None, max_rank=r)
+
     def _index(self) -> np.ndarray:
         return np.arange(1, self.max_rank + 1)
 
