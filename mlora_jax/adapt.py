@@ -95,7 +95,8 @@ def adapt(
 
     Raises:
       ValueError: a pattern that matches no linear layer (the message lists the layers there are), a pattern that is
-        no regular expression, an adapted model, a rank below 1, an unknown init, a dropout rate outside [0, 1).
+        no regular expression, an adapted model, a rank below 1, an unknown init, a dropout rate outside [0, 1); a
+        kernel that is also another layer's (one `nnx.Param` under both): folding into one would change the other.
 
     >>> model = adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, (".*",), key=jax.random.key(0))
     >>> model.a.shape, model.b.shape
@@ -109,8 +110,10 @@ def adapt(
     model = nnx.clone(model)
     linears = dict(_linear_paths(model))
     first_path = {id(linear): path for path, linear in reversed(linears.items())}
+    matching = _matching(tuple(linears), targets)
+    _refuse_tied_kernels(model, [linears[path] for path in matching])
     wrapped: dict[int, AdaptedLinear] = {}
-    for path in _matching(tuple(linears), targets):
+    for path in matching:
         linear = linears[path]
         if id(linear) not in wrapped:
             layer_key = jax.random.fold_in(key, path_hash(first_path[id(linear)]))
@@ -246,6 +249,33 @@ def _linear_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterat
     elif not any(node is parent for parent in above):
         for name, child in _children(node):
             yield from _linear_paths(child, (*path, str(name)), (*above, node))
+
+
+def _refuse_tied_kernels(model: nnx.Module, linears: Sequence[nnx.Linear]) -> None:
+    """Raises if a kernel hangs under anything but its own layer; a layer that is shared as a whole is no such case."""
+    own = {id(linear.kernel): linear for linear in reversed(linears)}
+    found: dict[int, dict[int, str]] = {}  # kernel: {what holds it: the first path there}
+    for path, holder, variable in _variable_paths(model):
+        if id(variable) in own:
+            found.setdefault(id(variable), {}).setdefault(id(holder), path)
+    for kernel, paths in found.items():
+        if len(paths) > 1:
+            here = paths.pop(id(own[kernel]))
+            raise ValueError(
+                f"{here} and {next(iter(paths.values()))} are one variable: an adapter folded into one layer would "
+                "change the other. Leave both out of the targets, or give each layer a variable of its own"
+            )
+
+
+def _variable_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, Any, nnx.Variable]]:
+    """Every path at which a variable hangs, and what holds it there."""
+    if any(node is parent for parent in above):
+        return
+    for name, child in _children(node):
+        if isinstance(child, nnx.Variable):
+            yield ".".join((*path, str(name))), node, child
+        else:
+            yield from _variable_paths(child, (*path, str(name)), (*above, node))
 
 
 def _children(node) -> list[tuple[Any, Any]]:

@@ -135,6 +135,38 @@ def test_adapting_twice_and_splitting_a_bare_model_are_refused():
         adapt(nnx.LayerNorm(3, rngs=nnx.Rngs(0)), R, (".*",), key=KEY)
 
 
+class Tied(nnx.Module):
+    """Two layers with one kernel, of which a third holder is an embedding."""
+
+    def __init__(self, rngs):
+        self.first, self.second = (nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2))
+        self.embed, self.free = nnx.Embed(WIDTH, 3, rngs=rngs), nnx.Linear(WIDTH, 3, rngs=rngs)
+        self.second.kernel = self.first.kernel
+        self.heads = nnx.data([nnx.Linear(WIDTH, 3, rngs=rngs)])
+        self.heads[0].kernel = self.embed.embedding
+        self.again = self.free  # a layer that is shared as a whole is not tied to another
+
+    def __call__(self, x):
+        return self.free(self.second(self.first(x))) + self.heads[0](x)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("second",), r"second\.kernel and first\.kernel are one variable"),
+        (("first",), r"first\.kernel and second\.kernel are one variable"),
+        (("first", "second"), r"first\.kernel and second\.kernel are one variable.*of its own"),
+        ((r"heads\.0",), r"heads\.0\.kernel and embed\.embedding are one variable"),
+    ],
+)
+def test_a_kernel_that_is_tied_to_another_layer_is_refused(targets, message):
+    model = Tied(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        adapt(model, R, targets, key=KEY)
+    new = adapt(model, R, ("free",), key=KEY)
+    assert isinstance(new.free, AdaptedLinear) and new.again is new.free
+
+
 def test_the_given_model_is_left_alone_and_its_arrays_are_shared():
     model = Perceptron(nnx.Rngs(0))
     before = nnx.to_pure_dict(nnx.state(model))
