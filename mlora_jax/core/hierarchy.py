@@ -139,12 +139,15 @@ class RankHierarchy:
         return jnp.where(self._index() <= r, scales[r - 1], 0.0)
 
     def sample_prefix(self, key: jax.Array) -> jax.Array:
-        """DyLoRA's draw, [R]: `prefix(b)` with b uniform over S. Traceable.
+        """DyLoRA's draw, [R]: `prefix(b)` with b of S, as likely as its weight; uniform over S by default. Traceable.
 
         Args:
           key: a `jax.random.key`.
         """
-        return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks)))
+        # Equal weights draw the same ranks as none; jax.random.choice draws others where it is given probabilities.
+        even = self.weights is None or len(set(self.weights)) == 1
+        shares = None if even else jnp.array(self.weights) / math.fsum(self.weights)
+        return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
 
     def truncate(self, r: int) -> RankHierarchy:
         """The hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
