@@ -155,12 +155,7 @@ def split(model: nnx.Module, *, mutable: Any = None) -> tuple:
     accepted = () if mutable is None else {tuple(path) for path, _ in nnx.to_flat_state(nnx.state(model, mutable))}
     frozen = [path for path in _written_variables(model) if path not in accepted]
     if frozen:
-        names = ", ".join(".".join(map(str, path)) for path in frozen[:6])
-        raise ValueError(
-            f"a call of this model would update {len(frozen)} variables that a pure function would lose ({names}): "
-            "call model.eval() before split(model), or thread them with "
-            "split(model, mutable=(nnx.RngState, nnx.BatchStat))"
-        )
+        _refuse_to_freeze(model, frozen)
     if mutable is None:
         graphdef, adapter, profile, base = nnx.split(model, AdapterParam, (RankProfile, DropoutKey), ...)
         return graphdef, base, adapter, profile
@@ -334,12 +329,31 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def _written_variables(model: nnx.Module) -> list[tuple]:
     """Paths of random-number and batch-statistics variables whose owner is not in evaluation mode."""
     nodes = dict(nnx.iter_graph(model))
-    written = []
-    for path, node in nodes.items():
-        if isinstance(node, (nnx.RngState, nnx.BatchStat)):
-            switch = "use_running_average" if isinstance(node, nnx.BatchStat) else "deterministic"
-            owners = (nodes.get(path[:depth]) for depth in range(len(path) - 1, -1, -1))
-            states = [getattr(owner, switch) for owner in owners if hasattr(owner, switch)]
-            if not states or states[0] is not True:
-                written.append(tuple(path))
-    return written
+    threadable = [path for path, node in nodes.items() if isinstance(node, (nnx.RngState, nnx.BatchStat))]
+    return [tuple(path) for path in threadable if _evaluates(nodes, path) is not True]
+
+
+def _evaluates(nodes: Mapping, path: tuple) -> bool | None:
+    """Whether the owner of a written variable is in evaluation mode; None if no owner has such a mode."""
+    switch = "use_running_average" if isinstance(nodes[path], nnx.BatchStat) else "deterministic"
+    owners = (nodes.get(path[:depth]) for depth in range(len(path) - 1, -1, -1))
+    states = (getattr(owner, switch, None) for owner in owners)
+    return next((state for state in states if isinstance(state, bool)), None)  # nnx.Rngs has an answer to any name
+
+
+def _refuse_to_freeze(model: nnx.Module, paths: Sequence[tuple]) -> None:
+    nodes = dict(nnx.iter_graph(model))
+    stuck = [path for path in paths if _evaluates(nodes, path) is None]  # model.eval() would not help
+    names = ", ".join(".".join(map(str, path)) for path in (stuck or paths)[:6])
+    if stuck:
+        kinds = {"nnx.BatchStat" if isinstance(nodes[path], nnx.BatchStat) else "nnx.RngState" for path in stuck}
+        filters = ", ".join(sorted(kinds, reverse=True))
+        way = f"thread it by mutable={f'({filters})' if len(kinds) > 1 else filters}"
+    else:
+        way = (
+            "call model.eval() before split(model), or thread them with "
+            "split(model, mutable=(nnx.RngState, nnx.BatchStat))"
+        )
+    raise ValueError(
+        f"a call of this model would update {len(paths)} variables that a pure function would lose ({names}): {way}"
+    )
