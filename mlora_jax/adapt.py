@@ -20,7 +20,10 @@ class AdapterParam(nnx.Variable):
 
 
 class RankProfile(nnx.Variable):
-    """A rank profile p [..., R]. Its metadata `leading` counts the axes it shares with a stacked kernel."""
+    """A rank profile p [..., R].
+
+    Its metadata: `leading` counts the axes it shares with a stacked kernel; `names` are all paths of a shared layer.
+    """
 
 
 class DropoutKey(nnx.Variable):
@@ -38,12 +41,14 @@ class AdaptedLinear(nnx.Module):
       dropout: rate in [0, 1) on the adapter's input, while `deterministic` is False (`model.train()`).
     """
 
-    def __init__(self, base: nnx.Linear, rank: int, *, key: jax.Array, init: str, dropout: float):
+    def __init__(
+        self, base: nnx.Linear, rank: int, *, key: jax.Array, init: str, dropout: float, names: tuple[str, ...] = ()
+    ):
         *leading, features_in, features_out = base.kernel.shape
         a, b = initialize_factors(key, features_in, features_out, rank, leading=tuple(leading), init=init)
         self.base = base
         self.a, self.b = AdapterParam(a), AdapterParam(b)
-        self.p = RankProfile(jnp.ones((*leading, rank), a.dtype), leading=len(leading))
+        self.p = RankProfile(jnp.ones((*leading, rank), a.dtype), leading=len(leading), names=names)
         self.dropout = dropout
         self.deterministic = False
         if dropout:
@@ -109,15 +114,19 @@ def adapt(
         raise ValueError("the model already has adapters; adapt the base model instead")
     model = nnx.clone(model)
     linears = dict(_linear_paths(model))
-    first_path = {id(linear): path for path, linear in reversed(linears.items())}
+    names: dict[int, tuple[str, ...]] = {}
+    for path, linear in linears.items():
+        names[id(linear)] = (*names.get(id(linear), ()), path)
     matching = _matching(tuple(linears), targets)
     _refuse_tied_kernels(model, [linears[path] for path in matching])
     wrapped: dict[int, AdaptedLinear] = {}
     for path in matching:
         linear = linears[path]
         if id(linear) not in wrapped:
-            layer_key = jax.random.fold_in(key, path_hash(first_path[id(linear)]))
-            wrapped[id(linear)] = AdaptedLinear(linear, rank, key=layer_key, init=init, dropout=dropout)
+            first, *others = names[id(linear)]
+            options = dict(init=init, dropout=dropout, names=(first, *others) if others else ())
+            layer_key = jax.random.fold_in(key, path_hash(first))
+            wrapped[id(linear)] = AdaptedLinear(linear, rank, key=layer_key, **options)
     if isinstance(model, nnx.Linear):
         return wrapped[id(model)]
     for _, node in list(nnx.iter_graph(model)):
@@ -178,7 +187,8 @@ def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array],
       A new profile tree.
 
     Raises:
-      ValueError: a shape that fits no layer, a pattern that matches none, or a tree without rank profiles.
+      ValueError: a shape that fits no layer, a pattern that matches none (a shared layer goes by its first path, which
+        the message names), no pattern at all, or a tree without rank profiles.
     """
     is_profile = lambda node: isinstance(node, RankProfile)  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(profile_tree, is_leaf=is_profile)
@@ -186,7 +196,10 @@ def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array],
     if not paths:
         raise ValueError("this tree has no rank profiles: pass the fourth value of split(model)")
     table = p if isinstance(p, Mapping) else None
-    chosen = {path: pattern for pattern in reversed(table or ()) for path in _matching(paths, (pattern,))}
+    if table is not None and not table:
+        raise ValueError(f"an empty mapping sets no profile; layers here: {', '.join(sorted(paths))}")
+    shared = {name: ".".join(path_names(path)[:-1]) for path, node in leaves if is_profile(node) for name in node.names}
+    chosen = {path: pattern for pattern in reversed(table or ()) for path in _matching(paths, (pattern,), shared)}
 
     def replace(path, node):
         if not is_profile(node):
@@ -302,8 +315,11 @@ def _replaced(child, wrapped: Mapping[int, AdaptedLinear]):
     return type(child)(*items) if hasattr(child, "_fields") else tuple(items)
 
 
-def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The paths that some pattern matches, in their own order; every pattern must match at least one."""
+def _matching(paths: Sequence[str], patterns: Sequence[str], shared: Mapping[str, str] | None = None) -> list[str]:
+    """The paths that some pattern matches, in their own order; every pattern must match at least one.
+
+    `shared` maps further names of shared layers, under which they are not found, to their paths: for the message.
+    """
     if isinstance(patterns, str):
         raise ValueError(f"targets must be a sequence of patterns, got the string {patterns!r}")
     if not patterns:
@@ -340,6 +356,9 @@ def _evaluates(nodes: Mapping, path: tuple) -> bool | None:
     states = (getattr(owner, switch, None) for owner in owners)
     return next((state for state in states if isinstance(state, bool)), None)  # nnx.Rngs has an answer to any name
 
+        known = {path for name, path in (shared or {}).items() if compiled.fullmatch(name)}
+        if not hits and known:
+            raise ValueError(f"target {pattern!r} names a shared layer, which goes by {', '.join(sorted(known))}")
 
 def _refuse_to_freeze(model: nnx.Module, paths: Sequence[tuple]) -> None:
     nodes = dict(nnx.iter_graph(model))
