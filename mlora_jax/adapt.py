@@ -54,6 +54,30 @@ class AdaptedLinear(nnx.Module):
         if dropout:
             self.dropout_key = DropoutKey(jnp.zeros(tuple(leading)))
 
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """F."""
+        return self.base.out_features
+
+    @property
+    def bias(self):
+        """The base layer's, or None; no adapter changes it."""
+        return self.base.bias
+
+    @property
+    def kernel(self):
+        """Refused: whoever multiplies by the frozen kernel leaves the adapter out without a word."""
+        raise AttributeError(
+            "an adapted layer has no single kernel: call the layer, read the frozen one at layer.base.kernel, or get "
+            "the sum from fold(base, adapter, profile). A model that multiplies by layer.kernel itself bypasses the "
+            "adapter: leave that layer out of the targets"
+        )
+
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.base(x)
         x = x.astype(y.dtype)
@@ -332,6 +356,9 @@ def _matching(paths: Sequence[str], patterns: Sequence[str], shared: Mapping[str
         except re.error as error:
             raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
         hits = [path for path in paths if compiled.fullmatch(path)]
+        known = {path for name, path in (shared or {}).items() if compiled.fullmatch(name)}
+        if not hits and known:
+            raise ValueError(f"target {pattern!r} names a shared layer, which goes by {', '.join(sorted(known))}")
         if not hits:
             tails = {path.rsplit(".", 1)[-1] for path in paths}
             near = difflib.get_close_matches(pattern, tails, n=1)
@@ -356,9 +383,6 @@ def _evaluates(nodes: Mapping, path: tuple) -> bool | None:
     states = (getattr(owner, switch, None) for owner in owners)
     return next((state for state in states if isinstance(state, bool)), None)  # nnx.Rngs has an answer to any name
 
-        known = {path for name, path in (shared or {}).items() if compiled.fullmatch(name)}
-        if not hits and known:
-            raise ValueError(f"target {pattern!r} names a shared layer, which goes by {', '.join(sorted(known))}")
 
 def _refuse_to_freeze(model: nnx.Module, paths: Sequence[tuple]) -> None:
     nodes = dict(nnx.iter_graph(model))

@@ -179,6 +179,16 @@ def test_the_given_model_is_left_alone_and_its_arrays_are_shared():
     np.testing.assert_array_equal(model.heads.left.kernel[...], before["heads"]["left"]["kernel"])
 
 
+def test_an_adapted_layer_tells_its_features_and_bias_and_refuses_its_kernel():
+    model = adapt(Perceptron(nnx.Rngs(0)), R, ("left", r"blocks\.0\.layers\.2"), key=KEY)
+    left = model.heads.left
+    assert (left.in_features, left.out_features) == (WIDTH, 4) and left.bias is left.base.bias
+    assert model.blocks[0].layers[2].bias is None
+    with pytest.raises(AttributeError, match=r"call the layer, read the frozen one at layer\.base\.kernel.*fold"):
+        _ = left.kernel
+    assert not hasattr(left, "kernel")
+
+
 def test_a_lone_linear_layer_is_a_model_too():
     model = adapt(nnx.Linear(WIDTH, 3, rngs=nnx.Rngs(0)), R, ("model",), key=KEY)
     _, base, adapter, profile = split(model)
