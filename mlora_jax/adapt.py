@@ -20,7 +20,10 @@ class AdapterParam(nnx.Variable):
 
 
 class RankProfile(nnx.Variable):
-    """A rank profile p [..., R]. Its metadata `leading` counts the axes it shares with a stacked kernel."""
+    """A rank profile p [..., R].
+
+    Its metadata: `leading` counts the axes it shares with a stacked kernel; `names` are all paths of a shared layer.
+    """
 
 
 class DropoutKey(nnx.Variable):
@@ -38,16 +41,42 @@ class AdaptedLinear(nnx.Module):
       dropout: rate in [0, 1) on the adapter's input, while `deterministic` is False (`model.train()`).
     """
 
-    def __init__(self, base: nnx.Linear, rank: int, *, key: jax.Array, init: str, dropout: float):
+    def __init__(
+        self, base: nnx.Linear, rank: int, *, key: jax.Array, init: str, dropout: float, names: tuple[str, ...] = ()
+    ):
         *leading, features_in, features_out = base.kernel.shape
         a, b = initialize_factors(key, features_in, features_out, rank, leading=tuple(leading), init=init)
         self.base = base
         self.a, self.b = AdapterParam(a), AdapterParam(b)
-        self.p = RankProfile(jnp.ones((*leading, rank), a.dtype), leading=len(leading))
+        self.p = RankProfile(jnp.ones((*leading, rank), a.dtype), leading=len(leading), names=names)
         self.dropout = dropout
         self.deterministic = False
         if dropout:
             self.dropout_key = DropoutKey(jnp.zeros(tuple(leading)))
+
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """F."""
+        return self.base.out_features
+
+    @property
+    def bias(self):
+        """The base layer's, or None; no adapter changes it."""
+        return self.base.bias
+
+    @property
+    def kernel(self):
+        """Refused: whoever multiplies by the frozen kernel leaves the adapter out without a word."""
+        raise AttributeError(
+            "an adapted layer has no single kernel: call the layer, read the frozen one at layer.base.kernel, or get "
+            "the sum from fold(base, adapter, profile). A model that multiplies by layer.kernel itself bypasses the "
+            "adapter: leave that layer out of the targets"
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.base(x)
@@ -95,7 +124,8 @@ def adapt(
 
     Raises:
       ValueError: a pattern that matches no linear layer (the message lists the layers there are), a pattern that is
-        no regular expression, an adapted model, a rank below 1, an unknown init, a dropout rate outside [0, 1).
+        no regular expression, an adapted model, a rank below 1, an unknown init, a dropout rate outside [0, 1); a
+        kernel that is also another layer's (one `nnx.Param` under both): folding into one would change the other.
 
     >>> model = adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, (".*",), key=jax.random.key(0))
     >>> model.a.shape, model.b.shape
@@ -108,13 +138,19 @@ def adapt(
         raise ValueError("the model already has adapters; adapt the base model instead")
     model = nnx.clone(model)
     linears = dict(_linear_paths(model))
-    first_path = {id(linear): path for path, linear in reversed(linears.items())}
+    names: dict[int, tuple[str, ...]] = {}
+    for path, linear in linears.items():
+        names[id(linear)] = (*names.get(id(linear), ()), path)
+    matching = _matching(tuple(linears), targets)
+    _refuse_tied_kernels(model, [linears[path] for path in matching])
     wrapped: dict[int, AdaptedLinear] = {}
-    for path in _matching(tuple(linears), targets):
+    for path in matching:
         linear = linears[path]
         if id(linear) not in wrapped:
-            layer_key = jax.random.fold_in(key, path_hash(first_path[id(linear)]))
-            wrapped[id(linear)] = AdaptedLinear(linear, rank, key=layer_key, init=init, dropout=dropout)
+            first, *others = names[id(linear)]
+            options = dict(init=init, dropout=dropout, names=(first, *others) if others else ())
+            layer_key = jax.random.fold_in(key, path_hash(first))
+            wrapped[id(linear)] = AdaptedLinear(linear, rank, key=layer_key, **options)
     if isinstance(model, nnx.Linear):
         return wrapped[id(model)]
     for _, node in list(nnx.iter_graph(model)):
@@ -152,12 +188,7 @@ def split(model: nnx.Module, *, mutable: Any = None) -> tuple:
     accepted = () if mutable is None else {tuple(path) for path, _ in nnx.to_flat_state(nnx.state(model, mutable))}
     frozen = [path for path in _written_variables(model) if path not in accepted]
     if frozen:
-        names = ", ".join(".".join(map(str, path)) for path in frozen[:6])
-        raise ValueError(
-            f"a call of this model would update {len(frozen)} variables that a pure function would lose ({names}): "
-            "call model.eval() before split(model), or thread them with "
-            "split(model, mutable=(nnx.RngState, nnx.BatchStat))"
-        )
+        _refuse_to_freeze(model, frozen)
     if mutable is None:
         graphdef, adapter, profile, base = nnx.split(model, AdapterParam, (RankProfile, DropoutKey), ...)
         return graphdef, base, adapter, profile
@@ -180,7 +211,8 @@ def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array],
       A new profile tree.
 
     Raises:
-      ValueError: a shape that fits no layer, a pattern that matches none, or a tree without rank profiles.
+      ValueError: a shape that fits no layer, a pattern that matches none (a shared layer goes by its first path, which
+        the message names), no pattern at all, or a tree without rank profiles.
     """
     is_profile = lambda node: isinstance(node, RankProfile)  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(profile_tree, is_leaf=is_profile)
@@ -188,7 +220,10 @@ def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array],
     if not paths:
         raise ValueError("this tree has no rank profiles: pass the fourth value of split(model)")
     table = p if isinstance(p, Mapping) else None
-    chosen = {path: pattern for pattern in reversed(table or ()) for path in _matching(paths, (pattern,))}
+    if table is not None and not table:
+        raise ValueError(f"an empty mapping sets no profile; layers here: {', '.join(sorted(paths))}")
+    shared = {name: ".".join(path_names(path)[:-1]) for path, node in leaves if is_profile(node) for name in node.names}
+    chosen = {path: pattern for pattern in reversed(table or ()) for path in _matching(paths, (pattern,), shared)}
 
     def replace(path, node):
         if not is_profile(node):
@@ -248,6 +283,33 @@ def _linear_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterat
             yield from _linear_paths(child, (*path, str(name)), (*above, node))
 
 
+def _refuse_tied_kernels(model: nnx.Module, linears: Sequence[nnx.Linear]) -> None:
+    """Raises if a kernel hangs under anything but its own layer; a layer that is shared as a whole is no such case."""
+    own = {id(linear.kernel): linear for linear in reversed(linears)}
+    found: dict[int, dict[int, str]] = {}  # kernel: {what holds it: the first path there}
+    for path, holder, variable in _variable_paths(model):
+        if id(variable) in own:
+            found.setdefault(id(variable), {}).setdefault(id(holder), path)
+    for kernel, paths in found.items():
+        if len(paths) > 1:
+            here = paths.pop(id(own[kernel]))
+            raise ValueError(
+                f"{here} and {next(iter(paths.values()))} are one variable: an adapter folded into one layer would "
+                "change the other. Leave both out of the targets, or give each layer a variable of its own"
+            )
+
+
+def _variable_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, Any, nnx.Variable]]:
+    """Every path at which a variable hangs, and what holds it there."""
+    if any(node is parent for parent in above):
+        return
+    for name, child in _children(node):
+        if isinstance(child, nnx.Variable):
+            yield ".".join((*path, str(name))), node, child
+        else:
+            yield from _variable_paths(child, (*path, str(name)), (*above, node))
+
+
 def _children(node) -> list[tuple[Any, Any]]:
     """What a module or a plain container in it (`nnx.data([...])`) holds, in the order of `nnx.state`."""
     if isinstance(node, nnx.Pytree):
@@ -277,8 +339,11 @@ def _replaced(child, wrapped: Mapping[int, AdaptedLinear]):
     return type(child)(*items) if hasattr(child, "_fields") else tuple(items)
 
 
-def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The paths that some pattern matches, in their own order; every pattern must match at least one."""
+def _matching(paths: Sequence[str], patterns: Sequence[str], shared: Mapping[str, str] | None = None) -> list[str]:
+    """The paths that some pattern matches, in their own order; every pattern must match at least one.
+
+    `shared` maps further names of shared layers, under which they are not found, to their paths: for the message.
+    """
     if isinstance(patterns, str):
         raise ValueError(f"targets must be a sequence of patterns, got the string {patterns!r}")
     if not patterns:
@@ -291,6 +356,9 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
         except re.error as error:
             raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
         hits = [path for path in paths if compiled.fullmatch(path)]
+        known = {path for name, path in (shared or {}).items() if compiled.fullmatch(name)}
+        if not hits and known:
+            raise ValueError(f"target {pattern!r} names a shared layer, which goes by {', '.join(sorted(known))}")
         if not hits:
             tails = {path.rsplit(".", 1)[-1] for path in paths}
             near = difflib.get_close_matches(pattern, tails, n=1)
@@ -304,12 +372,31 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def _written_variables(model: nnx.Module) -> list[tuple]:
     """Paths of random-number and batch-statistics variables whose owner is not in evaluation mode."""
     nodes = dict(nnx.iter_graph(model))
-    written = []
-    for path, node in nodes.items():
-        if isinstance(node, (nnx.RngState, nnx.BatchStat)):
-            switch = "use_running_average" if isinstance(node, nnx.BatchStat) else "deterministic"
-            owners = (nodes.get(path[:depth]) for depth in range(len(path) - 1, -1, -1))
-            states = [getattr(owner, switch) for owner in owners if hasattr(owner, switch)]
-            if not states or states[0] is not True:
-                written.append(tuple(path))
-    return written
+    threadable = [path for path, node in nodes.items() if isinstance(node, (nnx.RngState, nnx.BatchStat))]
+    return [tuple(path) for path in threadable if _evaluates(nodes, path) is not True]
+
+
+def _evaluates(nodes: Mapping, path: tuple) -> bool | None:
+    """Whether the owner of a written variable is in evaluation mode; None if no owner has such a mode."""
+    switch = "use_running_average" if isinstance(nodes[path], nnx.BatchStat) else "deterministic"
+    owners = (nodes.get(path[:depth]) for depth in range(len(path) - 1, -1, -1))
+    states = (getattr(owner, switch, None) for owner in owners)
+    return next((state for state in states if isinstance(state, bool)), None)  # nnx.Rngs has an answer to any name
+
+
+def _refuse_to_freeze(model: nnx.Module, paths: Sequence[tuple]) -> None:
+    nodes = dict(nnx.iter_graph(model))
+    stuck = [path for path in paths if _evaluates(nodes, path) is None]  # model.eval() would not help
+    names = ", ".join(".".join(map(str, path)) for path in (stuck or paths)[:6])
+    if stuck:
+        kinds = {"nnx.BatchStat" if isinstance(nodes[path], nnx.BatchStat) else "nnx.RngState" for path in stuck}
+        filters = ", ".join(sorted(kinds, reverse=True))
+        way = f"thread it by mutable={f'({filters})' if len(kinds) > 1 else filters}"
+    else:
+        way = (
+            "call model.eval() before split(model), or thread them with "
+            "split(model, mutable=(nnx.RngState, nnx.BatchStat))"
+        )
+    raise ValueError(
+        f"a call of this model would update {len(paths)} variables that a pure function would lose ({names}): {way}"
+    )

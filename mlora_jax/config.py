@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlora_jax.core import INITIALIZERS, READOUTS, RankHierarchy, get_policy, powers_of_two
+from mlora_jax.core import INITIALIZERS, POLICIES, READOUTS, RankHierarchy, get_policy, powers_of_two
 
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
@@ -61,7 +61,7 @@ DEFAULTS: dict[str, Any] = {
         "seed": (42,),
         "scaling": ("none",),
         "rank": (32,),
-        "weights": ((),),  # w_r, one tuple per trial; () is 1 for every rank
+        "weights": ((),),  # w_r of dylora and the matryoshkas, one tuple per trial; () is 1 for every rank
         # An explicit list in place of the one product: every entry is a dict of some of the keys above, a value or a
         # tuple of values each, and stands for its own product; the keys that it leaves out are taken from above.
         "list": (),
@@ -330,6 +330,12 @@ def _check(config: dict) -> None:
             trial.hierarchy(config["adapter"]["ranks"])
         except ValueError as error:
             raise ValueError(f"config.trials cannot make {trial}: {error}") from None
+        if trial.weights and not get_policy(trial.method).uses_weights:
+            users = ", ".join(name for name, policy in POLICIES.items() if policy.uses_weights)
+            raise ValueError(
+                f"config.trials.weights {trial.weights} would change nothing for {trial.method!r}; methods with "
+                f"weights: {users}. config.trials.list can give them weights of their own"
+            )
     if not config["validation"]["every"]:
         for key, default in (("keep", "last"), ("patience", 0)):
             if config["validation"][key] != default:

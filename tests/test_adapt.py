@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mlora_jax import RankHierarchy, adapt, fold, set_profile, split, truncate
+from mlora_jax import RankHierarchy, adapt, fold, set_dropout_key, set_profile, split, truncate
 from mlora_jax.adapt import AdaptedLinear, AdapterParam, RankProfile
 from tests.foreign import MODELS, PERCEPTRON_LAYERS, WIDTH, LaxScan, NNXScan, Perceptron, Unrolled, build
 
@@ -37,10 +37,6 @@ def forward(model):
 
 def paths(tree):
     return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)}
-
-
-def cut_profile(profile, r):
-    return jax.tree.map(lambda p: p[..., :r], profile)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,6 +135,38 @@ def test_adapting_twice_and_splitting_a_bare_model_are_refused():
         adapt(nnx.LayerNorm(3, rngs=nnx.Rngs(0)), R, (".*",), key=KEY)
 
 
+class Tied(nnx.Module):
+    """Two layers with one kernel, of which a third holder is an embedding."""
+
+    def __init__(self, rngs):
+        self.first, self.second = (nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2))
+        self.embed, self.free = nnx.Embed(WIDTH, 3, rngs=rngs), nnx.Linear(WIDTH, 3, rngs=rngs)
+        self.second.kernel = self.first.kernel
+        self.heads = nnx.data([nnx.Linear(WIDTH, 3, rngs=rngs)])
+        self.heads[0].kernel = self.embed.embedding
+        self.again = self.free  # a layer that is shared as a whole is not tied to another
+
+    def __call__(self, x):
+        return self.free(self.second(self.first(x))) + self.heads[0](x)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("second",), r"second\.kernel and first\.kernel are one variable"),
+        (("first",), r"first\.kernel and second\.kernel are one variable"),
+        (("first", "second"), r"first\.kernel and second\.kernel are one variable.*of its own"),
+        ((r"heads\.0",), r"heads\.0\.kernel and embed\.embedding are one variable"),
+    ],
+)
+def test_a_kernel_that_is_tied_to_another_layer_is_refused(targets, message):
+    model = Tied(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        adapt(model, R, targets, key=KEY)
+    new = adapt(model, R, ("free",), key=KEY)
+    assert isinstance(new.free, AdaptedLinear) and new.again is new.free
+
+
 def test_the_given_model_is_left_alone_and_its_arrays_are_shared():
     model = Perceptron(nnx.Rngs(0))
     before = nnx.to_pure_dict(nnx.state(model))
@@ -149,6 +177,16 @@ def test_the_given_model_is_left_alone_and_its_arrays_are_shared():
     assert new.norm.scale[...] is model.norm.scale[...]
     new.heads.left.base.kernel[...] += 1.0
     np.testing.assert_array_equal(model.heads.left.kernel[...], before["heads"]["left"]["kernel"])
+
+
+def test_an_adapted_layer_tells_its_features_and_bias_and_refuses_its_kernel():
+    model = adapt(Perceptron(nnx.Rngs(0)), R, ("left", r"blocks\.0\.layers\.2"), key=KEY)
+    left = model.heads.left
+    assert (left.in_features, left.out_features) == (WIDTH, 4) and left.bias is left.base.bias
+    assert model.blocks[0].layers[2].bias is None
+    with pytest.raises(AttributeError, match=r"call the layer, read the frozen one at layer\.base\.kernel.*fold"):
+        _ = left.kernel
+    assert not hasattr(left, "kernel")
 
 
 def test_a_lone_linear_layer_is_a_model_too():
@@ -203,8 +241,26 @@ def test_prefix_and_truncate_and_fold_are_one_function(name):
         short = truncate(adapter, r)
         assert all(min(leaf.shape[-2:]) <= r for leaf in jax.tree.leaves(short))
         tolerance = {"rtol": 0, "atol": 2e-6 * float(jnp.max(jnp.abs(expected)))}
-        np.testing.assert_allclose(run(base, short, cut_profile(at_rank, r), X), expected, **tolerance)
+        np.testing.assert_allclose(run(base, short, truncate(at_rank, r), X), expected, **tolerance)
         np.testing.assert_allclose(run(fold(base, adapter, at_rank), adapter, zero, X), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_truncated_model_reads_out_every_smaller_rank(dropout):
+    model = adapted("lax.scan", dropout=dropout)
+    model.eval()
+    run, base, adapter, profile = forward(model)
+    profile = set_dropout_key(profile, KEY)
+    short, short_profile, hierarchy = truncate(adapter, 3), truncate(profile, 3), HIERARCHY.truncate(3)
+    for q in range(4):
+        expected = run(base, adapter, set_profile(profile, HIERARCHY.prefix(q)), X)
+        got = run(base, short, set_profile(short_profile, hierarchy.prefix(q)), X)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(expected))))
+    rows = jnp.stack([HIERARCHY.prefix(r) for r in (1, 3, 0, 2, 3)])
+    per_example = set_profile(profile, rows, per_example=True)
+    expected = run(base, adapter, per_example, X)
+    got = run(base, short, truncate(per_example, 3), X)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(expected))))
 
 
 @pytest.mark.parametrize("kind", [NNXScan, LaxScan])

@@ -106,7 +106,6 @@ def test_patterns_choose_layers_and_the_first_match_wins():
     expected |= dict.fromkeys(("blocks.0.layers.0", "blocks.0.layers.2", "decoder"), p[3])
     for path, got in new.items():
         np.testing.assert_array_equal(got, expected.get(path, np.ones(R)), err_msg=path)
-    jax.tree.map(np.testing.assert_array_equal, set_profile(profile, {}), profile)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +126,18 @@ def test_a_profile_of_a_wrong_shape_is_refused(p, options, message):
     _, _, _, profile = split(adapted("lax.scan"))
     with pytest.raises(ValueError, match=message):
         set_profile(profile, p, **options)
+
+
+def test_a_shared_layer_goes_by_its_first_path_and_an_empty_mapping_is_refused():
+    model = adapt(build("perceptron"), R, ("encoder", "left"), key=jax.random.key(5))  # encoder is decoder
+    _, _, _, profile = split(model)
+    with pytest.raises(ValueError, match=r"target 'encoder' names a shared layer, which goes by decoder$"):
+        set_profile(profile, {"encoder": HIERARCHY.prefix(1)})
+    np.testing.assert_array_equal(
+        values(set_profile(profile, {"decoder": HIERARCHY.prefix(1)}))["decoder"], HIERARCHY.prefix(1)
+    )
+    with pytest.raises(ValueError, match=r"an empty mapping sets no profile; layers here: decoder, heads\.left"):
+        set_profile(profile, {})
 
 
 def test_a_tree_without_profiles_is_refused():

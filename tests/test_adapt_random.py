@@ -57,6 +57,31 @@ def test_half_a_model_in_evaluation_mode_is_still_refused():
         split(model)
 
 
+class KeepsRngs(nnx.Module):
+    """Stores its random numbers, and nothing of it has a mode."""
+
+    def __init__(self, rngs):
+        self.rngs, self.out = rngs, nnx.Linear(WIDTH, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(x) + jax.random.normal(self.rngs.params(), (3,))
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_random_numbers_without_a_mode_are_to_be_threaded(evaluating):
+    model = adapt(KeepsRngs(nnx.Rngs(0)), R, ("out",), key=KEY)
+    if evaluating:
+        model.eval()
+    with pytest.raises(ValueError, match=r"rngs\.default\.count.*thread it by mutable=nnx\.RngState$") as error:
+        split(model)
+    assert "eval()" not in str(error.value)
+    model.deterministic = True  # a mode of its own
+    split(model)
+    del model.deterministic
+    graphdef, *trees = split(model, mutable=nnx.RngState)
+    assert nnx.merge(graphdef, *trees, copy=True)(X).shape == (8, 3)
+
+
 def test_in_evaluation_mode_nothing_is_written_and_the_model_is_accepted():
     model = noisy()
     model.eval()

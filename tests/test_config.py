@@ -219,6 +219,10 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
         ({"adapter": {"ranks": (0, 2)}}, r"every rank of S must be an integer in 1\.\., got 0"),
         ({"adapter": {"ranks": ("a",)}}, "every rank of S must be an integer"),
         ({"trials": {"weights": ((1.0,),)}}, r"weights \(1\.0,\) and ranks .* differ in length"),
+        (
+            {"trials": {"weights": ((3.0, 1.0),), "rank": (2,), "method": ("matryoshka", "sandwich")}},
+            r"weights \(3\.0, 1\.0\) would change nothing for 'sandwich'; .*: dylora, matryoshka, matryoshka_exact\. ",
+        ),
         ({"trials": {"weights": (("a",),)}}, "weights must be a sequence of numbers"),
         ({"trials": {"weights": ((0.0, 0.0),), "rank": (2,)}}, "not all zero"),
         ({"trials": {"method": ()}}, r"config.trials.method must name at least one value, got \(\)"),

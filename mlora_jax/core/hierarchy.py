@@ -139,12 +139,41 @@ class RankHierarchy:
         return jnp.where(self._index() <= r, scales[r - 1], 0.0)
 
     def sample_prefix(self, key: jax.Array) -> jax.Array:
-        """DyLoRA's draw, [R]: `prefix(b)` with b uniform over S. Traceable.
+        """DyLoRA's draw, [R]: `prefix(b)` with b of S, as likely as its weight; uniform over S by default. Traceable.
 
         Args:
           key: a `jax.random.key`.
         """
-        return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks)))
+        # Equal weights draw the same ranks as none; jax.random.choice draws others where it is given probabilities.
+        even = self.weights is None or len(set(self.weights)) == 1
+        shares = None if even else jnp.array(self.weights) / math.fsum(self.weights)
+        return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
+
+    def truncate(self, r: int) -> RankHierarchy:
+        """The hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
+
+        S becomes its ranks up to r, and r itself. A scale depends on its own rank only, so `prefix(q)` stays the same
+        function for every q <= r; so does `nested(q)` for q < r, and for q = r if r was in S. `masked` and `matryoshka`
+        do not: they add up all of S, of which the larger ranks are gone.
+
+        Args:
+          r: 1..R.
+
+        Returns:
+          A hierarchy with R = r. Its weights are those of the ranks that stay; r has weight 1 if it was not in S. If
+          none above zero is left, every weight is 1.
+
+        Raises:
+          ValueError: r is outside 1..R.
+
+        >>> RankHierarchy((1, 2, 4, 8), "sqrt").truncate(3).ranks
+        (1, 2, 3)
+        """
+        r = check_rank(r, "rank to truncate to", low=1, high=self.max_rank)
+        weights = dict(zip(self.ranks, self.weights or (1.0,) * len(self.ranks), strict=True))
+        kept = {q: weight for q, weight in weights.items() if q <= r} | {r: weights.get(r, 1.0)}
+        given = self.weights is not None and any(kept.values())
+        return RankHierarchy(tuple(kept), self.scaling, tuple(kept.values()) if given else None, max_rank=r)
 
     def _index(self) -> np.ndarray:
         return np.arange(1, self.max_rank + 1)

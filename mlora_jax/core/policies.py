@@ -12,20 +12,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlora_jax.core.hierarchy import RankHierarchy
 
 
 class Draw(NamedTuple):
-    """What one step trains with. The step's loss is the mean of its losses under the N profiles.
+    """What one step trains with. The step's loss is the weighted mean of its losses under the N profiles.
 
     Attributes:
       profiles: [N, R] rank profiles; [M, N, R] from `draw_step`, one row per micro-batch.
       update_mask: [R], 1 where column i of A and row i of B may move, else 0.
+      loss_weights: [N], the share of each profile's loss in the step's; they sum to 1.
     """
 
     profiles: jax.Array
     update_mask: jax.Array
+    loss_weights: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class Policy:
       count: (hierarchy) -> N, the number of profiles a step uses: its cost in LoRA steps.
       every: "micro_batch" draws anew for each micro-batch of a step, "step" once for the whole step.
       function: (hierarchy) -> [R], the profile of the trained function at full rank: what `squeeze` keeps.
+      uses_weights: whether training depends on the hierarchy's weights w_r.
       summary: one line for tables and errors.
     """
 
@@ -45,10 +49,12 @@ class Policy:
     count: Callable[[RankHierarchy], int] = lambda hierarchy: 1
     every: str = "micro_batch"
     function: Callable[[RankHierarchy], jax.Array] = RankHierarchy.lora
+    uses_weights: bool = False
 
 
 def _all_columns(hierarchy: RankHierarchy, profiles: jax.Array) -> Draw:
-    return Draw(profiles, jnp.ones_like(profiles[0]))
+    count = len(profiles)
+    return Draw(profiles, jnp.ones_like(profiles[0]), jnp.full(count, 1.0 / count, profiles.dtype))
 
 
 def _lora(hierarchy, key):
@@ -75,11 +81,15 @@ def _dylora_frozen(hierarchy, key):
     rank = _any_rank(hierarchy, key)
     profile = hierarchy.prefix_at(rank)
     only_last = (jnp.arange(1, hierarchy.max_rank + 1) == rank).astype(profile.dtype)
-    return Draw(profile[None], only_last)
+    return _all_columns(hierarchy, profile[None])._replace(update_mask=only_last)
 
 
 def _matryoshka_exact(hierarchy, key):
-    return _all_columns(hierarchy, jnp.stack([hierarchy.prefix(r) for r in hierarchy.ranks]))
+    draw = _all_columns(hierarchy, jnp.stack([hierarchy.prefix(r) for r in hierarchy.ranks]))
+    if hierarchy.weights is None:
+        return draw
+    weights = np.array(hierarchy.weights)
+    return draw._replace(loss_weights=jnp.asarray(weights / weights.sum(), float))
 
 
 def _sandwich(hierarchy, key):
@@ -93,17 +103,22 @@ def _sandwich(hierarchy, key):
 # b from 1..R once per step; MatryoshkaLoRA arXiv 2605.07850; the sandwich rule of slimmable networks, arXiv 1903.05134.
 POLICIES: dict[str, Policy] = {
     "lora": Policy(draw=_lora, summary="every column at s_R"),
-    "dylora": Policy(draw=_dylora, summary="a prefix b of S per micro-batch, as in the MatryoshkaLoRA paper"),
+    "dylora": Policy(
+        draw=_dylora, uses_weights=True, summary="a prefix b of S per micro-batch, as in the MatryoshkaLoRA paper"
+    ),
     "dylora_original": Policy(
         draw=_dylora_original, every="step", summary="a prefix b of 1..R per step, as in DyLoRA's code"
     ),
     "dylora_frozen": Policy(
         draw=_dylora_frozen, every="step", summary="dylora_original that moves column and row b only"
     ),
-    "matryoshka": Policy(draw=_matryoshka, function=RankHierarchy.matryoshka, summary="the paper's diagonal P"),
+    "matryoshka": Policy(
+        draw=_matryoshka, function=RankHierarchy.matryoshka, uses_weights=True, summary="the paper's diagonal P"
+    ),
     "matryoshka_exact": Policy(
         draw=_matryoshka_exact,
         count=lambda hierarchy: len(hierarchy.ranks),
+        uses_weights=True,
         summary="the mean of the losses at every prefix of S",
     ),
     "sandwich": Policy(
@@ -138,7 +153,7 @@ def draw_step(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *,
       accumulation: M, the number of micro-batches in the step.
 
     Returns:
-      Draw with profiles [M, N, R] and update_mask [R].
+      Draw with profiles [M, N, R], update_mask [R] and loss_weights [N].
 
     >>> hierarchy = RankHierarchy((1, 2))
     >>> draw_step(get_policy("matryoshka_exact"), hierarchy, jax.random.key(0), 0, accumulation=3).profiles.shape
@@ -147,7 +162,7 @@ def draw_step(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *,
     step_key = jax.random.fold_in(key, step)
     if policy.every == "step":
         draw = policy.draw(hierarchy, step_key)
-        return Draw(jnp.broadcast_to(draw.profiles, (accumulation, *draw.profiles.shape)), draw.update_mask)
+        return draw._replace(profiles=jnp.broadcast_to(draw.profiles, (accumulation, *draw.profiles.shape)))
     keys = jax.vmap(lambda m: jax.random.fold_in(step_key, m))(jnp.arange(accumulation))
     draws = jax.vmap(lambda k: policy.draw(hierarchy, k))(keys)
-    return Draw(draws.profiles, draws.update_mask[0])
+    return Draw(draws.profiles, draws.update_mask[0], draws.loss_weights[0])

@@ -93,26 +93,34 @@ def initialize_factors(
 
 
 def truncate(adapter: Tree, rank: int) -> Tree:
-    """Keeps the first `rank` columns of every A and rows of every B: a smaller adapter, real compute saved.
+    """Keeps the first `rank` columns of every A and rows of every B: a smaller, faster adapter, real compute saved.
 
-    Its prefix profile of the same rank gives the function that the full adapter gives at `prefix(rank)`.
+    It runs with a profile tree of the same rank, which this function makes too, and is described by
+    `hierarchy.truncate(rank)`, whose `prefix(q)` gives the function that the full adapter gives at `prefix(q)`:
+
+        short = truncate(adapter, 2)
+        values = set_profile(truncate(profile, 2), hierarchy.truncate(2).prefix(2))
+        nnx.merge(graphdef, base, short, values)
 
     Args:
-      adapter: tree of factors.
+      adapter: tree of factors, or tree of profiles [..., R], per example or not, with or without dropout keys.
       rank: 1..R.
 
     Raises:
       ValueError: the rank is outside 1..R for some pair.
 
-    >>> truncate({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, 2)["b"].shape
+    >>> truncate({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "p": jnp.ones(4)}, 2)["b"].shape
     (2, 2)
     """
 
     def cut(path, leaf):
-        name = _role(path)
-        axis = {"a": -1, "b": -2}[name]
+        name = path_names(path)[-1]
+        if name == "dropout_key":  # of a profile tree; it has no rank axis
+            return leaf
+        role = "p" if name == "p" else _role(path)
+        axis = {"a": -1, "b": -2, "p": -1}[role]
         check_rank(rank, f"rank to truncate {_parent_name(path)} to", low=1, high=leaf.shape[axis])
-        return leaf[..., :rank] if name == "a" else leaf[..., :rank, :]
+        return jax.lax.slice_in_dim(leaf, 0, rank, axis=axis)
 
     return jax.tree_util.tree_map_with_path(cut, adapter)
 

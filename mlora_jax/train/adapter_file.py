@@ -30,8 +30,18 @@ def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[st
 
     Returns:
       The folder.
+
+    Raises:
+      ValueError: factors of another rank than the hierarchy's R. Nothing is written.
     """
     folder = pathlib.Path(folder)
+    for name, leaf in _named_leaves(adapter):
+        rank = leaf.shape[-1 if name.rsplit(".", 1)[-1] == "a" else -2]
+        if rank != hierarchy.max_rank:
+            raise ValueError(
+                f"{name} has rank {rank}, but the hierarchy's R is {hierarchy.max_rank}; "
+                "a truncated adapter is saved with hierarchy.truncate(rank)"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(adapter)}
     record = {

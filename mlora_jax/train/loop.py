@@ -76,7 +76,7 @@ class TrialsStep:
 def compile_draws(
     drawn_by: Sequence[tuple[Policy, RankHierarchy]], keys: jax.Array, *, accumulation: int
 ) -> Callable[[Any], Draw]:
-    """The draws of K trials as one function: step -> profiles [K, M, N, R] and update_mask [K, R].
+    """The draws of K trials as one function: step -> profiles [K, M, N, R], update_mask [K, R], loss_weights [K, N].
 
     Args:
       drawn_by: policy and hierarchy of every trial; as many profiles for each.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlora_jax.adapt import AdapterParam
+from mlora_jax.adapt import AdapterParam, RankProfile
 
 
 class AnswerBatch(TypedDict):
@@ -48,26 +48,55 @@ def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: 
       graphdef: with the next three, what `mlora_jax.split` returned for an adapted `Decoder`.
       base: frozen tree.
       adapter: trained tree.
-      profile: profile tree.
+      profile: profile tree; one profile, or one per example [B, R] or token [B, T, R] (`set_profile`).
       batch: one micro-batch.
       chunk: how many answer positions have logits at one time, at least 1.
 
     Returns:
       float32 scalar (float64 for a float64 model).
+
+    Raises:
+      ValueError: a profile per example or token that is not one for this batch.
     """
     model = nnx.merge(graphdef, base, adapter, profile)
-    hidden = _answer_states(model, batch)
-    graphdef, head, rest = nnx.split(model, nnx.All(AdapterParam, nnx.PathContains("lm_head")), ...)
-    chunks = [_in_chunks(x, chunk) for x in (hidden, batch["targets"], batch["weights"])]
-    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), *chunks)
+    chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch), batch["targets"], batch["weights"])]
+    graphdef, head, rest, profiles = _split_head(model, batch, chunk)
+    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), jax.lax.stop_gradient(profiles), *chunks)
 
 
 def answer_log_likelihoods(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int) -> jax.Array:
     """Log-likelihood in nats of every answer token, [B, A]; arguments as `answer_loss`. Padding gets a value too."""
     model = nnx.merge(graphdef, base, adapter, profile)
     chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch), batch["targets"])]
-    values = jax.lax.map(lambda xs: token_log_likelihood(model.head(xs[0]), xs[1]), tuple(chunks))
+    graphdef, head, rest, profiles = _split_head(model, batch, chunk)
+
+    def one(xs):
+        profiles, hidden, targets = xs
+        return token_log_likelihood(nnx.merge(graphdef, head, rest, profiles).head(hidden), targets)
+
+    values = jax.lax.map(one, (profiles, *chunks))
     return values.reshape(-1)[: batch["targets"].size].reshape(batch["targets"].shape)
+
+
+def _split_head(model, batch: AnswerBatch, chunk: int) -> tuple:
+    """(graphdef, factors of the head, all else, profiles of the head that differ between positions, in chunks)."""
+
+    def differs(path, node):  # [B, R] or [B, T, R]: it must follow the positions that a chunk takes
+        return isinstance(node, RankProfile) and "lm_head" in path and node[...].ndim > 1
+
+    def gather(p):
+        rows, positions = batch["tokens"].shape, batch["positions"]
+        if p.shape[:-1] != rows[: p.ndim - 1]:
+            raise ValueError(f"the profile of lm_head has shape {p.shape}, but the batch has {rows} tokens")
+        if p.ndim == 2:
+            p = jnp.broadcast_to(p[:, None], (*positions.shape, p.shape[-1]))
+        else:
+            p = jnp.take_along_axis(p, positions[..., None], axis=1)
+        return _in_chunks(p, chunk)  # [chunks, chunk, R]
+
+    factors = nnx.All(AdapterParam, nnx.PathContains("lm_head"))
+    graphdef, head, profiles, rest = nnx.split(model, factors, differs, ...)
+    return graphdef, head, rest, jax.tree.map(gather, profiles)
 
 
 def _answer_states(model, batch: AnswerBatch) -> jax.Array:
@@ -83,32 +112,33 @@ def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
-def _chunk_loss(graphdef, head, rest, hidden, targets, weights) -> jax.Array:
-    logits = nnx.merge(graphdef, head, rest).head(hidden)  # [chunk, V]
+def _chunk_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax.Array:
+    logits = nnx.merge(graphdef, head, rest, profiles).head(hidden)  # [chunk, V]
     return -jnp.sum(weights.astype(logits.dtype) * token_log_likelihood(logits, targets))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(graphdef, head, rest, hidden, targets, weights) -> jax.Array:
-    """The loss over hidden [chunks, chunk, D], targets and weights [chunks, chunk]."""
-    losses = jax.lax.map(lambda xs: _chunk_loss(graphdef, head, rest, *xs), (hidden, targets, weights))
+def _chunked_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax.Array:
+    """The loss over hidden [chunks, chunk, D], targets and weights [chunks, chunk]; profiles [chunks, chunk, R]."""
+    losses = jax.lax.map(lambda xs: _chunk_loss(graphdef, head, rest, *xs), (profiles, hidden, targets, weights))
     return jnp.sum(losses)
 
 
-def _forward(graphdef, head, rest, hidden, targets, weights):
-    gradient = jax.value_and_grad(functools.partial(_chunk_loss, graphdef), argnums=(0, 2))
+def _forward(graphdef, head, rest, profiles, hidden, targets, weights):
+    gradient = jax.value_and_grad(functools.partial(_chunk_loss, graphdef), argnums=(0, 3))
 
     def one(head_gradient: Any, xs):
         loss, (d_head, d_hidden) = gradient(head, rest, *xs)
         return jax.tree.map(jnp.add, head_gradient, d_head), (loss, d_hidden)
 
-    d_head, (losses, d_hidden) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, head), (hidden, targets, weights))
+    start = jax.tree.map(jnp.zeros_like, head)
+    d_head, (losses, d_hidden) = jax.lax.scan(one, start, (profiles, hidden, targets, weights))
     return jnp.sum(losses), (d_head, d_hidden)
 
 
 def _backward(graphdef, residuals, g):
     d_head, d_hidden = jax.tree.map(lambda x: (x * g).astype(x.dtype), residuals)
-    return d_head, None, d_hidden, None, None
+    return d_head, None, None, d_hidden, None, None
 
 
 _chunked_loss.defvjp(_forward, _backward)

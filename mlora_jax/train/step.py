@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,8 +36,8 @@ class TrialState(NamedTuple):
       adapter: tree of factors, fp32 (or fp64) masters.
       optimizer: the optax state.
       step: int32 scalar, the number of finished steps.
-      finite: bool scalar; False from the first step on whose loss or gradient is not finite. Such a trial is frozen:
-        adapter, optimizer and step stay what they were before that step.
+      finite: bool scalar; False from the first step on whose loss, gradient or new adapter is not finite. Such a
+        trial is frozen: adapter, optimizer and step stay what they were before that step.
       stopped: bool scalar; True freezes a trial that has been trained enough.
     """
 
@@ -107,8 +108,9 @@ def train_step(
 ) -> tuple[TrialState, dict[str, jax.Array]]:
     """One optimizer step: M micro-batches, N profiles each.
 
-    The loss is the mean over the answer tokens of all M micro-batches, and over the N profiles, so accumulation changes
-    memory and not the result. Pure; `jax.jit` it with the first three arguments static, `jax.vmap` it over trials.
+    The loss is the mean over the answer tokens of all M micro-batches, and the weighted mean over the N profiles, so
+    accumulation changes memory and not the result. Pure; `jax.jit` it with the first three arguments static,
+    `jax.vmap` it over trials.
 
     Args:
       graphdef: of the adapted decoder in training mode.
@@ -118,7 +120,7 @@ def train_step(
       profile: profile tree; its values are replaced by the draw's.
       state: adapter, optimizer state and step.
       batch: arrays with a leading M.
-      draw: profiles [M, N, R], update_mask [R].
+      draw: profiles [M, N, R], update_mask [R], loss_weights [N].
       schedule: learning rate and lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
 
@@ -129,20 +131,20 @@ def train_step(
     answers = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     count = draw.profiles.shape[1]
 
-    def loss_under(adapter, micro_batch, p, key):
+    def loss_under(adapter, micro_batch, p, weight, key):
         values = set_dropout_key(set_profile(profile, p), key)
         total = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
-        return total / (answers * count).astype(total.dtype)
+        return total * (weight / answers).astype(total.dtype)
 
     def add_profile(carry, xs):
-        micro_batch, p, key = xs
-        loss, gradient = jax.value_and_grad(loss_under)(state.adapter, micro_batch, p, key)
+        loss, gradient = jax.value_and_grad(loss_under)(state.adapter, *xs)
         return jax.tree.map(jnp.add, carry, (loss.astype(carry[0].dtype), gradient)), None
 
     def add_micro_batch(carry, xs):
         micro_batch, profiles, key = xs
         keys = jax.random.split(key, count)
-        return jax.lax.scan(lambda c, x: add_profile(c, (micro_batch, *x)), carry, (profiles, keys))[0], None
+        each = (profiles, draw.loss_weights, keys)
+        return jax.lax.scan(lambda c, x: add_profile(c, (micro_batch, *x)), carry, each)[0], None
 
     zero = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter))
     keys = jax.random.split(jax.random.fold_in(dropout_key, state.step), draw.profiles.shape[0])
@@ -155,7 +157,9 @@ def train_step(
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.update_mask))
     adapter = optax.apply_updates(state.adapter, updates)
     norm = optax.tree.norm(gradient)
-    finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm)))
+    # The adapter too: no later step would notice what the last update broke.
+    whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])
+    finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm) & whole))
     going = finite & ~state.stopped
     adapter, optimizer_state, step = jax.tree.map(
         lambda new, old: jnp.where(going, new, old),

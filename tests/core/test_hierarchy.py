@@ -128,6 +128,30 @@ def test_the_draw_is_uniform_over_the_training_ranks(ranks, R, scaling):
         np.testing.assert_array_equal(hierarchy.sample_prefix(keys[3]), drawn[3])
 
 
+@pytest.mark.parametrize(("ranks", "R", "scaling", "weighted"), CASES)
+def test_a_truncated_hierarchy_reads_out_the_same_prefixes(ranks, R, scaling, weighted):
+    hierarchy, _ = make(ranks, R, scaling, weighted)
+    for r in range(1, R + 1):
+        short = hierarchy.truncate(r)
+        assert short.max_rank == r and short.ranks == tuple(sorted({q for q in ranks if q <= r} | {r}))
+        for q in range(r + 1):
+            np.testing.assert_array_equal(short.prefix(q), hierarchy.prefix(q)[:r])
+            if q < r or r in ranks:
+                np.testing.assert_array_equal(short.nested(q), hierarchy.nested(q)[:r])
+
+
+def test_the_weights_of_a_truncated_hierarchy():
+    hierarchy = RankHierarchy((1, 2, 4, 8), "rank", weights=(0.0, 3.0, 0.0, 5.0))
+    assert hierarchy.truncate(8) == hierarchy
+    assert hierarchy.truncate(4).weights == (0.0, 3.0, 0.0)
+    assert hierarchy.truncate(3).weights == (0.0, 3.0, 1.0)
+    assert hierarchy.truncate(1).weights is None  # none above zero is left
+    assert RankHierarchy((1, 2, 4)).truncate(3) == RankHierarchy((1, 2, 3))
+    for rank in (0, 9, 2.0):
+        with pytest.raises(ValueError, match=rf"rank to truncate to must be an integer in 1\.\.8, got {rank}"):
+            hierarchy.truncate(rank)
+
+
 def test_default_ranks_are_the_powers_of_two_and_the_rank_itself():
     expected = {1: (1,), 2: (1, 2), 3: (1, 2, 3), 8: (1, 2, 4, 8), 12: (1, 2, 4, 8, 12), 32: (1, 2, 4, 8, 16, 32)}
     assert {R: powers_of_two(R) for R in expected} == expected

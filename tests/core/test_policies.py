@@ -73,11 +73,12 @@ def test_shapes_and_dtypes(name, accumulation):
     assert policy.count(HIERARCHY) == ROWS[name][0]
     assert draw.profiles.shape == (accumulation, ROWS[name][0], R)
     assert draw.update_mask.shape == (R,)
-    assert draw.profiles.dtype == draw.update_mask.dtype == jnp.float32
+    assert draw.loss_weights.shape == (ROWS[name][0],)
+    assert draw.profiles.dtype == draw.update_mask.dtype == draw.loss_weights.dtype == jnp.float32
     assert policy.summary
     with jax.enable_x64(True):
         wide = jax.eval_shape(one, KEY, 0)
-        assert wide.profiles.dtype == wide.update_mask.dtype == jnp.float64
+        assert wide.profiles.dtype == wide.update_mask.dtype == wide.loss_weights.dtype == jnp.float64
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -110,7 +111,7 @@ def test_micro_batches_of_a_step_draw_as_often_as_the_row_says(name):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, every, _) in ROWS.items() if every])
-def test_every_rank_of_the_row_is_drawn_equally_often_and_no_other(name):
+def test_every_rank_of_the_row_is_drawn_as_often_as_its_weight_and_no_other(name):
     profiles = many_steps(name).profiles
     ranks = ROWS[name][2]
     drawn = last_column(profiles)
@@ -118,9 +119,23 @@ def test_every_rank_of_the_row_is_drawn_equally_often_and_no_other(name):
     expected = np.stack([reference.prefix((R,), r, "sqrt") for r in range(R + 1)])
     np.testing.assert_allclose(profiles[:, :, -1], expected[drawn], rtol=1e-6, atol=0)
     draws = drawn[:, 0]
-    share = 1 / len(ranks)
-    for r in ranks:
+    weights = HIERARCHY.weights if name == "dylora" else (1.0,) * len(ranks)
+    for r, share in zip(ranks, np.array(weights) / sum(weights), strict=True):
         assert abs(np.mean(draws == r) - share) <= 4.5 * np.sqrt(share * (1 - share) / len(draws))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_weights_change_what_is_trained_where_the_policy_says_so_and_equal_ones_nothing(name):
+    plain, even, uneven = (
+        steps_of(name, 60, hierarchy=RankHierarchy(S, "sqrt", weights))
+        for weights in (None, (1.0,) * len(S), (1.0, 2.0, 0.5, 1.0, 3.0))
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, even)
+    differs = any(np.any(a != b) for a, b in zip(plain, uneven, strict=True))
+    assert differs == get_policy(name).uses_weights == (name in ("dylora", "matryoshka", "matryoshka_exact"))
+    expected = np.array([1.0, 2.0, 0.5, 1.0, 3.0]) / 7.5 if name == "matryoshka_exact" else plain.loss_weights
+    np.testing.assert_allclose(uneven.loss_weights, np.broadcast_to(expected, uneven.loss_weights.shape), rtol=1e-6)
+    np.testing.assert_allclose(plain.loss_weights, np.full_like(plain.loss_weights, 1 / ROWS[name][0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ROWS)

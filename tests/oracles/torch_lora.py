@@ -143,21 +143,26 @@ def logits(model_folder, factors, profile, tokens, dtype=torch.float32):
         return model(torch.as_tensor(np.asarray(tokens)).long(), use_cache=False).logits.numpy()
 
 
-def _accumulate(model, adapted, batch, profiles):
-    """The loss of one step, its gradients added to `.grad` one micro-batch at a time. profiles [M, N, R]."""
+def _accumulate(model, adapted, batch, profiles, loss_weights=None):
+    """The loss of one step, its gradients added to `.grad` one micro-batch at a time.
+
+    profiles [M, N, R]; loss_weights [N], the share of each profile, or None for equal ones.
+    """
+    count = len(profiles[0])
+    shares = np.full(count, 1 / count) if loss_weights is None else np.asarray(loss_weights, np.float64)
     tokens = torch.as_tensor(np.asarray(batch["tokens"])).long()  # [M, B, T]
     is_target = torch.as_tensor(np.asarray(batch["loss_mask"])).bool()  # [M, B, T]
     if is_target[:, :, 0].any():
         raise ValueError("the first token of a row has nothing before it and cannot be a target")
     targets, step_loss = is_target.sum(), 0.0
     for micro_tokens, micro_mask, micro_profiles in zip(tokens, is_target, profiles, strict=True):
-        for profile in micro_profiles:
+        for profile, share in zip(micro_profiles, shares, strict=True):
             _set_profile(adapted, profile)
             predictions = model(micro_tokens, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
             entropy = functional.cross_entropy(
                 predictions.flatten(0, 1), micro_tokens[:, 1:].flatten(), reduction="none"
             )
-            loss = (entropy * micro_mask[:, 1:].flatten()).sum() / targets / len(micro_profiles)
+            loss = (entropy * micro_mask[:, 1:].flatten()).sum() / targets * float(share)
             loss.backward()
             step_loss += loss.item()
     return step_loss
@@ -192,11 +197,12 @@ def train(
     eps=1e-8,
     weight_decay=0.0,
     update_masks=None,
+    loss_weights=None,
 ):
     """AdamW steps on the factors; the base is frozen.
 
     The loss of a step is the cross-entropy summed over all targets of all micro-batches, over the
-    number of targets of the step; with N profiles it is the mean of the N losses. Gradients are clipped to
+    number of targets of the step; with N profiles it is the (weighted) mean of the N losses. Gradients are clipped to
     g * min(1, clip / norm).
 
     Args:
@@ -209,6 +215,7 @@ def train(
       clip: largest global norm, or None.
       update_masks: None or [steps, R] of 0 and 1: multiplies column i of A and row i of B in the gradients
         before clipping and again in the update (decay included); the moments are not masked.
+      loss_weights: None or [N], summing to 1: the weights of the mean over profiles.
 
     Returns:
       The trained factors, {path: (A, B)} in `dtype`.
@@ -222,7 +229,7 @@ def train(
     for step, (batch, step_profiles, learning_rate) in enumerate(zip(batches, profiles, learning_rates, strict=True)):
         for parameter, _ in parameters:
             parameter.grad = None
-        _accumulate(model, adapted, batch, step_profiles)
+        _accumulate(model, adapted, batch, step_profiles, loss_weights)
         rank = parameters[0][0].shape[1]
         mask = np.ones(rank) if update_masks is None else update_masks[step]
         mask = torch.tensor(np.asarray(mask), dtype=dtype)

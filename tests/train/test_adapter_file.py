@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.core import RankHierarchy
+from mlora_jax.core import RankHierarchy, truncate
 from mlora_jax.models import Decoder
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from tests.tiny import tiny_config
@@ -37,6 +37,17 @@ def test_round_trip(adapter, folder):
     names = set(load_file(folder / "adapter.safetensors"))
     assert names == {f"layers.{m}.{f}" for m in ("self_attn.v_proj", "mlp.up_proj") for f in "ab"}
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_a_truncated_adapter_is_saved_with_its_own_hierarchy_only(adapter, tmp_path):
+    short = truncate(adapter, 3)
+    with pytest.raises(ValueError, match=r"\.a has rank 3, but the hierarchy's R is 5; .* hierarchy\.truncate\(rank\)"):
+        save_adapter(tmp_path / "short", short, HIERARCHY, {})
+    assert not (tmp_path / "short").exists()
+    save_adapter(tmp_path / "short", short, HIERARCHY.truncate(3), {})
+    loaded, hierarchy, _ = load_adapter(tmp_path / "short", short)
+    assert hierarchy == RankHierarchy((1, 3), "sqrt", weights=(1.0, 2.0))
+    jax.tree.map(np.testing.assert_array_equal, loaded, short)
 
 
 def change_tensors(folder, change):

@@ -1,5 +1,6 @@
 """The chunked loss against the plain one, and what its program must not contain."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapt import adapt, set_profile, split
 from mlora_jax.models import Decoder
 from mlora_jax.train.objective import answer_log_likelihoods, answer_loss
 from tests.tiny import tiny_config
@@ -58,6 +59,32 @@ def test_loss_and_gradient_equal_the_plain_ones(tied, targets):
             )(adapter)
             for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("per", ["example", "token"])
+def test_a_profile_of_its_own_reaches_the_adapted_head_at_every_answer_position(per):
+    """Also where a chunk has as many positions as there are examples."""
+    with jax.enable_x64(True):
+        graphdef, base, adapter, profile = make(tied=False, targets=("lm_head", "o_proj"), dtype=jnp.float64)
+        batch = make_batch()
+        shape = (3, 3) if per == "example" else (3, 7, 3)
+        p = jax.random.uniform(jax.random.key(3), shape)
+        profile = set_profile(profile, p, per_example=True)
+        plain = jax.jit(jax.value_and_grad(lambda a: plain_loss(graphdef, base, a, profile, batch)))(adapter)
+        for chunk in (3, 5, 100):
+            loss = functools.partial(answer_loss, batch=batch, chunk=chunk)
+            ours = jax.jit(jax.value_and_grad(lambda a, loss=loss: loss(graphdef, base, a, profile)))(adapter)
+            for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+                np.testing.assert_allclose(left, right, rtol=1e-10, atol=1e-12)
+            values = answer_log_likelihoods(graphdef, base, adapter, profile, batch, chunk=chunk)
+            np.testing.assert_allclose(-np.sum(values * batch["weights"]), plain[0], rtol=1e-10)
+
+
+def test_a_profile_of_another_batch_is_refused_at_the_head():
+    graphdef, base, adapter, profile = make(tied=False, targets=("lm_head",))
+    profile = set_profile(profile, jnp.ones((1, 3)), per_example=True)
+    with pytest.raises(ValueError, match=r"profile of lm_head has shape \(1, 3\), but the batch has \(3, 7\) tokens"):
+        answer_loss(graphdef, base, adapter, profile, make_batch(), chunk=3)
 
 
 def test_log_likelihoods_sum_to_the_loss():

@@ -74,7 +74,7 @@ def oracle_factors(adapter):
     return factors
 
 
-def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="fresh", **options):
+def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="fresh", loss_weights=None, **options):
     policy = get_policy(method)
     model = adapt(load_decoder(folder, dtype=jnp.dtype(dtype)), hierarchy.max_rank, targets, key=jax.random.key(3))
     graphdef, base, adapter, profile = split(model)
@@ -103,6 +103,7 @@ def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="f
         update_masks=np.stack([draw.update_mask for draw in draws]),
         clip=options["clip"],
         weight_decay=options["weight_decay"],
+        loss_weights=loss_weights,
     )
     trained = oracle_factors(state.adapter)
     assert trained.keys() == expected.keys()
@@ -127,9 +128,10 @@ def test_twenty_steps(checkpoint, dtype, method):
         compare(checkpoint, dtype, method, RankHierarchy((1, 2, 4, 8, 12), "sqrt"), accumulation=2, targets=TARGETS)
 
 
-@pytest.mark.parametrize("method", ["lora", "dylora", "matryoshka"])
+@pytest.mark.parametrize("method", ["lora", "dylora", "matryoshka", "matryoshka_exact"])
 def test_twenty_steps_with_weights_decay_and_an_adapted_head(checkpoint, method):
-    hierarchy = RankHierarchy((2, 3, 7), "rank", weights=(0.5, 2.0, 1.0), max_rank=9)
+    weights = (0.5, 2.0, 1.0)
+    hierarchy = RankHierarchy((2, 3, 7), "rank", weights=weights, max_rank=9)
     with jax.enable_x64(True):
         compare(
             checkpoint,
@@ -139,6 +141,7 @@ def test_twenty_steps_with_weights_decay_and_an_adapted_head(checkpoint, method)
             accumulation=1,
             targets=("lm_head", "q_proj", "down_proj"),
             start="warm",
+            loss_weights=np.array(weights) / sum(weights) if method == "matryoshka_exact" else None,
             weight_decay=0.1,
             clip=0.05,
         )

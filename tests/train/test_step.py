@@ -91,21 +91,24 @@ def test_accumulation_equals_one_large_batch():
     assert difference(ends[0], ends[2]) < 1e-5
 
 
-def test_loss_is_the_mean_over_profiles():
+def test_loss_is_the_weighted_mean_over_profiles():
     step, base, profile, state = make()
     state, _ = take(step, base, profile, state)
     adapter, optimizer = jax.tree.map(np.asarray, state.adapter), jax.tree.map(np.asarray, state.optimizer)
     profiles = [HIERARCHY.prefix(1), HIERARCHY.prefix(6)]
 
-    def loss(*chosen):
+    def loss(*chosen, weights=None):
         fresh = state._replace(adapter=jax.tree.map(jnp.array, adapter), optimizer=jax.tree.map(jnp.array, optimizer))
-        fresh = fresh._replace(step=jnp.array(1), finite=jnp.array(True))
-        draw = Draw(jnp.stack(chosen)[None], jnp.ones(6))
+        fresh = fresh._replace(step=jnp.array(1), finite=jnp.array(True), stopped=jnp.array(False))
+        weights = jnp.full(len(chosen), 1 / len(chosen)) if weights is None else jnp.array(weights)
+        draw = Draw(jnp.stack(chosen)[None], jnp.ones(6), weights)
         return float(take(step, base, profile, fresh, draw=draw)[1]["loss"])
 
     both, first, last = loss(*profiles), loss(profiles[0]), loss(profiles[1])
     assert abs(first - last) > 1e-4
     np.testing.assert_allclose(both, (first + last) / 2, rtol=1e-5)
+    weighted = loss(*profiles, weights=(0.9, 0.1))
+    np.testing.assert_allclose(weighted, 0.9 * first + 0.1 * last, rtol=1e-5)
 
 
 def test_frozen_mode_moves_one_column_and_row_and_nothing_else():
@@ -132,11 +135,21 @@ def test_a_trial_that_is_not_finite_is_frozen_and_stays_so():
     step, base, profile, state = make()
     state, metrics = take(step, base, profile, state)
     good = jax.tree.map(np.asarray, (state.adapter, state.optimizer))
-    broken = Draw(jnp.full((1, 1, 6), jnp.nan), jnp.ones(6))
+    broken = Draw(jnp.full((1, 1, 6), jnp.nan), jnp.ones(6), jnp.ones(1))
     state, metrics = take(step, base, profile, state, draw=broken)
     assert not metrics["finite"]
     state, metrics = take(step, base, profile, state)
     assert np.isfinite(metrics["loss"]) and not metrics["finite"] and not state.finite and state.step == 1
+    assert difference(good, (state.adapter, state.optimizer)) == 0
+
+
+def test_an_update_that_breaks_the_adapter_is_not_kept():
+    step, base, profile, state = make()
+    state, _ = take(step, base, profile, state)
+    good = jax.tree.map(np.asarray, (state.adapter, state.optimizer))
+    state, metrics = take(step, base, profile, state, rate=np.float32(np.inf))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert not metrics["finite"] and not state.finite and state.step == 1
     assert difference(good, (state.adapter, state.optimizer)) == 0
 
 
