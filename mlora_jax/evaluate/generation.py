@@ -120,7 +120,10 @@ class GenerationEvaluator:
                 raise ValueError(
                     f"answer {row['answer']!r} of row {number} has nothing that matches {task.answer_pattern}"
                 )
-        prompts = [prompt_tokens(row, tokenizer, seam=seam) for row in rows]
+        prompts = [
+            prompt_tokens(row, tokenizer, seam=seam, name=f"row {row.get('row', number)} to evaluate on")
+            for number, row in enumerate(rows)
+        ]
         self.truncated = sum(len(prompt) > max_length for prompt in prompts)
         self._batches = _prompt_batches([p[-max_length:] for p in prompts], batch_size, pad_multiple)
 
