@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
         "file": "",  # task "jsonl": own data, one JSON object a line
         "evaluation_file": "",  # task "jsonl": own test rows; "" holds rows of `file` out
         "holdout": 0.1,  # share of `file` that is held out when there is no evaluation_file
-        "max_length": 512,  # tokens of prompt, answer and end together
+        "max_length": 512,  # tokens of prompt, answer and end together; at most the model's context
         "overflow": "error",  # what becomes of a longer example: error | drop | truncate
         "pad_multiple": 32,  # batches are padded to a multiple of this many tokens
     },
@@ -102,7 +102,7 @@ DEFAULTS: dict[str, Any] = {
     "evaluation": {
         "limit": 0,  # the first so many test rows; 0 is all
         "batch_size": 64,  # rows per forward pass
-        "max_new_tokens": 256,  # tasks that generate
+        "max_new_tokens": 256,  # tasks that generate; a prompt is cut on the left to leave so much of the context
         # Read-outs per method; a method that is not named here is read out by prefix. "squeeze" stands for the
         # best low-rank approximations of the trained function.
         "readouts": {

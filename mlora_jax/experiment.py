@@ -79,6 +79,7 @@ class Experiment:
         """
         model, tokenizer = load_model(config)
         data = load_data(config, tokenizer)
+        check_context(config, model, generates=data.task.metric == "exact_match")
         train, validation = hold_out_validation(data, config.validation.holdout, config.validation.limit)
         options = config.data
         examples = tokenize(train, tokenizer, seam=data.seam, max_length=options.max_length, overflow=options.overflow)
@@ -220,6 +221,9 @@ class Experiment:
         if data.task.metric == "choice":
             requests = prepare_choices(rows, self.tokenizer, **shapes)
             return ChoiceEvaluator(graphdef, base, profile, requests, chunk=config.train.loss_chunk)
+        # As the harness does, a long prompt makes room for its answer.
+        room = self.model.config.max_position_embeddings - config.evaluation.max_new_tokens
+        shapes["max_length"] = min(config.data.max_length, room)
         return GenerationEvaluator(
             graphdef,
             base,
@@ -282,6 +286,27 @@ def model_folder(path: str) -> pathlib.Path:
     if not path:
         raise ValueError("config.model.path is not set: give a Hugging Face folder by --config.model.path=FOLDER")
     return pathlib.Path(path)
+
+
+def check_context(config: ConfigDict, model: Decoder, *, generates: bool) -> None:
+    """Raises ValueError if a config asks for more tokens than the model's context holds.
+
+    Args:
+      config: resolved.
+      model: its `max_position_embeddings` is the context.
+      generates: whether answers are generated, so that the context must hold `evaluation.max_new_tokens` and a prompt.
+    """
+    context = model.config.max_position_embeddings
+    if config.data.max_length > context:
+        raise ValueError(
+            f"config.data.max_length={config.data.max_length} is above the model's context of {context} tokens "
+            f"(max_position_embeddings in its config.json): set config.data.max_length={context} or less"
+        )
+    if generates and config.evaluation.max_new_tokens >= context:
+        raise ValueError(
+            f"config.evaluation.max_new_tokens={config.evaluation.max_new_tokens} leaves no room for a prompt in the "
+            f"model's context of {context} tokens (max_position_embeddings in its config.json): lower it"
+        )
 
 
 def load_data(config: ConfigDict, tokenizer: Tokenizer) -> TaskData:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
-from mlora_jax.experiment import model_folder
+from mlora_jax.experiment import Experiment, model_folder
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
@@ -528,6 +528,28 @@ def test_bad_models(folders, tmp_path):
         train(with_key(config, "model.dtype", "float64"), tmp_path / "3")
     with pytest.raises(ValueError, match="target 'q_prj' matches no linear layer; did you mean 'q_proj'"):
         train(with_key(config, "adapter.targets", ("q_prj",)), tmp_path / "4")
+
+
+def test_the_context_of_the_model(folders, tmp_path):
+    """The tiny model's is 128 tokens."""
+    config = own_config(folders)
+    with pytest.raises(ValueError, match=r"config\.data\.max_length=129 is above the model's context of 128 tokens"):
+        train(with_key(config, "data.max_length", 129), tmp_path / "long")
+    with pytest.raises(
+        ValueError, match=r"evaluation\.max_new_tokens=128 leaves no room for a prompt in .* 128 tokens"
+    ):
+        train(with_key(config, "evaluation.max_new_tokens", 128), tmp_path / "no room")
+    longest = {}
+    for new in (4, 126):
+        config = with_key(with_key(own_config(folders), "evaluation.max_new_tokens", new), "data.max_length", 128)
+        experiment = Experiment.load(resolve(config))
+        evaluator = experiment.adapted(4).evaluators["test"]
+        longest[new] = max(int(lengths.max()) for _, _, lengths in evaluator._batches), evaluator.truncated
+    assert longest[4][0] > 2 and longest[4][1] == 0
+    assert longest[126] == (2, 2)  # both test rows
+    # Choices need no room beyond their own tokens.
+    config = with_key(with_key(choice_config(folders), "evaluation.max_new_tokens", 200), "data.max_length", 128)
+    assert Experiment.load(resolve(config)).examples.kept == 12
 
 
 def test_names_of_trials_are_their_own(folders):
