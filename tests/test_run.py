@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
 from mlora_jax.experiment import Experiment, model_folder
+from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
@@ -528,6 +529,24 @@ def test_bad_models(folders, tmp_path):
         train(with_key(config, "model.dtype", "float64"), tmp_path / "3")
     with pytest.raises(ValueError, match="target 'q_prj' matches no linear layer; did you mean 'q_proj'"):
         train(with_key(config, "adapter.targets", ("q_prj",)), tmp_path / "4")
+
+
+def test_items_that_are_cut_are_counted_and_told(folders, tmp_path, capsys):
+    config = choice_config(folders)
+    config["validation"]["holdout"] = 0.25
+    config["trials"]["method"] = ("lora",)
+    found = {}
+    for length in (96, 36):
+        config["data"] |= {"max_length": length, "overflow": "truncate"}
+        train(config, tmp_path / str(length))
+        records = read_json_lines(tmp_path / str(length) / "curves.jsonl")
+        found[length] = {split: {r["truncated"] for r in records if r["split"] == split} for split in SPLITS}
+        told = capsys.readouterr()
+        assert ("items cut on the left" in told.out + told.err) == (length == 36)
+    assert found[96] == {"test": {0}, "validation": {0}}
+    (cut,) = found[36]["test"]
+    assert cut == 3 and len(found[36]["validation"]) == 1
+    assert f": {cut} of 12 test items" in (tmp_path / "36/table.md").read_text()
 
 
 def test_the_context_of_the_model(folders, tmp_path):

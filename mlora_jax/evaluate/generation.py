@@ -88,6 +88,10 @@ class GenerationEvaluator:
       batch_size: the largest B; batches are cut evenly.
       pad_multiple: prompt lengths are padded to a multiple of this.
       stop: token ids that end an answer.
+
+    Attributes:
+      compiled: the jitted function (base, adapter, p, tokens, lengths) -> [B, N]; its cache size counts compilations.
+      truncated: items whose prompt was cut on the left to fit.
     """
 
     def __init__(
