@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
         "dtype": "float32",  # of the frozen base and of compute; "" keeps the dtype on disk
     },
     "data": {
-        "task": "quickstart",  # a key of mlora_jax.data.TASKS
+        "task": "quickstart",  # a key of mlora_jax.data.TASKS; "jsonl" as soon as a file is given
         "raw_dir": "",  # folder of raw files; "" downloads the published ones
         "cache_dir": "",  # where built data sets are kept; "" is TFDS's own choice
         "style": "",  # prompt style; "" is the task's default
@@ -163,6 +163,8 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     merged = _merge(DEFAULTS, given, "config")
     entries = enumerate(merged["trials"]["list"])
     merged["trials"]["list"] = tuple(_trial_entry(entry, f"config.trials.list[{n}]") for n, entry in entries)
+    if merged["data"]["file"] or merged["data"]["evaluation_file"]:
+        merged["data"]["task"] = "jsonl"  # own data is its own task, whatever the key was left at
     _check(merged)
     return ConfigDict(merged).lock()
 
