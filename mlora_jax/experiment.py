@@ -21,7 +21,7 @@ from mlora_jax.core import get_policy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, load_task, make_trials_pipeline
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
-from mlora_jax.data.tokenize import tokenize
+from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, prepare_choices
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
 from mlora_jax.train.grid import cut_evenly, group_trials, largest_batch, memory_limit, memory_of
@@ -90,6 +90,9 @@ class Experiment:
             raise ValueError(
                 "config.validation.every needs rows to validate on: raise config.validation.holdout above 0"
             )
+        for name, some in {"train": train, **rows}.items():
+            size = model.config.vocab_size
+            check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
         return cls(config, model, tokenizer, data, examples, rows)
 
     @functools.cached_property
@@ -285,7 +288,7 @@ def model_folder(path: str) -> pathlib.Path:
         return pathlib.Path(str(importlib.resources.files("mlora_jax") / "assets" / "quickstart"))
     if not path:
         raise ValueError("config.model.path is not set: give a Hugging Face folder by --config.model.path=FOLDER")
-    return pathlib.Path(path)
+    return pathlib.Path(path).expanduser()
 
 
 def check_context(config: ConfigDict, model: Decoder, *, generates: bool) -> None:

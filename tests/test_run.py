@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import shutil
 import struct
 import sys
 
@@ -549,6 +550,31 @@ def test_items_that_are_cut_are_counted_and_told(folders, tmp_path, capsys):
     assert f": {cut} of 12 test items" in (tmp_path / "36/table.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("word", "row"), [("Where", "train row 6"), ("number", "train row 0"), ("Only here", "test row 1")]
+)
+def test_a_token_that_the_model_does_not_know(folders, tmp_path, word, row):
+    """In a prompt, in a choice, in an evaluation row; one that no row holds does no harm."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"] += [{"id": 330, "content": "unused", **kind}]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    raw = tmp_path / "raw"
+    shutil.copytree(folders["raw"], raw)
+    lines = (raw / "TREC_10.label").read_text().splitlines()
+    (raw / "TREC_10.label").write_text("\n".join([lines[0], "HUM:ind Only here ?", *lines[2:]]))
+    config = with_key(with_key(choice_config(folders), "model.path", str(model)), "data.raw_dir", str(raw))
+    assert Experiment.load(resolve(config)).tokenizer.largest_id == 330
+    tokenizer["added_tokens"] += [{"id": 331, "content": word, **kind}]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ValueError, match=rf"{row} holds the token '{word}' of id 331, and the model knows the ids below 330"
+    ):
+        Experiment.load(resolve(config))
+
+
 def test_the_context_of_the_model(folders, tmp_path):
     """The tiny model's is 128 tokens."""
     config = own_config(folders)
@@ -576,6 +602,22 @@ def test_names_of_trials_are_their_own(folders):
     config["trials"] |= {"scaling": ("none", "sqrt"), "weights": ((), (1.0, 2.0, 3.0)), "seed": (1, 2)}
     names = [trial.name for trial in expand_trials(resolve(config))]
     assert len(names) == 8 == len(set(names))
+
+
+def test_own_data_is_its_own_task(folders, tmp_path):
+    config = own_config(folders)
+    del config["data"]["task"]  # the default is another one
+    train(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["task"] == "jsonl"
+    assert (tmp_path / "table.md").read_text().startswith("# jsonl on model\n")
+    assert {record["task"] for record in read_json_lines(tmp_path / "curves.jsonl")} == {"jsonl"}
+    assert resolve({"data": {"evaluation_file": "own.jsonl"}}).data.task == "jsonl"
+    assert resolve({}).data.task == "quickstart"
+
+
+def test_the_path_of_a_model_may_begin_at_home(folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders["root"]))
+    assert model_folder("~/model") == folders["root"] / "model"
 
 
 def test_shipped_model_is_a_folder():

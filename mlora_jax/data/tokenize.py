@@ -159,6 +159,43 @@ def encode_row(
     return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), index)
 
 
+def check_vocabulary(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, vocab_size: int, seam: str, split: str
+) -> None:
+    """Checks that a model knows every token of some rows, their choices included.
+
+    Args:
+        rows: as `load_task` gives them.
+        tokenizer: the model's.
+        vocab_size: V of the model, which knows the ids below it.
+        seam: "separate", "joint" or "lossless".
+        split: what errors call the rows.
+
+    Raises:
+        ValueError: a row holds a token whose id is V or more; the message names row, token, id and V.
+    """
+    if tokenizer.largest_id < vocab_size:
+        return
+    for index, row in enumerate(rows):
+        name = f"{split} row {row.get('row', index)}"
+        for answer in row.get("choices") or [row["answer"]]:
+            tokens = encode_row({**row, "answer": answer}, tokenizer, seam=seam, name=name).tokens
+            if tokens.max() >= vocab_size:
+                unknown = int(tokens[tokens >= vocab_size][0])
+                raise ValueError(
+                    f"{name} holds the token {_token(tokenizer, unknown)} of id {unknown}, and the model knows the "
+                    f"ids below {vocab_size} only (vocab_size in its config.json): the folder's tokenizer is another "
+                    "model's, or tokens were added to it and not to the model"
+                )
+
+
+def _token(tokenizer: Tokenizer, id: int) -> str:
+    try:
+        return repr(tokenizer.token(id))
+    except ValueError:  # named by number in the model's own files only
+        return "without a name"
+
+
 def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str, name: str = "the row") -> list[int]:
     """The tokens that a row's last answer was trained to follow: what generation starts from."""
     example = encode_row(row, tokenizer, seam=seam, name=name)

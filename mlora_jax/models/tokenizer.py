@@ -37,6 +37,7 @@ class Tokenizer:
         pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
         adds_bos: whether the model's own tokenizer begins every text with `bos_id`.
         vocab_size: number of tokens including added ones; a model's V may be larger.
+        largest_id: the largest id of any token.
         chat_template: Jinja source, or None.
     """
 
@@ -64,6 +65,7 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.adds_bos = adds_bos and bos_id is not None
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.largest_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
         self.chat_template = chat_template
 
     @classmethod
@@ -181,6 +183,17 @@ class Tokenizer:
         # Filtered here: the library does not recognise special tokens that tokenizer.json marks as normalized.
         hidden = self._special_ids if skip_special_tokens else ()
         return self._backend.decode([int(id) for id in ids if int(id) not in hidden], skip_special_tokens=False)
+
+    def token(self, id: int) -> str:
+        """How the vocabulary writes a token, such as "▁up" or "</s>".
+
+        Raises:
+            ValueError: no token has this id.
+        """
+        token = self._backend.id_to_token(int(id))
+        if token is None:
+            raise ValueError(f"no token has the id {id}")
+        return token
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """The text of a chat by the model's own template, as transformers' `apply_chat_template` renders it.
