@@ -18,6 +18,7 @@ from mlora_jax.experiment import Experiment, model_folder
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
+from tests.data.conftest import CHATML, write_tokenizer
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
 
@@ -209,11 +210,11 @@ ELSEWHERE = {
     "data.overflow": "test_overflow",
     "data.raw_dir": "test_keys_of_places",
     "data.cache_dir": "test_keys_of_places",
-    "data.style": "test_keys_of_own_data",
+    "data.style": "test_key_of_the_style",
     "data.file": "test_keys_of_own_data",
     "data.evaluation_file": "test_keys_of_own_data",
     "data.holdout": "test_keys_of_own_data",
-    "evaluation.max_new_tokens": "test_keys_of_own_data",
+    "evaluation.max_new_tokens": "test_key_of_the_answers_length",
     "train.trials_at_once": "test_keys_of_the_batches",
     "train.memory_gib": "test_keys_of_the_batches",
     "validation.limit": "test_keys_of_validation",
@@ -492,8 +493,14 @@ def test_keys_of_places(folders, tmp_path):
     config = with_key(choice_config(folders), "data.cache_dir", str(tmp_path / "cache"))
     train(config, tmp_path / "run")
     assert list((tmp_path / "cache").glob("**/*.array_record*"))
+    other = tmp_path / "raw"
+    shutil.copytree(folders["raw"], other)
+    (other / "train_5500.label").write_text("HUM:ind Who else ?\n" * 5)
+    assert Experiment.load(resolve(config)).examples.kept == 12
+    moved = Experiment.load(resolve(with_key(config, "data.raw_dir", str(other)))).examples
+    assert moved.kept == 5 and len({example.tokens.tobytes() for example in moved.examples}) == 1
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        train(with_key(config, "data.raw_dir", str(tmp_path / "nowhere")), tmp_path / "run")
+        train(with_key(config, "data.raw_dir", str(tmp_path / "nowhere")), tmp_path / "nowhere run")
 
 
 def test_keys_of_own_data(folders, tmp_path):
@@ -501,23 +508,52 @@ def test_keys_of_own_data(folders, tmp_path):
     config = own_config(folders)
     found = {}
     for name, value in {
-        "evaluation.max_new_tokens": 2,  # as it was
+        "": None,  # as it is
         "data.file": folders["other"],
         "data.evaluation_file": folders["other"],
         "data.holdout": 0.5,
         "data.task": "trec",  # the file decides
     }.items():
-        train(with_key(config, name, value), tmp_path / name)
-        records, adapters = outcome(tmp_path / name)
+        train(with_key(config, name, value) if name else config, tmp_path / name / "run")
+        records, adapters = outcome(tmp_path / name / "run")
         found[name] = [r["items"] for r in records if "items" in r], adapters
-    plain = found["evaluation.max_new_tokens"]
-    assert plain[0] == [2] * 4 and found["data.task"] == plain
-    assert found["data.file"][0] == [1] * 3 or found["data.file"][1] != plain[1]
-    assert found["data.evaluation_file"][0] == [4] * 4 and found["data.holdout"][0] == [10] * 4
-    with pytest.raises(ValueError, match="unknown style 'poem'"):
-        train(with_key(config, "data.style", "poem"), tmp_path / "style")
+    assert found[""][0] == [2] * 4 and found["data.task"] == found[""]
+    assert found["data.file"][0] == [1] * 4 and found["data.evaluation_file"][0] == [4] * 4
+    assert found["data.holdout"][0] == [10] * 4
+    for name in ("data.file", "data.evaluation_file", "data.holdout"):  # other rows to train on
+        assert found[name][1].keys() == found[""][1].keys() and found[name][1] != found[""][1]
     with pytest.raises(ValueError, match=r"unknown task 'treck'.*did you mean 'trec'"):
         train(with_key(choice_config(folders), "data.task", "treck"), tmp_path / "task")
+
+
+def test_key_of_the_style(folders, tmp_path):
+    """The same chats, in the words of the model's template or in those of the plain style."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    write_tokenizer(model, bos=True, chat_template=CHATML)
+    chat = {"messages": [{"role": "user", "content": "How far ?"}, {"role": "assistant", "content": "48 miles"}]}
+    (tmp_path / "own.jsonl").write_text(f"{json.dumps(chat)}\n" * 2)
+    config = with_key(with_key(own_config(folders), "data.file", str(tmp_path / "own.jsonl")), "model.path", str(model))
+    texts = {}
+    for style in ("", "chat-template", "plain-chat"):
+        experiment = Experiment.load(resolve(with_key(config, "data.style", style)))
+        tokens = experiment.examples.examples[0].tokens
+        texts[style] = experiment.tokenizer.decode(tokens, skip_special_tokens=False)
+    template = "<|im_start|>user\nHow far ?<|im_end|>\n<|im_start|>assistant\n48 miles<|im_end|>\n"
+    assert texts[""] == texts["chat-template"] == f"<s>{template}"
+    assert texts["plain-chat"] == "<s>### User:\nHow far ?\n\n### Assistant:\n48 miles</s>"
+    with pytest.raises(ValueError, match="unknown style 'poem'"):
+        train(with_key(config, "data.style", "poem"), tmp_path / "style")
+
+
+def test_key_of_the_answers_length(folders):
+    """The tokens that are made for an answer at most."""
+    lengths = {}
+    for new in (2, 5):
+        experiment = Experiment.load(resolve(with_key(own_config(folders), "evaluation.max_new_tokens", new)))
+        adapted = experiment.adapted(4)
+        lengths[new] = adapted.evaluators["test"].run_batch(0, adapted.adapter, np.zeros(4, np.float32)).shape[1]
+    assert lengths == {2: 2, 5: 5}
 
 
 def test_bad_models(folders, tmp_path):
