@@ -38,14 +38,14 @@ DEFAULTS: dict[str, Any] = {
         "dtype": "float32",  # of the frozen base and of compute; "" keeps the dtype on disk
     },
     "data": {
-        "task": "quickstart",  # a key of mlora_jax.data.TASKS
+        "task": "quickstart",  # a key of mlora_jax.data.TASKS; "jsonl" as soon as a file is given
         "raw_dir": "",  # folder of raw files; "" downloads the published ones
         "cache_dir": "",  # where built data sets are kept; "" is TFDS's own choice
         "style": "",  # prompt style; "" is the task's default
         "file": "",  # task "jsonl": own data, one JSON object a line
         "evaluation_file": "",  # task "jsonl": own test rows; "" holds rows of `file` out
         "holdout": 0.1,  # share of `file` that is held out when there is no evaluation_file
-        "max_length": 512,  # tokens of prompt, answer and end together
+        "max_length": 512,  # tokens of prompt, answer and end together; at most the model's context
         "overflow": "error",  # what becomes of a longer example: error | drop | truncate
         "pad_multiple": 32,  # batches are padded to a multiple of this many tokens
     },
@@ -104,7 +104,7 @@ DEFAULTS: dict[str, Any] = {
     "evaluation": {
         "limit": 0,  # the first so many test rows; 0 is all
         "batch_size": 64,  # rows per forward pass
-        "max_new_tokens": 256,  # tasks that generate
+        "max_new_tokens": 256,  # tasks that generate; a prompt is cut on the left to leave so much of the context
         # Read-outs per method; a method that is not named here is read out by prefix. "squeeze" stands for the
         # best low-rank approximations of the trained function.
         "readouts": {
@@ -165,6 +165,8 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     merged = _merge(DEFAULTS, given, "config")
     entries = enumerate(merged["trials"]["list"])
     merged["trials"]["list"] = tuple(_trial_entry(entry, f"config.trials.list[{n}]") for n, entry in entries)
+    if merged["data"]["file"] or merged["data"]["evaluation_file"]:
+        merged["data"]["task"] = "jsonl"  # own data is its own task, whatever the key was left at
     _check(merged)
     return ConfigDict(merged).lock()
 

@@ -23,7 +23,7 @@ from mlora_jax.core import get_policy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, load_task, make_trials_pipeline
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
-from mlora_jax.data.tokenize import tokenize
+from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, prepare_choices
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
 from mlora_jax.train.grid import cut_evenly, group_trials, largest_batch, memory_limit, memory_of
@@ -88,6 +88,7 @@ class Experiment:
         """
         model, tokenizer = load_model(config)
         data = load_data(config, tokenizer)
+        check_context(config, model, generates=data.task.metric == "exact_match")
         train, validation = hold_out_validation(data, config.validation.holdout, config.validation.limit)
         options = config.data
         examples = tokenize(train, tokenizer, seam=data.seam, max_length=options.max_length, overflow=options.overflow)
@@ -98,6 +99,9 @@ class Experiment:
             raise ValueError(
                 "config.validation.every needs rows to validate on: raise config.validation.holdout above 0"
             )
+        for name, some in {"train": train, **rows}.items():
+            size = model.config.vocab_size
+            check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
         return cls(config, model, tokenizer, data, examples, rows)
 
     @functools.cached_property
@@ -248,6 +252,9 @@ class Experiment:
         if data.task.metric == "choice":
             requests = prepare_choices(rows, self.tokenizer, **shapes)
             return ChoiceEvaluator(graphdef, base, profile, requests, chunk=config.train.loss_chunk)
+        # As the harness does, a long prompt makes room for its answer.
+        room = self.model.config.max_position_embeddings - config.evaluation.max_new_tokens
+        shapes["max_length"] = min(config.data.max_length, room)
         return GenerationEvaluator(
             graphdef,
             base,
@@ -309,7 +316,28 @@ def model_folder(path: str) -> pathlib.Path:
         return pathlib.Path(str(importlib.resources.files("mlora_jax") / "assets" / "quickstart"))
     if not path:
         raise ValueError("config.model.path is not set: give a Hugging Face folder by --config.model.path=FOLDER")
-    return pathlib.Path(path)
+    return pathlib.Path(path).expanduser()
+
+
+def check_context(config: ConfigDict, model: Decoder, *, generates: bool) -> None:
+    """Raises ValueError if a config asks for more tokens than the model's context holds.
+
+    Args:
+      config: resolved.
+      model: its `max_position_embeddings` is the context.
+      generates: whether answers are generated, so that the context must hold `evaluation.max_new_tokens` and a prompt.
+    """
+    context = model.config.max_position_embeddings
+    if config.data.max_length > context:
+        raise ValueError(
+            f"config.data.max_length={config.data.max_length} is above the model's context of {context} tokens "
+            f"(max_position_embeddings in its config.json): set config.data.max_length={context} or less"
+        )
+    if generates and config.evaluation.max_new_tokens >= context:
+        raise ValueError(
+            f"config.evaluation.max_new_tokens={config.evaluation.max_new_tokens} leaves no room for a prompt in the "
+            f"model's context of {context} tokens (max_position_embeddings in its config.json): lower it"
+        )
 
 
 def load_data(config: ConfigDict, tokenizer: Tokenizer) -> TaskData:

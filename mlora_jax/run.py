@@ -187,10 +187,13 @@ def _evaluate_base(run: _Run, rank: int) -> None:
     for split in run.experiment.rows:
         if ("base", split, "base") not in measured:
             adapted = run.experiment.adapted(rank)
-            verdicts = adapted.evaluators[split](adapted.adapter, jnp.zeros(rank))
+            evaluator = adapted.evaluators[split]
+            verdicts = evaluator(adapted.adapter, jnp.zeros(rank))
             accuracy, error = accuracy_and_error(verdicts)
-            run.curves.write({"trial": "base", **_measured(run, split, "base", 0, accuracy, error, len(verdicts), 1)})
-            run.progress.say(f"base accuracy {accuracy:.3f} ({split})")
+            values = _measured(run, split, "base", 0, accuracy, error, len(verdicts), 1, evaluator.truncated)
+            run.curves.write({"trial": "base", **values})
+            cut = f", {evaluator.truncated} of {len(verdicts)} items cut on the left to fit"
+            run.progress.say(f"base accuracy {accuracy:.3f} ({split}{cut if evaluator.truncated else ''})")
 
 
 def _train_batch(run: _Run, batch: TrialBatch) -> None:
@@ -330,14 +333,14 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
             function=function(hierarchy),
         )
         values = zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True)
-        of_ranks = len(curve.ranks)
-        run.curves.write(*({**fields, **_measured(run, split, readout, *at, curve.items, of_ranks)} for at in values))
+        shared = curve.items, len(curve.ranks), adapted.evaluators[split].truncated
+        run.curves.write(*({**fields, **_measured(run, split, readout, *at, *shared)} for at in values))
         shown = " ".join(f"{accuracy:.3f}" for accuracy in curve.accuracies)
         areas = f"AURAC {curve.linear:.3f} linear, {curve.log2:.3f} log2"
         run.progress.say(f"{trial.name} {split:10} {readout:8} {shown}  {areas}")
 
 
-def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks) -> dict[str, Any]:
+def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks, truncated) -> dict[str, Any]:
     return dict(
         task=run.experiment.data.task.name,
         split=split,
@@ -348,6 +351,7 @@ def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ran
         accuracy=accuracy,
         stderr=error,
         items=items,
+        truncated=truncated,
     )
 
 

@@ -68,11 +68,16 @@ def test_a_key_can_be_set_and_changes_nothing_else(name):
     }
     value = kinds[type(default)](default)
     given = nested(name, value)
-    needed = {"validation.every": 5} if name in ("validation.keep", "validation.patience") else {}
-    for other_name, other_value in needed.items():
-        given["validation"][other_name.split(".")[1]] = other_value
+    also = {
+        "validation.keep": {"validation.every": 5},
+        "validation.patience": {"validation.every": 5},
+        "data.file": {"data.task": "jsonl"},
+        "data.evaluation_file": {"data.task": "jsonl"},
+    }.get(name, {})
+    if name in ("validation.keep", "validation.patience"):
+        given["validation"]["every"] = 5
     changed = dict(leaves(resolve(given).to_dict()))
-    assert changed == dict(leaves(DEFAULTS)) | {name: value} | needed
+    assert changed == dict(leaves(DEFAULTS)) | {name: value} | also
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -5,6 +5,7 @@ import csv
 import fcntl
 import json
 import math
+import shutil
 import struct
 import sys
 
@@ -14,9 +15,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
-from mlora_jax.experiment import model_folder
+from mlora_jax.experiment import Experiment, model_folder
+from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
+from tests.data.conftest import CHATML, write_tokenizer
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
 
@@ -208,11 +211,11 @@ ELSEWHERE = {
     "data.overflow": "test_overflow",
     "data.raw_dir": "test_keys_of_places",
     "data.cache_dir": "test_keys_of_places",
-    "data.style": "test_keys_of_own_data",
+    "data.style": "test_key_of_the_style",
     "data.file": "test_keys_of_own_data",
     "data.evaluation_file": "test_keys_of_own_data",
     "data.holdout": "test_keys_of_own_data",
-    "evaluation.max_new_tokens": "test_keys_of_own_data",
+    "evaluation.max_new_tokens": "test_key_of_the_answers_length",
     "train.trials_at_once": "test_keys_of_the_batches",
     "train.memory_gib": "test_keys_of_the_batches",
     "validation.limit": "test_keys_of_validation",
@@ -511,8 +514,14 @@ def test_keys_of_places(folders, tmp_path):
     config = with_key(choice_config(folders), "data.cache_dir", str(tmp_path / "cache"))
     train(config, tmp_path / "run")
     assert list((tmp_path / "cache").glob("**/*.array_record*"))
+    other = tmp_path / "raw"
+    shutil.copytree(folders["raw"], other)
+    (other / "train_5500.label").write_text("HUM:ind Who else ?\n" * 5)
+    assert Experiment.load(resolve(config)).examples.kept == 12
+    moved = Experiment.load(resolve(with_key(config, "data.raw_dir", str(other)))).examples
+    assert moved.kept == 5 and len({example.tokens.tobytes() for example in moved.examples}) == 1
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        train(with_key(config, "data.raw_dir", str(tmp_path / "nowhere")), tmp_path / "run")
+        train(with_key(config, "data.raw_dir", str(tmp_path / "nowhere")), tmp_path / "nowhere run")
 
 
 def test_keys_of_own_data(folders, tmp_path):
@@ -520,23 +529,52 @@ def test_keys_of_own_data(folders, tmp_path):
     config = own_config(folders)
     found = {}
     for name, value in {
-        "evaluation.max_new_tokens": 2,  # as it was
+        "": None,  # as it is
         "data.file": folders["other"],
         "data.evaluation_file": folders["other"],
         "data.holdout": 0.5,
         "data.task": "trec",  # the file decides
     }.items():
-        train(with_key(config, name, value), tmp_path / name)
-        records, adapters = outcome(tmp_path / name)
+        train(with_key(config, name, value) if name else config, tmp_path / name / "run")
+        records, adapters = outcome(tmp_path / name / "run")
         found[name] = [r["items"] for r in records if "items" in r], adapters
-    plain = found["evaluation.max_new_tokens"]
-    assert plain[0] == [2] * 4 and found["data.task"] == plain
-    assert found["data.file"][0] == [1] * 3 or found["data.file"][1] != plain[1]
-    assert found["data.evaluation_file"][0] == [4] * 4 and found["data.holdout"][0] == [10] * 4
-    with pytest.raises(ValueError, match="unknown style 'poem'"):
-        train(with_key(config, "data.style", "poem"), tmp_path / "style")
+    assert found[""][0] == [2] * 4 and found["data.task"] == found[""]
+    assert found["data.file"][0] == [1] * 4 and found["data.evaluation_file"][0] == [4] * 4
+    assert found["data.holdout"][0] == [10] * 4
+    for name in ("data.file", "data.evaluation_file", "data.holdout"):  # other rows to train on
+        assert found[name][1].keys() == found[""][1].keys() and found[name][1] != found[""][1]
     with pytest.raises(ValueError, match=r"unknown task 'treck'.*did you mean 'trec'"):
         train(with_key(choice_config(folders), "data.task", "treck"), tmp_path / "task")
+
+
+def test_key_of_the_style(folders, tmp_path):
+    """The same chats, in the words of the model's template or in those of the plain style."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    write_tokenizer(model, bos=True, chat_template=CHATML)
+    chat = {"messages": [{"role": "user", "content": "How far ?"}, {"role": "assistant", "content": "48 miles"}]}
+    (tmp_path / "own.jsonl").write_text(f"{json.dumps(chat)}\n" * 2)
+    config = with_key(with_key(own_config(folders), "data.file", str(tmp_path / "own.jsonl")), "model.path", str(model))
+    texts = {}
+    for style in ("", "chat-template", "plain-chat"):
+        experiment = Experiment.load(resolve(with_key(config, "data.style", style)))
+        tokens = experiment.examples.examples[0].tokens
+        texts[style] = experiment.tokenizer.decode(tokens, skip_special_tokens=False)
+    template = "<|im_start|>user\nHow far ?<|im_end|>\n<|im_start|>assistant\n48 miles<|im_end|>\n"
+    assert texts[""] == texts["chat-template"] == f"<s>{template}"
+    assert texts["plain-chat"] == "<s>### User:\nHow far ?\n\n### Assistant:\n48 miles</s>"
+    with pytest.raises(ValueError, match="unknown style 'poem'"):
+        train(with_key(config, "data.style", "poem"), tmp_path / "style")
+
+
+def test_key_of_the_answers_length(folders):
+    """The tokens that are made for an answer at most."""
+    lengths = {}
+    for new in (2, 5):
+        experiment = Experiment.load(resolve(with_key(own_config(folders), "evaluation.max_new_tokens", new)))
+        adapted = experiment.adapted(4)
+        lengths[new] = adapted.evaluators["test"].run_batch(0, adapted.adapter, np.zeros(4, np.float32)).shape[1]
+    assert lengths == {2: 2, 5: 5}
 
 
 def test_bad_models(folders, tmp_path):
@@ -551,11 +589,92 @@ def test_bad_models(folders, tmp_path):
         train(with_key(config, "adapter.targets", ("q_prj",)), tmp_path / "4")
 
 
+def test_items_that_are_cut_are_counted_and_told(folders, tmp_path, capsys):
+    config = choice_config(folders)
+    config["validation"]["holdout"] = 0.25
+    config["trials"]["method"] = ("lora",)
+    found = {}
+    for length in (96, 36):
+        config["data"] |= {"max_length": length, "overflow": "truncate"}
+        train(config, tmp_path / str(length))
+        records = read_json_lines(tmp_path / str(length) / "curves.jsonl")
+        found[length] = {split: {r["truncated"] for r in records if r["split"] == split} for split in SPLITS}
+        told = capsys.readouterr()
+        assert ("items cut on the left" in told.out + told.err) == (length == 36)
+    assert found[96] == {"test": {0}, "validation": {0}}
+    (cut,) = found[36]["test"]
+    assert cut == 3 and len(found[36]["validation"]) == 1
+    assert f": {cut} of 12 test items" in (tmp_path / "36/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "row"), [("Where", "train row 6"), ("number", "train row 0"), ("Only here", "test row 1")]
+)
+def test_a_token_that_the_model_does_not_know(folders, tmp_path, word, row):
+    """In a prompt, in a choice, in an evaluation row; one that no row holds does no harm."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"] += [{"id": 330, "content": "unused", **kind}]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    raw = tmp_path / "raw"
+    shutil.copytree(folders["raw"], raw)
+    lines = (raw / "TREC_10.label").read_text().splitlines()
+    (raw / "TREC_10.label").write_text("\n".join([lines[0], "HUM:ind Only here ?", *lines[2:]]))
+    config = with_key(with_key(choice_config(folders), "model.path", str(model)), "data.raw_dir", str(raw))
+    assert Experiment.load(resolve(config)).tokenizer.largest_id == 330
+    tokenizer["added_tokens"] += [{"id": 331, "content": word, **kind}]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ValueError, match=rf"{row} holds the token '{word}' of id 331, and the model knows the ids below 330"
+    ):
+        Experiment.load(resolve(config))
+
+
+def test_the_context_of_the_model(folders, tmp_path):
+    """The tiny model's is 128 tokens."""
+    config = own_config(folders)
+    with pytest.raises(ValueError, match=r"config\.data\.max_length=129 is above the model's context of 128 tokens"):
+        train(with_key(config, "data.max_length", 129), tmp_path / "long")
+    with pytest.raises(
+        ValueError, match=r"evaluation\.max_new_tokens=128 leaves no room for a prompt in .* 128 tokens"
+    ):
+        train(with_key(config, "evaluation.max_new_tokens", 128), tmp_path / "no room")
+    longest = {}
+    for new in (4, 126):
+        config = with_key(with_key(own_config(folders), "evaluation.max_new_tokens", new), "data.max_length", 128)
+        experiment = Experiment.load(resolve(config))
+        evaluator = experiment.adapted(4).evaluators["test"]
+        longest[new] = max(int(lengths.max()) for _, _, lengths in evaluator._batches), evaluator.truncated
+    assert longest[4][0] > 2 and longest[4][1] == 0
+    assert longest[126] == (2, 2)  # both test rows
+    # Choices need no room beyond their own tokens.
+    config = with_key(with_key(choice_config(folders), "evaluation.max_new_tokens", 200), "data.max_length", 128)
+    assert Experiment.load(resolve(config)).examples.kept == 12
+
+
 def test_names_of_trials_are_their_own(folders):
     config = choice_config(folders)
     config["trials"] |= {"scaling": ("none", "sqrt"), "weights": ((), (1.0, 2.0, 3.0)), "seed": (1, 2)}
     names = [trial.name for trial in expand_trials(resolve(config))]
     assert len(names) == 8 == len(set(names))
+
+
+def test_own_data_is_its_own_task(folders, tmp_path):
+    config = own_config(folders)
+    del config["data"]["task"]  # the default is another one
+    train(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["task"] == "jsonl"
+    assert (tmp_path / "table.md").read_text().startswith("# jsonl on model\n")
+    assert {record["task"] for record in read_json_lines(tmp_path / "curves.jsonl")} == {"jsonl"}
+    assert resolve({"data": {"evaluation_file": "own.jsonl"}}).data.task == "jsonl"
+    assert resolve({}).data.task == "quickstart"
+
+
+def test_the_path_of_a_model_may_begin_at_home(folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders["root"]))
+    assert model_folder("~/model") == folders["root"] / "model"
 
 
 def test_shipped_model_is_a_folder():

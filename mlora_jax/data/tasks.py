@@ -21,7 +21,8 @@ class Style:
         prompt: template of the prompt; `{field}` is a field of the stored row.
         answer: template of the answer; unused where there are choices.
         choices: every answer of a classification, in the order of the labels; empty: the row's own, if any.
-        seam: how the border between prompt and answer is tokenised, "separate" or "joint" (see `tokenize`).
+        seam: how the border between prompt and answer is tokenised, "separate", "joint" or "lossless" (see
+            `Tokenizer.encode_pair`).
     """
 
     prompt: str
@@ -55,7 +56,7 @@ class ChatStyle:
 
     headers: Mapping[str, str] | None
     footer: str = ""
-    seam: str = "joint"
+    seam: str = "lossless"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ _TASKS = (
         name="gsm8k",
         styles={
             "reference": Style(prompt="Question: {question}\nAnswer: ", answer="{answer}", seam="separate"),
-            "harness": Style(prompt="Question: {question}\nAnswer:", answer=" {answer}", seam="joint"),
+            "harness": Style(prompt="Question: {question}\nAnswer:", answer=" {answer}", seam="lossless"),
         },
         metric="exact_match",
         answer_pattern=r"#### (\-?[0-9\.\,]+)",

@@ -4,7 +4,10 @@ An answer that is one of a row's choices has no end token: it is scored without 
 
 How the border between prompt and answer is tokenised matters. The seam "separate" encodes the two on their
 own (the reference code's way); "joint" encodes them as one text and cuts where the prompt alone would end
-(lm-evaluation-harness's way). The same prompt gives other tokens either way, so a run states its seam.
+(lm-evaluation-harness's way, and so that of the tasks with choices, which are trained as they are scored);
+"lossless" does so too where no text is lost by it, and elsewhere encodes the answer as what continues the prompt
+(the way of own data: its tokens always spell prompt and completion). The same prompt gives other tokens either
+way, so a run states its seam; see `Tokenizer.encode_pair`.
 """
 
 import dataclasses
@@ -87,7 +90,7 @@ def tokenize(
     Args:
         rows: as `load_task` gives them.
         tokenizer: the model's.
-        seam: "separate" or "joint".
+        seam: "separate", "joint" or "lossless".
         max_length: the longest example in tokens, its end token included.
         overflow: what to do with a longer one: "error", "drop", or "truncate" (cut on the right; one whose
             whole answer is cut away counts as dropped).
@@ -95,7 +98,7 @@ def tokenize(
 
     Raises:
         ValueError: an unknown overflow, a row over the limit under "error", a row without anything to learn
-            or to learn it from, or no row left.
+            or to learn it from, one that "lossless" cannot tokenise, or no row left.
     """
     if overflow not in OVERFLOW:
         raise ValueError(f"unknown data.overflow {overflow!r}, expected one of {', '.join(map(repr, OVERFLOW))}")
@@ -125,10 +128,13 @@ def encode_row(
     """One row as tokens and loss mask, of any length.
 
     Raises:
-        ValueError: an answer without tokens, or a prompt without any before it.
+        ValueError: an answer without tokens, a prompt without any before it, or what `encode_pair` refuses.
     """
     if "pieces" not in row:
-        prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], seam=seam)
+        try:
+            prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], seam=seam)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         parts = [(prompt, False), (answer, True)]
         # A choice is scored without an end, so it is learned without one.
         ends = [] if row.get("choices") else [tokenizer.eos_id]
@@ -153,9 +159,46 @@ def encode_row(
     return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), index)
 
 
-def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str) -> list[int]:
+def check_vocabulary(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, vocab_size: int, seam: str, split: str
+) -> None:
+    """Checks that a model knows every token of some rows, their choices included.
+
+    Args:
+        rows: as `load_task` gives them.
+        tokenizer: the model's.
+        vocab_size: V of the model, which knows the ids below it.
+        seam: "separate", "joint" or "lossless".
+        split: what errors call the rows.
+
+    Raises:
+        ValueError: a row holds a token whose id is V or more; the message names row, token, id and V.
+    """
+    if tokenizer.largest_id < vocab_size:
+        return
+    for index, row in enumerate(rows):
+        name = f"{split} row {row.get('row', index)}"
+        for answer in row.get("choices") or [row["answer"]]:
+            tokens = encode_row({**row, "answer": answer}, tokenizer, seam=seam, name=name).tokens
+            if tokens.max() >= vocab_size:
+                unknown = int(tokens[tokens >= vocab_size][0])
+                raise ValueError(
+                    f"{name} holds the token {_token(tokenizer, unknown)} of id {unknown}, and the model knows the "
+                    f"ids below {vocab_size} only (vocab_size in its config.json): the folder's tokenizer is another "
+                    "model's, or tokens were added to it and not to the model"
+                )
+
+
+def _token(tokenizer: Tokenizer, id: int) -> str:
+    try:
+        return repr(tokenizer.token(id))
+    except ValueError:  # named by number in the model's own files only
+        return "without a name"
+
+
+def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str, name: str = "the row") -> list[int]:
     """The tokens that a row's last answer was trained to follow: what generation starts from."""
-    example = encode_row(row, tokenizer, seam=seam)
+    example = encode_row(row, tokenizer, seam=seam, name=name)
     # The last answer runs to the end, so the last token without loss is the one before it.
     before = np.flatnonzero(~example.loss_mask)[-1] + 1
     return example.tokens[:before].tolist()

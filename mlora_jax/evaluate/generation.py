@@ -14,8 +14,10 @@ from flax import nnx
 from mlora_jax.adapt import set_profile
 from mlora_jax.data.tasks import Task
 from mlora_jax.data.tokenize import prompt_tokens
-from mlora_jax.evaluate.requests import even_batch_size
+from mlora_jax.evaluate.requests import even_batch_size, warn_of_not_finite
 from mlora_jax.models.tokenizer import Tokenizer
+
+NOT_FINITE = -2  # in place of a token where no logit is the largest
 
 
 def greedy_decode(
@@ -31,14 +33,15 @@ def greedy_decode(
       stop: token ids that end a row.
 
     Returns:
-      [B, N] int32; -1 from a row's stop token on. Traceable.
+      [B, N] int32; -1 from a row's stop token on. Where a row's logits are not finite it has `NOT_FINITE` and then -1.
+      Traceable.
     """
     batch, length = tokens.shape
     cache = model.init_cache(batch, length + max_new_tokens)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     hidden, cache = model.hidden(tokens, positions=positions, cache=cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
-    following = jnp.argmax(model.head(last[:, 0]), axis=-1).astype(jnp.int32)  # [B]
+    following = _likeliest(model.head(last[:, 0]))  # [B]
     made = jnp.full((batch, max_new_tokens), -1, jnp.int32)
     ends = jnp.asarray(list(stop), jnp.int32)
 
@@ -50,12 +53,20 @@ def greedy_decode(
         step, following, made, done, cache = carry
         done |= jnp.any(following[:, None] == ends, axis=-1)
         made = made.at[:, step].set(jnp.where(done, -1, following))
-        hidden, cache = model.hidden(following[:, None], positions=(lengths + step)[:, None], cache=cache)
-        following = jnp.argmax(model.head(hidden[:, 0]), axis=-1).astype(jnp.int32)
+        done |= following == NOT_FINITE
+        known = jnp.maximum(following, 0)[:, None]
+        hidden, cache = model.hidden(known, positions=(lengths + step)[:, None], cache=cache)
+        following = _likeliest(model.head(hidden[:, 0]))
         return step + 1, following, made, done, cache
 
     start = (jnp.zeros((), jnp.int32), following, made, jnp.zeros((batch,), bool), cache)
     return jax.lax.while_loop(going, advance, start)[2]
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    """The token [B] of the largest of the logits [B, V], or `NOT_FINITE`; the largest of NaN and others is NaN."""
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), likeliest, NOT_FINITE)
 
 
 def extract_answer(text: str, pattern: str) -> str:
@@ -88,6 +99,10 @@ class GenerationEvaluator:
       batch_size: the largest B; batches are cut evenly.
       pad_multiple: prompt lengths are padded to a multiple of this.
       stop: token ids that end an answer.
+
+    Attributes:
+      compiled: the jitted function (base, adapter, p, tokens, lengths) -> [B, N]; its cache size counts compilations.
+      truncated: items whose prompt was cut on the left to fit.
     """
 
     def __init__(
@@ -120,7 +135,10 @@ class GenerationEvaluator:
                 raise ValueError(
                     f"answer {row['answer']!r} of row {number} has nothing that matches {task.answer_pattern}"
                 )
-        prompts = [prompt_tokens(row, tokenizer, seam=seam) for row in rows]
+        prompts = [
+            prompt_tokens(row, tokenizer, seam=seam, name=f"row {row.get('row', number)} to evaluate on")
+            for number, row in enumerate(rows)
+        ]
         self.truncated = sum(len(prompt) > max_length for prompt in prompts)
         self._batches = _prompt_batches([p[-max_length:] for p in prompts], batch_size, pad_multiple)
 
@@ -129,24 +147,34 @@ class GenerationEvaluator:
         return len(self._batches)
 
     def run_batch(self, number: int, adapter, p) -> np.ndarray:
-        """The greedy tokens [B, N] that answer one batch of prompts; -1 from the end of an answer on."""
+        """The greedy tokens [B, N] that answer one batch of prompts, as `greedy_decode` gives them."""
         _, tokens, lengths = self._batches[number]
         return np.asarray(self._decode(adapter, p, tokens, lengths))
 
     def texts(self, adapter, p) -> list[str]:
         """The greedy answer to every prompt, up to the first stop string."""
-        texts = [""] * len(self._answers)
+        return self._generate(adapter, p)[0]
+
+    def _generate(self, adapter, p) -> tuple[list[str], np.ndarray]:
+        """The texts, and whether all logits behind each were finite [items]."""
+        texts, finite = [""] * len(self._answers), np.ones(len(self._answers), bool)
         for number, (members, _, _) in enumerate(self._batches):
             made = self.run_batch(number, adapter, p)
             for row, member in enumerate(members):
+                finite[member] = not np.any(made[row] == NOT_FINITE)
                 text = self._tokenizer.decode([int(t) for t in made[row] if t >= 0])
                 texts[member] = min((text.partition(end)[0] for end in self._task.stop), key=len, default=text)
-        return texts
+        return texts, finite
 
     def __call__(self, adapter, p) -> np.ndarray:
-        """Verdicts [items] bool of an adapter under the profile p [R]."""
-        found = [extract_answer(text, self._task.answer_pattern) for text in self.texts(adapter, p)]
-        return np.asarray([text == answer for text, answer in zip(found, self._answers, strict=True)])
+        """Verdicts [items] bool of an adapter under the profile p [R].
+
+        An item with logits that are not finite is wrong, and a logged warning has the count of such items.
+        """
+        texts, finite = self._generate(adapter, p)
+        warn_of_not_finite(finite)
+        found = [extract_answer(text, self._task.answer_pattern) for text in texts]
+        return np.asarray([text == answer for text, answer in zip(found, self._answers, strict=True)], bool) & finite
 
 
 def _prompt_batches(prompts, batch_size: int, pad_multiple: int):

@@ -24,6 +24,7 @@ class ChoiceEvaluator:
 
     Attributes:
       compiled: the jitted function (base, adapter, p, batch) -> [B, A]; its cache size counts compilations.
+      truncated: items whose context was cut on the left to fit.
     """
 
     def __init__(self, graphdef, base, profile, requests: ChoiceRequests, *, chunk: int = 1024):
@@ -34,6 +35,7 @@ class ChoiceEvaluator:
         self.compiled = log_likelihoods
         self._score = functools.partial(log_likelihoods, base)
         self._requests = requests
+        self.truncated = requests.truncated
         self._batches = [jax.device_put(batch) for batch in requests.batches]
 
     def __call__(self, adapter, p) -> np.ndarray:

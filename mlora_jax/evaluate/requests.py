@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from mlora_jax.models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +43,15 @@ class ChoiceRequests:
           log_likelihoods: per batch [B, A], of the asked tokens.
 
         Returns:
-          [items] bool. Of equally likely choices the first counts as chosen.
+          [items] bool. Of equally likely choices the first counts as chosen. An item with a log-likelihood that is not
+          finite has no likeliest choice: it is wrong, and a logged warning has the count of such items.
         """
         totals = self.choice_log_likelihoods(log_likelihoods)
-        chosen = [np.argmax(totals[i:j]) for i, j in itertools.pairwise(self.offsets)]
-        return np.asarray(chosen) == self.labels
+        spans = list(itertools.pairwise(self.offsets))
+        chosen = np.asarray([np.argmax(totals[i:j]) for i, j in spans])
+        finite = np.asarray([np.isfinite(totals[i:j]).all() for i, j in spans], bool)
+        warn_of_not_finite(finite)
+        return (chosen == self.labels) & finite
 
     def choice_log_likelihoods(self, log_likelihoods: Sequence[np.ndarray]) -> np.ndarray:
         """[choices] float64, the sum over each choice's tokens; arguments as `verdicts`."""
@@ -117,6 +124,14 @@ def prepare_choices(
         batches.append(batch)
         owners.append(owner)
     return ChoiceRequests(batches, owners, np.asarray(offsets), np.asarray(labels), truncated)
+
+
+def warn_of_not_finite(finite: np.ndarray) -> None:
+    """Logs one warning with the number of items [items] bool whose logits were not finite, if there are any."""
+    if not np.all(finite):
+        logger.warning(
+            "%d of %d items count as wrong: the model's logits for them are not finite", np.sum(~finite), len(finite)
+        )
 
 
 def even_batch_size(rows: int, largest: int) -> int:

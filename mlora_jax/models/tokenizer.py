@@ -37,6 +37,7 @@ class Tokenizer:
         pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
         adds_bos: whether the model's own tokenizer begins every text with `bos_id`.
         vocab_size: number of tokens including added ones; a model's V may be larger.
+        largest_id: the largest id of any token.
         chat_template: Jinja source, or None.
     """
 
@@ -64,6 +65,7 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.adds_bos = adds_bos and bos_id is not None
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.largest_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
         self.chat_template = chat_template
 
     @classmethod
@@ -139,17 +141,30 @@ class Tokenizer:
         Args:
             prompt: what the model is given; begins with BOS if the tokenizer adds it.
             answer: what the model is to say, without an end token.
-            seam: "separate": each is encoded on its own. "joint": the two are encoded as one text and cut where
-                the prompt alone would end, after moving the prompt's trailing white space to the answer.
+            seam: "separate": each is encoded on its own, which in many tokenizers puts a space before the answer.
+                "joint": the two are encoded as one text and cut after as many ids as the prompt alone has. Where the
+                tokenizer merges across the seam, this loses or repeats text, and may leave few ids or none for the
+                answer; the harness scores choices so, and they are to be trained as they are scored.
+                "lossless": as "joint" where that keeps the text. Elsewhere the answer gets ids that continue the
+                prompt's own: those it has alone, or else behind a line break. What is trained is always the text.
+                "joint" and "lossless" first move the prompt's trailing white space to the answer.
 
         Returns:
-            The ids of the prompt and those of the answer. Where a tokenizer merges across the seam, "joint" may
-            leave few or none for the answer.
+            The ids of the prompt and those of the answer. By "joint" and "lossless" the prompt's depend on the prompt
+            alone: nothing of the answer shows in them, and generation starts from the same ids.
 
         Raises:
-            ValueError: an unknown seam.
+            ValueError: an unknown seam, or under "lossless" an answer that no ids after the prompt's own spell.
 
         Source: "joint" is `TemplateLM._encode_pair` of lm-evaluation-harness.
+
+        Example:
+            Of a tokenizer that knows the word "upon" ("|" stands between tokens):
+
+                seam        "Once up" and "on a time"
+                separate    Once| up|| on| a| time      one space too many
+                joint       Once| up|| a| time          "on" is lost
+                lossless    Once| up||on| a| time
         """
         if seam not in SEAMS:
             raise ValueError(f"seam {seam!r} is not one of {', '.join(map(repr, SEAMS))}")
@@ -168,6 +183,17 @@ class Tokenizer:
         # Filtered here: the library does not recognise special tokens that tokenizer.json marks as normalized.
         hidden = self._special_ids if skip_special_tokens else ()
         return self._backend.decode([int(id) for id in ids if int(id) not in hidden], skip_special_tokens=False)
+
+    def token(self, id: int) -> str:
+        """How the vocabulary writes a token, such as "▁up" or "</s>".
+
+        Raises:
+            ValueError: no token has this id.
+        """
+        token = self._backend.id_to_token(int(id))
+        if token is None:
+            raise ValueError(f"no token has the id {id}")
+        return token
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """The text of a chat by the model's own template, as transformers' `apply_chat_template` renders it.
@@ -209,7 +235,30 @@ def _joint(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], l
     return prompt_ids, tokenizer.encode(prompt + answer, bos=True)[len(prompt_ids) :]
 
 
-SEAMS = {"separate": _separate, "joint": _joint}
+def _lossless(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    kept = prompt.rstrip()
+    prompt_ids, whole = tokenizer.encode(kept, bos=True), tokenizer.encode(prompt + answer, bos=True)
+    tail = whole[len(prompt_ids) :]
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, tail
+    # Texts are compared as decoded: a normalizer may change them, whatever the seam.
+    text = tokenizer.decode(whole, skip_special_tokens=False)
+    rest = (prompt + answer)[len(kept) :]
+    # A line break at the front takes the space that many tokenizers put before a text, and merges with few letters.
+    broken, behind_break = tokenizer.encode("\n", bos=False), tokenizer.encode(f"\n{rest}", bos=False)
+    candidates = [tail, tokenizer.encode(rest, bos=False)]
+    if behind_break[: len(broken)] == broken:
+        candidates.append(behind_break[len(broken) :])
+    for ids in candidates:
+        if ids and tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=False) == text:
+            return prompt_ids, ids
+    raise ValueError(
+        f"the tokenizer merges the end of the prompt {prompt[-20:]!r} with the beginning of the answer "
+        f"{answer[:20]!r}, and has no other tokens for that answer: let them meet between two words"
+    )
+
+
+SEAMS = {"separate": _separate, "joint": _joint, "lossless": _lossless}
 
 
 def _json_object(file: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ UNDECIDED = {
 
 
 def describe_runs(experiment: Experiment) -> list[str]:
-    """Sentences about the runs as a whole: which they are, how they differ, what failed or is not finished."""
+    """Sentences about the runs as a whole: which they are, how they differ, what was cut, failed or is not finished."""
     folders = experiment.folders
     notes = []
     if len(folders) > 1:
@@ -33,8 +33,11 @@ def describe_runs(experiment: Experiment) -> list[str]:
         found = ", ".join(f"{value:.3f} in {folder.path}" for value, folder in zip(base, folders, strict=True))
         notes.append(f"The base's accuracy differs between the runs: {found}; the first is shown.")
     for folder in folders:
+        where = f" of {folder.path}" if len(folders) > 1 else ""
+        if folder.truncated:
+            cut = ", ".join(f"{cut} of {items} {split} items" for split, (cut, items) in folder.truncated.items())
+            notes.append(f"Prompts cut on the left to fit config.data.max_length or the context: {cut}{where}.")
         if folder.unfinished:
-            where = f" of {folder.path}" if len(folders) > 1 else ""
             notes.append(f"{len(folder.unfinished)} of {len(folder.planned)} trials{where} are not finished.")
     if experiment.failed:
         notes.append(f"Failed, the loss is not finite: {', '.join(experiment.failed)}.")

@@ -52,6 +52,7 @@ class RunRecords:
       base: split -> accuracy of the model without an adapter; always has "test".
       curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
       failed: the trials whose loss became infinite or NaN -> their names.
+      truncated: split -> (items whose prompt was cut to fit, all items), of the splits that have such items.
     """
 
     path: pathlib.Path
@@ -59,6 +60,7 @@ class RunRecords:
     base: dict[str, float]
     curves: dict[Trial, dict[tuple[str, str], dict[int, float]]]
     failed: dict[Trial, str]
+    truncated: dict[str, tuple[int, int]]
 
     @classmethod
     def read(cls, path) -> RunRecords:
@@ -83,9 +85,12 @@ class RunRecords:
         base: dict[str, float] = {}
         curves: dict[Trial, dict] = collections.defaultdict(lambda: collections.defaultdict(dict))
         failed: dict[Trial, str] = {}
+        truncated: dict[str, tuple[int, int]] = {}
         for record in _checked(path / "curves.jsonl"):
             if record["trial"] == "base":
                 base[record["split"]] = record["accuracy"]
+                if record.get("truncated"):
+                    truncated[record["split"]] = record["truncated"], record["items"]
             elif record.get("failed"):
                 failed[Trial.of(record)] = record["trial"]
             else:
@@ -93,7 +98,7 @@ class RunRecords:
                 curve[record["at_rank"]] = record["accuracy"]
         if "test" not in base:
             raise ValueError(f"{path} holds no accuracy of the base model on the test split")
-        return cls(path, config, base, _whole(curves), failed)
+        return cls(path, config, base, _whole(curves), failed, truncated)
 
     @property
     def task(self) -> str:

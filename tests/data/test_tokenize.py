@@ -6,6 +6,7 @@ import tokenizers
 
 from mlora_jax.data.load import load_task
 from mlora_jax.data.tokenize import encode_row, prompt_tokens, tokenize
+from mlora_jax.experiment import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 ROWS = [
@@ -32,6 +33,27 @@ def test_loss_is_on_the_answer_and_the_end_only(tokenizer):
         assert rest[0] == tokenizer.bos_id and tokenizer.decode(rest[1:]) == row["prompt"]
         assert not example.loss_mask[0]
     assert [example.row for example in done.examples] == [0, 1]
+
+
+def test_own_pairs_are_trained_as_they_stand(jsonl, cache):
+    """Borders within words and within white space: the tokens spell prompt and completion."""
+    texts = ["Once upon a time", "The cat sat on the mat", "label=cat", "the goat's new home"]
+    pairs = [{"prompt": t[:n], "completion": t[n:]} for t in texts for n in range(1, len(t)) if t[:n].strip()]
+    tokenizer = Tokenizer.load(model_folder("quickstart"))
+    data = load_task("jsonl", file=jsonl(pairs), cache_dir=cache, tokenizer=tokenizer)
+    done = tokenize(data.train, tokenizer, seam=data.seam, max_length=64)
+    for row, example in zip(data.train, done.examples, strict=True):
+        assert tokenizer.decode(example.tokens) == row["prompt"] + row["answer"]
+        prompt = prompt_tokens(row, tokenizer, seam=data.seam)
+        assert prompt == tokenizer.encode(row["prompt"].rstrip(), bos=True)
+        assert example.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_a_row_that_cannot_be_spelled_is_named():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "upon": 2}, unk_token="<unk>"))
+    words = Tokenizer(backend, bos_id=None, eos_ids=(1,))
+    with pytest.raises(ValueError, match="train row 7: the tokenizer merges the end of the prompt 'up'"):
+        tokenize([{"prompt": "up", "answer": "on", "row": 7}], words, seam="lossless", max_length=9)
 
 
 def test_a_choice_has_no_end(tokenizer):
@@ -62,7 +84,14 @@ def test_real_tokenizers_agree_with_the_plain_library(name, shared, cache):
                 answer = plain.encode(row["answer"], add_special_tokens=False).ids
             else:
                 prompt = plain.encode(row["prompt"]).ids
-                answer = plain.encode(row["prompt"] + row["answer"]).ids[len(prompt) :]
+                # The whole text's ids, or where those do not begin with the prompt's, the answer's behind a line break.
+                whole = plain.encode(row["prompt"] + row["answer"]).ids
+                answer = whole[len(prompt) :]
+                if whole[: len(prompt)] != prompt:
+                    broken = plain.encode("\n", add_special_tokens=False).ids
+                    behind = plain.encode("\n" + row["answer"], add_special_tokens=False).ids
+                    answer = behind[len(broken) :]
+                assert tokenizer.decode([*prompt, *answer]) == tokenizer.decode(whole)  # it has no "#"
             assert example.tokens.tolist() == [*prompt, *answer, 2]
             assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * (len(answer) + 1)
             assert prompt_tokens(row, tokenizer, seam=data.seam) == prompt
@@ -125,7 +154,7 @@ WRONG = [
         {"max_length": 3, "overflow": "drop"},
         r"nothing to train on in train: all 2 rows are over data\.max_length=3",
     ),
-    ({"seam": "glued"}, r"seam 'glued' is not one of 'separate', 'joint'"),
+    ({"seam": "glued"}, r"train row 0: seam 'glued' is not one of 'separate', 'joint', 'lossless'"),
 ]
 
 

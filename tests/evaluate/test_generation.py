@@ -11,6 +11,7 @@ from mlora_jax.adapt import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.data.tasks import Style, Task
 from mlora_jax.evaluate import GenerationEvaluator, extract_answer
+from mlora_jax.evaluate.generation import NOT_FINITE, greedy_decode
 from mlora_jax.models import Tokenizer, load_decoder
 from tests.tiny import write_checkpoint
 
@@ -105,6 +106,41 @@ def test_one_executable_for_every_rank_and_verdicts_of_its_own_answers(checkpoin
     assert verdicts[4] == [False, True, True]
     assert any(verdicts[rank] != verdicts[4] for rank in verdicts)
     assert scorer.compiled._cache_size() == 1
+
+
+class Countdown:
+    """A decoder whose every token is one less than the one before; token 0 has no finite logits."""
+
+    def init_cache(self, batch, length):
+        return ()
+
+    def hidden(self, tokens, *, positions, cache):
+        return tokens[..., None].astype(float), cache
+
+    def head(self, hidden):
+        logits = -jnp.square(jnp.arange(8.0) - hidden + 1)
+        return jnp.where(hidden == 0, jnp.nan, logits)
+
+
+def test_logits_that_are_not_finite_end_a_row_and_are_marked():
+    tokens, lengths = jnp.array([[7, 2, 0], [7, 7, 7], [0, 0, 0]]), jnp.array([2, 3, 1])
+    made = greedy_decode(Countdown(), tokens, lengths, max_new_tokens=5, stop=(4,))
+    assert made.tolist() == [[1, 0, NOT_FINITE, -1, -1], [6, 5, -1, -1, -1], [NOT_FINITE, -1, -1, -1, -1]]
+
+
+def test_an_item_that_is_not_finite_is_wrong_and_told(checkpoint, adapted, caplog):
+    """Even where the right answer is no text at all."""
+    task = Task(name="own", styles={"default": Style(prompt="")}, metric="exact_match")
+    rows = [row | {"answer": " "} for row in ROWS]
+    scorer = evaluator(checkpoint, adapted, task=task, rows=rows)
+    broken = jax.tree.map(lambda x: x * jnp.nan, adapted[2])
+    assert scorer.texts(broken, jnp.ones(6)) == ["", "", ""] and not caplog.records
+    assert not scorer(broken, jnp.ones(6)).any()
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 3 items count as wrong: the model's logits for them are not finite"
+    ]
+    scorer(adapted[2], jnp.ones(6))
+    assert len(caplog.records) == 1
 
 
 def test_a_long_prompt_loses_its_left(checkpoint, adapted):

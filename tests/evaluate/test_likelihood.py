@@ -103,6 +103,32 @@ def test_one_executable_for_every_rank_and_read_out(tokenizer, adapted):
     assert len(seen) > 15
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_item_that_is_not_finite_is_wrong_and_told(tokenizer, value, caplog):
+    """Whichever choice is the right one; the other items count as ever."""
+    rows = [{"prompt": "x", "choices": [" a", " b"], "label": label} for label in (0, 1, 0, 1)]
+    requests = prepare_choices(rows, tokenizer, seam="joint", max_length=9, batch_size=4, pad_multiple=8)
+    (batch,), (owner,) = requests.batches, requests.owners
+    values = np.full(batch["targets"].shape, -1.0)
+    for row, column, flat in owner:
+        values[row, column] = {0: value, 2: value, 3: value, 4: -0.5, 7: -0.5}.get(flat, -1.0)
+    assert requests.verdicts([values]).tolist() == [False, False, True, True]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 4 items count as wrong: the model's logits for them are not finite"
+    ]
+    caplog.clear()
+    requests.verdicts([np.where(np.isfinite(values), values, -1.0)])
+    assert not caplog.records
+
+
+def test_an_adapter_that_is_not_finite_scores_nothing(tokenizer, adapted, caplog):
+    graphdef, base, adapter, profile = adapted
+    evaluator = ChoiceEvaluator(graphdef, base, profile, prepare(tokenizer))
+    broken = jax.tree.map(lambda x: x * jnp.nan, adapter)
+    assert not evaluator(broken, jnp.ones(6)).any() and len(caplog.records) == 1
+    assert "3 of 3 items count as wrong" in caplog.text
+
+
 def test_unusable_rows(tokenizer):
     for row in ({"prompt": "x", "choices": [], "label": 0}, {"prompt": "x", "choices": [" a"], "label": 1}):
         with pytest.raises(ValueError, match=f"label {row['label']} for {len(row['choices'])} choices"):

@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mlora_jax.experiment import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 NAMES = ["stories-260k", "tinystories-656k", "stories-3m"]
@@ -207,8 +208,51 @@ def test_seams(shared, llama_3_like):
     prompt_ids, answer_ids = ours.encode_pair("Answer: ", "the", seam="joint")
     assert ours.decode(prompt_ids) == "Answer:" and ours.decode(answer_ids) == " the"
     assert ours.encode_pair("Answer: ", "the", seam="separate")[1] == ours.encode("the", bos=False) != answer_ids
-    with pytest.raises(ValueError, match="seam 'glued' is not one of 'separate', 'joint'"):
+    with pytest.raises(ValueError, match="seam 'glued' is not one of 'separate', 'joint', 'lossless'"):
         ours.encode_pair("a", "b", seam="glued")
+
+
+SPLIT_TEXTS = (
+    *("Once upon a time", "Say: works fine", "label=cat", "The cat sat", "1234", "Answer:yes", "Hello\n\nWorld"),
+    *("Question: 1\nAnswer: the answer", "naïve 日本 🎉 x", "a  b   c", "Q: is it?\nA:\nno"),
+)
+
+
+def check_lossless(folder, *, lossy=False):
+    """Every text cut at every place; `lossy`: whether the vocabulary lacks some of the characters."""
+    ours = Tokenizer.load(folder)
+    merged = 0
+    for text in SPLIT_TEXTS:
+        spelled = ours.decode(ours.encode(text, bos=True))
+        assert spelled == text or lossy
+        for border in range(1, len(text)):
+            prompt, answer = text[:border], text[border:]
+            prompt_ids, answer_ids = ours.encode_pair(prompt, answer, seam="lossless")
+            assert prompt_ids == ours.encode(prompt.rstrip(), bos=True) and answer_ids
+            assert ours.decode([*prompt_ids, *answer_ids]) == spelled
+            joint = ours.encode_pair(prompt, answer, seam="joint")
+            if ours.encode(text, bos=True)[: len(prompt_ids)] == prompt_ids:
+                assert (prompt_ids, answer_ids) == joint
+            else:
+                merged += ours.decode([*joint[0], *joint[1]]) != spelled
+    assert merged > 5
+
+
+def test_the_lossless_seam_spells_prompt_and_answer():
+    check_lossless(model_folder("quickstart"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lossless_seam_with_real_tokenizers(shared, name):
+    check_lossless(shared / "models" / name, lossy=name == "tinystories-656k")
+
+
+def test_an_answer_that_no_tokens_spell_is_refused(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "upon": 2}, unk_token="<unk>"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "</s>"})
+    with pytest.raises(ValueError, match="merges the end of the prompt 'up' with the beginning of the answer 'on'"):
+        Tokenizer.load(tmp_path).encode_pair("up", "on", seam="lossless")
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])

@@ -18,6 +18,7 @@ def write_run(
     model="some/folder/base",
     scaling="none",
     weights=(),
+    truncated=0,
     **config,
 ):
     """Writes a run's folder.
@@ -29,6 +30,7 @@ def write_run(
       base: (split, accuracy) of the base.
       task, model: of the config.
       scaling, weights: of every trial.
+      truncated: how many of the 12 items of every split were cut.
       **config: more groups of the config.
     """
     path = pathlib.Path(path)
@@ -37,7 +39,17 @@ def write_run(
     (path / "config.json").write_text(json.dumps(values))
     with JsonLines(path / "curves.jsonl") as records:
         for split, accuracy in base:
-            records.write(dict(trial="base", split=split, readout="base", at_rank=0, accuracy=accuracy))
+            records.write(
+                dict(
+                    trial="base",
+                    split=split,
+                    readout="base",
+                    at_rank=0,
+                    accuracy=accuracy,
+                    items=12,
+                    truncated=truncated,
+                )
+            )
         for (method, readout, rate), splits in curves.items():
             for split, seeds in splits.items():
                 for seed, accuracies in seeds.items():

@@ -310,6 +310,16 @@ def test_latex_numbers(run):
     assert r"2 matryoshka & $\mathbf{+0.475}$ &  \\" in (run / "differences.tex").read_text()
 
 
+def test_cut_items_are_told(tmp_path):
+    write_report(write_run(tmp_path / "none", BOTH_SPLITS, base=BOTH_BASES))
+    write_report(write_run(tmp_path / "some", BOTH_SPLITS, base=BOTH_BASES, truncated=3))
+    told = "Prompts cut on the left to fit config.data.max_length or the context: "
+    assert told not in (tmp_path / "none/table.md").read_text()
+    for name in ("table.md", "table.tex"):
+        text = (tmp_path / "some" / name).read_text().replace(r"\_", "_")
+        assert f"{told}3 of 12 test items, 3 of 12 validation items." in text
+
+
 def test_nothing_but_failed_trials(tmp_path):
     write_run(tmp_path, {}, failed=[("sandwich", 0.1, 1)])
     for name in ("curves.png", "differences.csv", "differences.tex"):
