@@ -111,14 +111,14 @@ def test_the_trials_are_the_product_in_order():
 def test_a_list_of_trials_is_taken_entry_by_entry():
     entries = (
         {"method": "lora", "learning_rate": 1},
-        {"method": ("dylora", "lora"), "rank": 3, "weights": (1, 2, 3), "seed": [7, 8]},
+        {"method": ("dylora", "matryoshka"), "rank": 3, "weights": (1, 2, 3), "seed": [7, 8]},
         {"method": "lora", "learning_rate": (1e-3, 1.0)},  # 1.0 is in the first entry already
     )
     for given in (entries, ml_collections.ConfigDict({"list": entries}).list):
         config = resolve({"trials": {"list": given, "method": ("sandwich",), "rank": (4,)}})
         assert expand_trials(config) == [
             Trial("lora", 1.0, 42, "none", 4),
-            *(Trial(m, 1e-3, s, "none", 3, (1.0, 2.0, 3.0)) for m in ("dylora", "lora") for s in (7, 8)),
+            *(Trial(m, 1e-3, s, "none", 3, (1.0, 2.0, 3.0)) for m in ("dylora", "matryoshka") for s in (7, 8)),
             Trial("lora", 1e-3, 42, "none", 4),
         ]
         json.dumps(config.to_dict())
