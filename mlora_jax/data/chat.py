@@ -11,7 +11,7 @@ from typing import Any
 from mlora_jax.data.tasks import ChatStyle
 from mlora_jax.models.tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 def render_chat(messages: Messages, style: ChatStyle, tokenizer: Tokenizer | None, name: str) -> dict[str, Any]:
@@ -20,7 +20,8 @@ def render_chat(messages: Messages, style: ChatStyle, tokenizer: Tokenizer | Non
     Messages after the assistant's last turn are left out: there is nothing to learn from them.
 
     Args:
-        messages: [{"role": ..., "content": ...}, ...], with one of the assistant at least.
+        messages: [{"role": ..., "content": ...}, ...], with one of the assistant at least; what else they hold is for
+            the chat template.
         style: how to write them.
         tokenizer: the model's, whose chat template is used unless the style has headers of its own.
         name: what errors call this example.
@@ -31,7 +32,8 @@ def render_chat(messages: Messages, style: ChatStyle, tokenizer: Tokenizer | Non
         template says how turns end) or each is tokenised on its own and answers end in the eos token.
 
     Raises:
-        ValueError: no tokenizer or chat template where one is needed, or turns that cannot be found.
+        ValueError: no tokenizer or chat template where one is needed, turns that cannot be found, or more in a message
+            than a style with headers writes.
     """
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
@@ -50,10 +52,16 @@ def render_chat(messages: Messages, style: ChatStyle, tokenizer: Tokenizer | Non
 def _pieces_by_headers(
     messages: Messages, style: ChatStyle, tokenizer: Tokenizer | None, name: str
 ) -> list[tuple[str, bool]]:
-    del tokenizer, name
+    del tokenizer
     pieces = []
     context = ""
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
+        unwritten = [key for key in message if key not in ("role", "content")]
+        if unwritten:
+            raise ValueError(
+                f"{name}: message {number} holds {', '.join(map(repr, unwritten))}, which this style would lose: set "
+                "data.style='chat-template' if the model's template reads it, or leave it out of the file"
+            )
         context += style.headers[message["role"]]
         if message["role"] == "assistant":
             pieces += [(context, False), (message["content"], True)]

@@ -136,6 +136,7 @@ _TASKS = (
             "plain-chat": ChatStyle(
                 headers={
                     "system": "### System:\n",
+                    "developer": "### Developer:\n",
                     "user": "### User:\n",
                     "assistant": "### Assistant:\n",
                     "tool": "### Tool:\n",

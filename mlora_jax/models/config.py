@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ _OPTIONAL = {
     "mlp_bias": "mlp_bias",
     "initializer_range": "initializer_range",
 }
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 
 
@@ -96,7 +98,8 @@ class DecoderConfig:
         initializer_range: standard deviation of freshly made weights.
 
     Raises:
-        ValueError: a size that is not a positive integer, heads that do not divide, an odd head_dim.
+        ValueError: a size that is not a positive integer, heads that do not divide, an odd head_dim, a constant that is
+            no number of its range, a switch that is not true or false, a token that is not an id.
     """
 
     vocab_size: int
@@ -120,16 +123,24 @@ class DecoderConfig:
     def __post_init__(self):
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.head_dim is None and isinstance(self.num_heads, int) and self.num_heads > 0:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if name != "head_dim" or value is not None:
+                _check_integer(name, value, least=1)
+        if self.head_dim is None:
             if self.hidden_size % self.num_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        for name in _SIZES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        _check_number("rope_theta", self.rope_theta)
+        for name in ("rms_norm_eps", "initializer_range"):
+            _check_number(name, getattr(self, name), zero=True)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for value in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
+            _check_integer("a token id (bos_token_id, eos_token_id)", value, least=None)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -150,7 +161,7 @@ class DecoderConfig:
 
         Raises:
             ValueError: a model type, activation, rotary type or quantisation that is not supported, or a
-                size that is missing or impossible.
+                value that is missing, impossible or of another type.
         """
         _reject("model_type", values.get("model_type"), MODEL_TYPES)
         _reject("hidden_act", values.get("hidden_act", "silu"), ACTIVATIONS)
@@ -197,8 +208,11 @@ class DecoderConfig:
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from either form."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if values.get(key) and not isinstance(values[key], Mapping):
+            raise ValueError(f"{key} must be an object, not {values[key]!r}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    theta = _check_number("rope_theta", rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     _reject("rope_type", kind, ROPE_TYPES)
     partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
@@ -210,7 +224,21 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if missing:
         raise ValueError(f"rope_type 'llama3' lacks {_listed(missing)} in config.json")
     original = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings", 2048)
-    return theta, RopeScaling(*(float(rope[key]) for key in _SCALING_KEYS), int(original))
+    original = int(_check_number("original_max_position_embeddings", original))
+    return theta, RopeScaling(*(_check_number(key, rope[key]) for key in _SCALING_KEYS), original)
+
+
+def _check_number(name: str, value: Any, *, zero: bool = False) -> float:
+    """The value as a float, if it is a positive finite number (or 0, where that is allowed)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < math.inf or (zero and value == 0)):
+        raise ValueError(f"{name} must be a positive number{' or 0' if zero else ''}, not {value!r}")
+    return float(value)
+
+
+def _check_integer(name: str, value: Any, *, least: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise ValueError(f"{name} must be {'an' if least is None else 'a positive'} integer, not {value!r}")
 
 
 def _reject(key: str, value: Any, supported: tuple[str, ...]) -> None:

@@ -203,6 +203,9 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     shards = _json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map: download it again")
+    wrong = next(((name, file) for name, file in shards.items() if not isinstance(file, str)), None)
+    if wrong:
+        raise ValueError(f"{index}: the shard of {wrong[0]} must be a file's name, not {wrong[1]!r}: download it again")
     for name in sorted(set(shards.values())):
         if pathlib.PurePath(name).name != name:
             raise ValueError(f"{index}: shard {name!r} lies outside the folder")

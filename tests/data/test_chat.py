@@ -16,6 +16,10 @@ TURNS = [
     {"role": "user", "content": "How far is Denver ?"},
     {"role": "assistant", "content": "  48 <em> miles\n"},
 ]
+TOOLS = (
+    "{% for m in messages %}[{{ m.role }}{% if m.calls %} calls {{ m.calls | tojson }}{% endif %}] {{ m.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant{% endif %}"
+)
 TAIL = [*TURNS, {"role": "user", "content": "Thanks"}]
 TEMPLATE, PLAIN = (TASKS["jsonl"].styles[name] for name in ("chat-template", "plain-chat"))
 
@@ -45,6 +49,28 @@ def test_tokens_and_mask_are_those_of_transformers(messages, chat_tokenizer, cha
     example = encode_row(render_chat(messages, TEMPLATE, chat_tokenizer, "it"), chat_tokenizer, seam="joint")
     assert example.tokens.tolist() == expected["input_ids"]
     assert example.loss_mask.astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_what_else_a_message_holds_is_for_the_template(make_tokenizer, jsonl, cache):
+    chat = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": "How far ?"},
+        {"role": "assistant", "content": "Wait", "calls": [{"name": "map", "to": "Nice"}]},
+        {"role": "tool", "content": "48"},
+        {"role": "assistant", "content": "48 miles"},
+    ]
+    tokenizer, own = make_tokenizer(TOOLS), jsonl([{"messages": chat}] * 2)
+    row = load_task("jsonl", file=own, cache_dir=cache, tokenizer=tokenizer, holdout=0.5).train[0]
+    assert "".join(text for text, _ in row["pieces"]) == (
+        "[developer] Be short.\n[user] How far ?\n"
+        '[assistant calls [{"name": "map", "to": "Nice"}]] Wait\n[tool] 48\n[assistant] 48 miles\n'
+    )
+    plain = load_task("jsonl", file=own, cache_dir=cache, style="plain-chat", holdout=0.5)
+    with pytest.raises(ValueError, match=r"own\.jsonl, line \d: message 3 holds 'calls', which this style would lose"):
+        plain.train[0]
+    del chat[2]["calls"]
+    plain = load_task("jsonl", file=jsonl([{"messages": chat}] * 2), cache_dir=cache, style="plain-chat", holdout=0.5)
+    assert plain.train[0]["prompt"].startswith("### Developer:\nBe short.\n\n### User:\nHow far ?\n\n")
 
 
 def test_evaluation_asks_for_the_last_turn(chat_tokenizer):

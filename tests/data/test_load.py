@@ -130,6 +130,10 @@ MALFORMED = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
         "the content of message 2 must be text, got NoneType null",
     ),
+    (
+        '{"messages": [{"role": "user", "content": "a", "name": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+        "the chat holds half a surrogate pair",
+    ),
     ({"messages": [{"role": "user", "content": "a"}]}, "the chat has no message from the assistant"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "the chat begins with the assistant"),
 ]

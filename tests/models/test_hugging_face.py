@@ -146,6 +146,13 @@ def test_an_index_does_not_lead_out_of_the_folder(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"shard '\.\./other\.safetensors' lies outside the folder"):
         load_decoder(folder)
+    for name in (5, ["a.safetensors"], None):
+        index = {"weight_map": {"lm_head.weight": "a.safetensors", "model.norm.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(
+            ValueError, match=r"index\.json: the shard of model\.norm\.weight must be a file's name, not "
+        ):
+            load_decoder(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
         load_decoder(folder)

@@ -8,12 +8,14 @@ import tensorflow_datasets as tfds
 
 from mlora_jax.data.builders import raw_files
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMS = '{"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}'
 
 
-def parse_messages(messages: Any) -> list[dict[str, str]]:
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
     """A chat's messages, checked: known roles, contents that are not blank, one from the assistant at least.
+
+    What else a message holds is kept as it is, for the chat template to read.
 
     Raises:
         ValueError: names the message (counted from 1) and what is wrong with it.
@@ -29,7 +31,7 @@ def parse_messages(messages: Any) -> list[dict[str, str]]:
             known = ", ".join(ROLES)
             raise ValueError(f"message {number} has the unknown role {role!r}, expected one of {known}")
         content = raw_files.text_field(message, "content", f"the content of message {number}")
-        checked.append({"role": role, "content": content})
+        checked.append({**message, "role": role, "content": content})
     if all(message["role"] != "assistant" for message in checked):
         raise ValueError("the chat has no message from the assistant, so nothing to learn")
     if checked[0]["role"] == "assistant":
@@ -39,6 +41,8 @@ def parse_messages(messages: Any) -> list[dict[str, str]]:
 
 class Builder(raw_files.RawFilesBuilder, skip_registration=True):
     """Own data: prompt and completion as they stand, a chat as its messages in JSON."""
+
+    VERSION = tfds.core.Version("1.1.0")  # messages whole, where 1.0.0 kept role and content only
 
     @classmethod
     def config_for(cls, *, file: str = "", evaluation_file: str = "", **_: str) -> raw_files.RawFilesConfig:
@@ -66,7 +70,11 @@ class Builder(raw_files.RawFilesBuilder, skip_registration=True):
         row = raw_files.json_object(line)
         if "messages" in row:
             messages = json.dumps(parse_messages(row["messages"]), ensure_ascii=False)
-            return {"prompt": "", "completion": "", "messages": messages}
+            return {
+                "prompt": "",
+                "completion": "",
+                "messages": raw_files.text_field({"chat": messages}, "chat", "the chat"),
+            }
         if "prompt" not in row and "completion" not in row:
             raise ValueError(f"expected {FORMS}, found the keys {sorted(row)}")
         return {key: raw_files.text_field(row, key) for key in ("prompt", "completion")} | {"messages": ""}
