@@ -60,6 +60,12 @@ def test_every_address_has_a_registered_checksum(task):
     assert set(builder.url_infos) == set(builder.URLS.values())
 
 
+def test_a_download_without_checksums_is_called_unchecked():
+    told = {name: TASKS[name].builder.BUILDER_CONFIGS[0].description for name in ("gsm8k", "trec", "sst2")}
+    assert {name for name, text in told.items() if "not checked" in text} == {"sst2"}
+    assert not TASKS["sst2"].builder.url_infos
+
+
 @pytest.mark.parametrize("task", ROWS)
 def test_raw_dir_is_the_folder_or_holds_it(task, raw, cache):
     folder = raw(task)

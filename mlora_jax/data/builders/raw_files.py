@@ -3,8 +3,10 @@
 A build is named by what it was made from. For local files the name holds the digest of their bytes, so a
 changed file is another build and an old one can never be served for it. The bytes are digested once more
 while they are read: a file that changes in between stops the build. For a published download the name holds
-the digest of its addresses and registered checksums, which TFDS compares with what it fetched. TFDS writes a
-build aside and renames it when it is complete, so a killed build is never served.
+the digest of its addresses and of the checksums registered beside its builder, which TFDS compares with what it
+fetched. Where none are registered, nothing is compared: the name tells the addresses and not what lay there, and
+two machines may hold different rows under one name. TFDS writes a build aside and renames it when it is complete,
+so a killed build is never served.
 """
 
 import abc
@@ -29,7 +31,7 @@ class MalformedLineError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RawFile:
-    """A local file and the sha256 of its bytes (empty: downloaded, and checked by TFDS already)."""
+    """A local file and the sha256 of its bytes (empty: downloaded, and checked by TFDS if a checksum is registered)."""
 
     path: pathlib.Path
     sha256: str = ""
@@ -89,10 +91,11 @@ def local_config(files: Mapping[str, str | pathlib.Path]) -> RawFilesConfig:
 
 
 def published_config(urls: Mapping[str, str], checksums: pathlib.Path) -> RawFilesConfig:
-    """The config of a build from the published download: split -> address, with the registered checksums."""
+    """The config of a build from the published download: split -> address, with the registered checksums, if any."""
     registered = checksums.read_text("utf-8") if checksums.exists() else ""
     name = f"published-{digest_of({**urls, 'checksums': registered})}"
-    return RawFilesConfig(name=name, description="Built from the published download.")
+    unchecked = "" if registered else ", whose bytes are not checked: no checksums are registered"
+    return RawFilesConfig(name=name, description=f"Built from the published download{unchecked}.")
 
 
 def text_field(row: Mapping[str, Any], key: str, what: str = "") -> str:

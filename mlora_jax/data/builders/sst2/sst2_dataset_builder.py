@@ -12,7 +12,11 @@ LABELS = ("negative", "positive")
 
 
 class Builder(raw_files.RawFilesBuilder, skip_registration=True):
-    """SST-2 in its clean form: lines `sentence TAB 0|1`, with labels for the test sentences too."""
+    """SST-2 in its clean form: lines `sentence TAB 0|1`, with labels for the test sentences too.
+
+    The published build is named by its addresses alone, and they lie on a branch that may change: its bytes are not
+    checked. A build from `raw_dir` is named by the bytes.
+    """
 
     FILES: ClassVar = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
     URLS: ClassVar = {split: SOURCE + name for split, name in FILES.items()}
