@@ -39,6 +39,7 @@ def test_a_shipped_config_with_overrides(tmp_path):
         "--config.trials.method=('matryoshka',)",
         "--config.trials.seed=(7,)",
         "--config.train.clip=0.5",
+        "--config.data.max_length=128",
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

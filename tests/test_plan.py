@@ -13,6 +13,7 @@ from mlora_jax.config import resolve
 from mlora_jax.experiment import Experiment
 from mlora_jax.plan import plan
 from mlora_jax.run import train
+from mlora_jax.train.records import read_json_lines
 from tests.tiny import write_checkpoint, write_trec
 
 
@@ -56,7 +57,7 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
 
     files = [load_file(path) for path in tmp_path.glob("adapters/*/adapter.safetensors")]
     assert found.adapter_bytes == sum(np.asarray(array).nbytes for file in files for array in file.values())
-    curves = {(r["trial"], r["split"], r["readout"]) for r in map(json.loads, (tmp_path / "curves.jsonl").open())}
+    curves = {(r["trial"], r["split"], r["readout"]) for r in read_json_lines(tmp_path / "curves.jsonl")}
     assert found.curves == len([key for key in curves if key[0] != "base"]) == 2 * (2 * 2 + 2 + 2)
     assert found.seconds == pytest.approx(sum(g.training_seconds for g in found.groups) + found.evaluation_seconds)
 

@@ -18,8 +18,8 @@ def quickstart(tmp_path, **trials):
 def test_what_the_quickstart_promises(tmp_path, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     results = quickstart(tmp_path, method=("lora",), seed=(42,), learning_rate=(1e-2,))
-    assert results.base_accuracy < 0.3
-    curves = {curve.readout: curve for curve in results.trials[0].curves}
+    assert results.base_accuracy["test"] < 0.3
+    curves = {curve.readout: curve for curve in results.trials[0].curves["test"]}
     assert curves["prefix"].accuracies[-1] > 0.9
     squeezed = curves["squeeze"].accuracies
     assert squeezed[0] < 0.5 < squeezed[-2]

@@ -22,8 +22,8 @@ def test_trec_learns(shared, tmp_path, monkeypatch, request):
     config.trials.update(method=("lora",), seed=(42,), learning_rate=(1e-2,), rank=(6,))
     config.evaluation.limit = 200
     results = train(config, tmp_path / "run")
-    assert results.trials[0].curves[0].accuracies[-1] > results.base_accuracy + 0.2
-    assert results.trials[0].curves[0].ranks == (1, 2, 4, 6)
+    assert results.trials[0].curves["test"][0].accuracies[-1] > results.base_accuracy["test"] + 0.2
+    assert results.trials[0].curves["test"][0].ranks == (1, 2, 4, 6)
 
 
 @pytest.mark.slow
@@ -43,4 +43,5 @@ def test_gsm8k_config(shared, tmp_path, monkeypatch, request):
     config.trials.method = ("matryoshka",)
     config.evaluation.update(limit=8, max_new_tokens=16)
     results = train(config, tmp_path / "run")
-    assert len(results.trials[0].curves) == 3 and results.trials[0].curves[0].items == 8
+    curves = results.trials[0].curves["test"]
+    assert len(curves) == 3 and curves[0].items == 8

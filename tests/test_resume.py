@@ -106,7 +106,7 @@ def kill_at_random(tmp_path, config, seconds, *, kills, seed):
     while killed < kills:
         process = start(command(tmp_path, config, tmp_path / "run"), config)
         try:
-            process.communicate(timeout=chance.uniform(0.3, 1.0) * seconds)
+            process.communicate(timeout=chance.uniform(0.1, 0.6) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()

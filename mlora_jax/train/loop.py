@@ -92,13 +92,14 @@ def _jitted_draws(drawn_by: tuple[tuple[Policy, RankHierarchy], ...], accumulati
     members: dict[tuple, list[int]] = {}
     for number, each in enumerate(drawn_by):
         members.setdefault(each, []).append(number)
-    back = np.argsort(np.concatenate(list(members.values())))
+    # Unsigned: a signed index is normalised in a dtype that depends on jax_enable_x64 when it was first used.
+    back = np.argsort(np.concatenate(list(members.values()))).astype(np.uint32)
 
     @jax.jit
     def draw(keys, step):
         def one_kind(policy, hierarchy, numbers):
             one = functools.partial(draw_step, policy, hierarchy, step=step, accumulation=accumulation)
-            return jax.vmap(lambda key: one(key=key))(keys[np.array(numbers)])
+            return jax.vmap(lambda key: one(key=key))(keys[np.array(numbers, np.uint32)])
 
         parts = [one_kind(*kind, numbers) for kind, numbers in members.items()]
         return jax.tree.map(lambda *xs: jnp.concatenate(xs)[back], *parts)

@@ -39,7 +39,9 @@ def test_cut_back_to_a_position(tmp_path):
         records.write({"step": 2})
         records.cut(position)
         records.write({"step": 3})
-        with pytest.raises(ValueError, match=r"records.jsonl has \d+ bytes; it had 9999 when a checkpoint was made"):
+        with pytest.raises(
+            ValueError, match=r"records.jsonl has \d+ bytes, but a checkpoint was made when it had 9999"
+        ):
             records.cut(9999)
     assert [record.get("step") for record in read_json_lines(path)] == [None, 3]
     with JsonLines(path) as records:
