@@ -14,8 +14,9 @@ run: $(VENV)/run.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
+# These train for long, so their machine code is optimised.
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow -n 2
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m slow -n 2
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

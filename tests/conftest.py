@@ -10,7 +10,7 @@ FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_lev
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit all of it
     COMPILED = tempfile.TemporaryDirectory(prefix="mlora_jax_tests_")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # of two the last one counts
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

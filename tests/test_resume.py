@@ -51,6 +51,7 @@ def config(tmp_path_factory):
             ),
         },
         "train": {"epochs": 12, "batch_size": 4, "accumulation": 2, "log_every": 4, "trials_at_once": 3},
+        "evaluation": {"readouts": {"lora": ("prefix",)}},
         "validation": {"holdout": 0.2, "every": 8, "measure": "loss", "keep": "best", "patience": 3},
         "checkpoint": {"every": 3},
     }
@@ -64,7 +65,7 @@ def command(tmp_path, config, workdir):
 def start(command, config, *, fill_cache=False):
     """One run in a process of its own. Executables are kept by the undisturbed run and read by the others."""
     environment = os.environ | {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(config["model"]["path"]).parent / "executables"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill_cache else "1e9",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
