@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from mlora_jax.models.config import SOURCE_DTYPES, DecoderConfig
 from mlora_jax.models.decoder import Decoder
+from mlora_jax.models.json_file import read_json_object
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -119,7 +120,7 @@ def read_config(folder: str | os.PathLike) -> DecoderConfig:
     file = pathlib.Path(folder) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a Hugging Face model folder")
-    values = _json_object(file)
+    values = read_json_object(file)
     try:
         return DecoderConfig.from_hugging_face(values)
     except ValueError as error:
@@ -200,7 +201,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             f"{folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}{other}: get the safetensors files, or convert with "
             f"transformers' `model.save_pretrained(folder)`"
         )
-    shards = _json_object(index).get("weight_map")
+    shards = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map: download it again")
     wrong = next(((name, file) for name, file in shards.items() if not isinstance(file, str)), None)
@@ -300,13 +301,3 @@ def _checked(dtype) -> np.dtype:
 
 def _dotted(path: tuple[str, ...]) -> str:
     return ".".join(path)
-
-
-def _json_object(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}, not an object")
-    return values

@@ -16,6 +16,8 @@ import jinja2.nodes
 import jinja2.sandbox
 import tokenizers
 
+from mlora_jax.models.json_file import read_json_object
+
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -100,7 +102,10 @@ class Tokenizer:
             raise ValueError(f"{file} cannot be read ({error}): download it again") from None
         backend.no_truncation()
         backend.no_padding()
-        settings = {name: _json_object(folder / name) for name in (*_NAMING_FILES, *_NUMBERING_FILES)}
+        settings = {
+            name: read_json_object(folder / name) if (folder / name).is_file() else {}
+            for name in (*_NAMING_FILES, *_NUMBERING_FILES)
+        }
         named = _named_tokens(settings)
         # A named token is matched whole in a text even where tokenizer.json lists it as an ordinary one.
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -259,19 +264,6 @@ def _lossless(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int]
 
 
 SEAMS = {"separate": _separate, "joint": _joint, "lossless": _lossless}
-
-
-def _json_object(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a file, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}, not an object")
-    return values
 
 
 def _named_tokens(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
