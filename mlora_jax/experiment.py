@@ -24,7 +24,7 @@ from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, loa
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
-from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, prepare_choices
+from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
 from mlora_jax.train.grid import cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, compile_draws, stack_trees, trial_keys
@@ -250,8 +250,9 @@ class Experiment:
             pad_multiple=config.data.pad_multiple,
         )
         if data.task.metric == "choice":
-            requests = prepare_choices(rows, self.tokenizer, **shapes)
-            return ChoiceEvaluator(graphdef, base, profile, requests, chunk=config.train.loss_chunk)
+            seam = shapes.pop("seam")
+            scorer = Scorer(graphdef, base, profile, chunk=config.train.loss_chunk, **shapes)
+            return ChoiceEvaluator(scorer, rows, self.tokenizer, seam=seam)
         # As the harness does, a long prompt makes room for its answer.
         room = self.model.config.max_position_embeddings - config.evaluation.max_new_tokens
         shapes["max_length"] = min(config.data.max_length, room)

@@ -3,16 +3,18 @@
 from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.evaluate.generation import GenerationEvaluator, extract_answer, greedy_decode
 from mlora_jax.evaluate.likelihood import ChoiceEvaluator
-from mlora_jax.evaluate.requests import ChoiceRequests, prepare_choices
+from mlora_jax.evaluate.scoring import Prepared, Request, Scorer, Scores
 
 __all__ = [
     "ChoiceEvaluator",
-    "ChoiceRequests",
     "GenerationEvaluator",
+    "Prepared",
     "RankCurve",
+    "Request",
+    "Scorer",
+    "Scores",
     "accuracy_and_error",
     "extract_answer",
     "greedy_decode",
-    "prepare_choices",
     "rank_curve",
 ]

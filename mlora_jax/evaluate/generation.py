@@ -14,7 +14,8 @@ from flax import nnx
 from mlora_jax.adapt import set_profile
 from mlora_jax.data.tasks import Task
 from mlora_jax.data.tokenize import prompt_tokens
-from mlora_jax.evaluate.requests import even_batch_size, warn_of_not_finite
+from mlora_jax.evaluate.requests import warn_of_not_finite
+from mlora_jax.evaluate.scoring import even_batch_size
 from mlora_jax.models.tokenizer import Tokenizer
 
 NOT_FINITE = -2  # in place of a token where no logit is the largest

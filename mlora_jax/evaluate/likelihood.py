@@ -1,52 +1,47 @@
-"""Accuracy by label log-likelihood, for any adapter under any profile, in one executable per batch shape."""
+"""Accuracy by label log-likelihood, for any adapter under any profile."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from mlora_jax.adapt import set_profile
-from mlora_jax.evaluate.requests import ChoiceRequests
-from mlora_jax.train.objective import answer_log_likelihoods
+from mlora_jax.evaluate.requests import choice_items
+from mlora_jax.evaluate.scoring import Scorer
+from mlora_jax.models.tokenizer import Tokenizer
 
 
 class ChoiceEvaluator:
-    """Scores prepared requests: `evaluator(adapter, p)` gives one verdict per item.
+    """The likeliest choice compared with the right one: `evaluator(adapter, p)` gives one verdict per item.
 
     Args:
-      graphdef: of the adapted decoder in evaluation mode.
-      base: frozen tree.
-      profile: profile tree; its values are replaced by the p of each call.
-      requests: from `prepare_choices`.
-      chunk: answer positions with logits at one time.
+      scorer: of the adapted decoder.
+      rows: dicts with prompt (str), choices (list of str) and label (int).
+      tokenizer: of the model.
+      seam: how prompt and choice meet, see `Tokenizer.encode_pair`.
 
     Attributes:
-      compiled: the jitted function (base, adapter, p, batch) -> [B, A]; its cache size counts compilations.
-      truncated: items whose context was cut on the left to fit.
+      compiled: the scorer's jitted function; its cache size counts compilations.
+      truncated: items with a context that was cut on the left to fit.
+
+    Raises:
+      ValueError: rows that are no items, see `choice_items`; a choice that is longer than the context.
     """
 
-    def __init__(self, graphdef, base, profile, requests: ChoiceRequests, *, chunk: int = 1024):
-        @jax.jit
-        def log_likelihoods(base, adapter, p, batch):
-            return answer_log_likelihoods(graphdef, base, adapter, set_profile(profile, p), batch, chunk=chunk)
-
-        self.compiled = log_likelihoods
-        self._score = functools.partial(log_likelihoods, base)
-        self._requests = requests
-        self.truncated = requests.truncated
-        self._batches = [jax.device_put(batch) for batch in requests.batches]
+    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str):
+        self._scorer, self._items = scorer, choice_items(rows, tokenizer, seam=seam)
+        self._prepared = scorer.prepare(self._items.requests)
+        self.compiled = scorer.compiled
+        self.truncated = self._items.cut_items(scorer.max_length)
 
     def __call__(self, adapter, p) -> np.ndarray:
-        """Verdicts [items] bool of an adapter under the profile p [R]."""
-        # Fetched one by one: dozens of executions in flight can starve XLA's thread pool on a CPU of few cores.
-        return self._requests.verdicts([self.run_batch(number, adapter, p) for number in range(len(self))])
+        """Verdicts [items] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
+        return self._items.verdicts(self._scorer.score(self._prepared, adapter, p).log_likelihoods)
 
     def __len__(self) -> int:
         """The number of batches."""
-        return len(self._batches)
+        return len(self._prepared.batches)
 
-    def run_batch(self, number: int, adapter, p) -> np.ndarray:
-        """Log-likelihoods [B, A] of the tokens that one batch asks for."""
-        return np.asarray(self._score(adapter, p, self._batches[number]))
+    def run_batch(self, number: int, adapter, p) -> None:
+        """Computes one batch: to time it."""
+        self._scorer.run_batch(self._prepared.batches[number], adapter, p)

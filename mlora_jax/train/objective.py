@@ -64,18 +64,29 @@ def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: 
     return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), jax.lax.stop_gradient(profiles), *chunks)
 
 
-def answer_log_likelihoods(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int) -> jax.Array:
-    """Log-likelihood in nats of every answer token, [B, A]; arguments as `answer_loss`. Padding gets a value too."""
+def answer_scores(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int, layout=None) -> tuple:
+    """How likely every answer token is, and whether it is the likeliest; arguments as `answer_loss`.
+
+    Args:
+      layout: further arguments of `Decoder.hidden` for rows that hold several continuations of one context.
+
+    Returns:
+      Log-likelihoods in nats [B, A], and whether the target is the first of the largest logits [B, A] bool. Padding
+      gets values too.
+    """
     model = nnx.merge(graphdef, base, adapter, profile)
-    chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch), batch["targets"])]
+    chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch, **(layout or {})), batch["targets"])]
     graphdef, head, rest, profiles = _split_head(model, batch, chunk)
 
     def one(xs):
         profiles, hidden, targets = xs
-        return token_log_likelihood(nnx.merge(graphdef, head, rest, profiles).head(hidden), targets)
+        logits = nnx.merge(graphdef, head, rest, profiles).head(hidden)
+        return token_log_likelihood(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
-    values = jax.lax.map(one, (profiles, *chunks))
-    return values.reshape(-1)[: batch["targets"].size].reshape(batch["targets"].shape)
+    shape = batch["targets"].shape
+    return tuple(
+        values.reshape(-1)[: batch["targets"].size].reshape(shape) for values in jax.lax.map(one, (profiles, *chunks))
+    )
 
 
 def _split_head(model, batch: AnswerBatch, chunk: int) -> tuple:
@@ -99,8 +110,8 @@ def _split_head(model, batch: AnswerBatch, chunk: int) -> tuple:
     return graphdef, head, rest, jax.tree.map(gather, profiles)
 
 
-def _answer_states(model, batch: AnswerBatch) -> jax.Array:
-    hidden = model.hidden(batch["tokens"])  # [B, T, D]
+def _answer_states(model, batch: AnswerBatch, **layout) -> jax.Array:
+    hidden = model.hidden(batch["tokens"], **layout)  # [B, T, D]
     return jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)  # [B, A, D]
 
 

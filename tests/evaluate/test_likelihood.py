@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.core import RankHierarchy
-from mlora_jax.evaluate import ChoiceEvaluator, prepare_choices
+from mlora_jax.evaluate import ChoiceEvaluator, Scorer
+from mlora_jax.evaluate.requests import choice_items
 from mlora_jax.models import Tokenizer, load_decoder
 from tests.tiny import write_checkpoint
 
@@ -39,16 +39,10 @@ def adapted(checkpoint):
     return split(model)
 
 
-def prepare(tokenizer, **changes):
-    options = {"seam": "joint", "max_length": 128, "batch_size": 2, "pad_multiple": 8}
-    return prepare_choices(ROWS, tokenizer, **(options | changes))
-
-
-def scores(adapted, requests, p):
-    graphdef, base, adapter, profile = adapted
-    evaluator = ChoiceEvaluator(graphdef, base, profile, requests)
-    values = [np.asarray(evaluator.compiled(base, adapter, p, batch)) for batch in requests.batches]
-    return requests.choice_log_likelihoods(values), evaluator(adapter, p), evaluator
+def evaluator_of(adapted, tokenizer, rows=ROWS, **changes):
+    graphdef, base, _, profile = adapted
+    scorer = Scorer(graphdef, base, profile, **({"max_length": 128, "batch_size": 2, "pad_multiple": 8} | changes))
+    return ChoiceEvaluator(scorer, rows, tokenizer, seam="joint")
 
 
 def plain_scores(checkpoint, tokenizer, max_length):
@@ -66,75 +60,43 @@ def plain_scores(checkpoint, tokenizer, max_length):
 
 
 @pytest.mark.parametrize("max_length", [128, 12])
-def test_scores_equal_one_pass_per_choice(checkpoint, tokenizer, adapted, max_length):
-    requests = prepare(tokenizer, max_length=max_length)
+def test_verdicts_equal_one_pass_per_choice(checkpoint, tokenizer, adapted, max_length):
     expected = plain_scores(checkpoint, tokenizer, max_length)
-    found, verdicts, _ = scores(adapted, requests, jnp.zeros(6))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
     starts = np.cumsum([0, *(len(row["choices"]) for row in ROWS)])
-    best = [np.argmax(expected[i:j]) for i, j in itertools.pairwise(starts)]
-    np.testing.assert_array_equal(verdicts, np.array(best) == [row["label"] for row in ROWS])
-    assert (requests.truncated > 0) == (max_length == 12)
-
-
-def test_a_choice_that_begins_another_needs_no_row_of_its_own(tokenizer):
-    requests = prepare(tokenizer)
-    rows = sum(int(np.any(batch["tokens"], axis=1).sum()) for batch in requests.batches)
-    assert rows < sum(len(row["choices"]) for row in ROWS)
-    asked = sum(int(batch["weights"].sum()) for batch in requests.batches)
-    lengths = [len(tokenizer.encode_pair(r["prompt"], c, seam="joint")[1]) for r in ROWS for c in r["choices"]]
-    assert asked == sum(lengths)
-
-
-def test_one_executable_for_every_rank_and_read_out(tokenizer, adapted):
-    requests = prepare(tokenizer, pad_multiple=64)
-    _, base, adapter, profile = adapted
-    evaluator = ChoiceEvaluator(adapted[0], base, profile, requests)
-    batch = jax.device_put(requests.batches[0])
-    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
-    seen = set()
-    for scaling in ("none", "rank"):
-        hierarchy = RankHierarchy((1, 2, 4, 6), scaling)
-        for rank in range(7):
-            for readout in (hierarchy.prefix, hierarchy.nested, hierarchy.masked):
-                values = evaluator.compiled(base, adapter, readout(rank), batch)
-                seen.add(float(jnp.sum(values)))
-    assert evaluator.compiled._cache_size() == 1
-    assert len(seen) > 15
+    best = [int(np.argmax(expected[i:j])) for i, j in itertools.pairwise(starts)]
+    for shift in range(2):  # the labels as the model has them, and all of them wrong
+        rows = [row | {"label": (label + shift) % len(row["choices"])} for row, label in zip(ROWS, best, strict=True)]
+        evaluator = evaluator_of(adapted, tokenizer, rows, max_length=max_length)
+        np.testing.assert_array_equal(evaluator(adapted[2], jnp.zeros(6)), shift == 0)
+    assert (evaluator.truncated > 0) == (max_length == 12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_item_that_is_not_finite_is_wrong_and_told(tokenizer, value, caplog):
     """Whichever choice is the right one; the other items count as ever."""
     rows = [{"prompt": "x", "choices": [" a", " b"], "label": label} for label in (0, 1, 0, 1)]
-    requests = prepare_choices(rows, tokenizer, seam="joint", max_length=9, batch_size=4, pad_multiple=8)
-    (batch,), (owner,) = requests.batches, requests.owners
-    values = np.full(batch["targets"].shape, -1.0)
-    for row, column, flat in owner:
-        values[row, column] = {0: value, 2: value, 3: value, 4: -0.5, 7: -0.5}.get(flat, -1.0)
-    assert requests.verdicts([values]).tolist() == [False, False, True, True]
+    items = choice_items(rows, tokenizer, seam="joint")
+    values = np.array([value, -1.0, value, value, -0.5, -1.0, -1.0, -0.5])
+    assert items.verdicts(values).tolist() == [False, False, True, True]
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 4 items count as wrong: the model's logits for them are not finite"
     ]
     caplog.clear()
-    requests.verdicts([np.where(np.isfinite(values), values, -1.0)])
+    items.verdicts(np.where(np.isfinite(values), values, -1.0))
     assert not caplog.records
 
 
 def test_an_adapter_that_is_not_finite_scores_nothing(tokenizer, adapted, caplog):
-    graphdef, base, adapter, profile = adapted
-    evaluator = ChoiceEvaluator(graphdef, base, profile, prepare(tokenizer))
-    broken = jax.tree.map(lambda x: x * jnp.nan, adapter)
-    assert not evaluator(broken, jnp.ones(6)).any() and len(caplog.records) == 1
+    broken = jax.tree.map(lambda x: x * jnp.nan, adapted[2])
+    assert not evaluator_of(adapted, tokenizer)(broken, jnp.ones(6)).any() and len(caplog.records) == 1
     assert "3 of 3 items count as wrong" in caplog.text
 
 
-def test_unusable_rows(tokenizer):
+def test_unusable_rows(tokenizer, adapted):
     for row in ({"prompt": "x", "choices": [], "label": 0}, {"prompt": "x", "choices": [" a"], "label": 1}):
         with pytest.raises(ValueError, match=f"label {row['label']} for {len(row['choices'])} choices"):
-            prepare_choices([row], tokenizer, seam="joint", max_length=9, batch_size=2, pad_multiple=8)
+            choice_items([row], tokenizer, seam="joint")
     with pytest.raises(ValueError, match="row 0: prompt or choice '' has no tokens of its own"):
-        rows = [{"prompt": "x", "choices": ["", " a"], "label": 1}]
-        prepare_choices(rows, tokenizer, seam="joint", max_length=9, batch_size=2, pad_multiple=8)
+        choice_items([{"prompt": "x", "choices": ["", " a"], "label": 1}], tokenizer, seam="joint")
     with pytest.raises(ValueError, match="alone is longer than 2 tokens"):
-        prepare(tokenizer, max_length=2)
+        evaluator_of(adapted, tokenizer, max_length=2)

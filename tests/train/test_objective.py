@@ -11,7 +11,7 @@ from flax import nnx
 
 from mlora_jax.adapt import adapt, set_profile, split
 from mlora_jax.models import Decoder
-from mlora_jax.train.objective import answer_log_likelihoods, answer_loss
+from mlora_jax.train.objective import answer_loss, answer_scores
 from tests.tiny import tiny_config
 
 VOCABULARY = 331  # appears in no other shape
@@ -76,7 +76,7 @@ def test_a_profile_of_its_own_reaches_the_adapted_head_at_every_answer_position(
             ours = jax.jit(jax.value_and_grad(lambda a, loss=loss: loss(graphdef, base, a, profile)))(adapter)
             for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-10, atol=1e-12)
-            values = answer_log_likelihoods(graphdef, base, adapter, profile, batch, chunk=chunk)
+            values, _ = answer_scores(graphdef, base, adapter, profile, batch, chunk=chunk)
             np.testing.assert_allclose(-np.sum(values * batch["weights"]), plain[0], rtol=1e-10)
 
 
@@ -90,7 +90,7 @@ def test_a_profile_of_another_batch_is_refused_at_the_head():
 def test_log_likelihoods_sum_to_the_loss():
     graphdef, base, adapter, profile = make(tied=True)
     batch = make_batch()
-    values = jax.jit(lambda b: answer_log_likelihoods(graphdef, base, adapter, profile, b, chunk=5))(batch)
+    values = jax.jit(lambda b: answer_scores(graphdef, base, adapter, profile, b, chunk=5)[0])(batch)
     loss = jax.jit(lambda b: answer_loss(graphdef, base, adapter, profile, b, chunk=7))(batch)
     np.testing.assert_allclose(-np.sum(values * batch["weights"]), loss, rtol=1e-5)
 
