@@ -31,6 +31,7 @@ def test_trec_learns(shared, tmp_path, monkeypatch, request):
 def test_choice_configs(shared, tmp_path, monkeypatch, request, name):
     config = shortened(shared, tmp_path, monkeypatch, request, name)
     config.trials.seed = (42,)
+    config.evaluation.limit = 200
     results = train(config, tmp_path / "run")
     assert {result.trial.method for result in results.trials} == {"lora", "dylora", "matryoshka"}
     assert (tmp_path / "run/curves.png").is_file()
