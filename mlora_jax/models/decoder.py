@@ -297,18 +297,19 @@ class Decoder(nnx.Module):
         """The dtype of reductions and logits: float32, or float64 for a float64 model."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
-    def __call__(self, tokens: jax.Array, *, positions=None, segment_ids=None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, *, positions=None, segment_ids=None, shared=None) -> jax.Array:
         """Logits of the next token at every position.
 
         Args:
             tokens: int32 [B, T], right-padded if rows differ in length.
             positions: as in `hidden`.
             segment_ids: as in `hidden`.
+            shared: as in `hidden`.
 
         Returns:
             float32 [B, T, V] (float64 for a float64 model).
         """
-        return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+        return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, shared=shared))
 
     def hidden(self, tokens: jax.Array, *, positions=None, segment_ids=None, shared=None, cache: Cache | None = None):
         """Hidden states after the final norm.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlora_jax.models import decoder
 from mlora_jax.models.config import DecoderConfig, RopeScaling
 from mlora_jax.models.decoder import Decoder, RMSNorm, rope_frequencies, segment_positions
 from tests.oracles import numpy_decoder
@@ -215,6 +216,28 @@ def test_positions_reach_the_rotary_embedding():
     assert np.abs(stretched - plain).max() > 0.05
 
 
+def test_continuations_share_a_context():
+    """A row of a context and two continuations of it against one row for each."""
+    model, (tokens, _) = make(CONFIG), tokens_of(CONFIG, SHAPE)
+    segments = np.array([0] * 8 + [1] * 5 + [2] * 4 + [9] * 3)
+    positions = np.where(segments == 2, np.arange(20) - 5, np.arange(20))
+    options = {"segment_ids": segments, "positions": positions, "shared": np.array(8)}
+    found = logits_of(model, tokens[None], **{name: jnp.asarray(value)[None] for name, value in options.items()})[0]
+    for segment in (1, 2):
+        own = np.concatenate([tokens[:8], tokens[segments == segment], np.zeros(20, np.int32)])[:20]
+        expected = logits_of(model, own[None])[0]
+        count = (segments == segment).sum()
+        np.testing.assert_allclose(found[segments == segment], expected[8 : 8 + count], atol=1e-4)
+    np.testing.assert_allclose(found[:8], expected[:8], atol=1e-4)
+
+
+def test_a_shared_context_needs_segments_and_positions():
+    model, tokens = make(CONFIG), jnp.zeros((1, 4), jnp.int32)
+    for given in ({"segment_ids": tokens}, {"positions": tokens}):
+        with pytest.raises(ValueError, match="shared needs segment_ids and positions"):
+            model.hidden(tokens, shared=jnp.ones(1, jnp.int32), **given)
+
+
 def test_segments_and_a_cache_exclude_each_other():
     model = make(TIED)
     tokens = jnp.zeros((1, 4), jnp.int32)
@@ -414,3 +437,14 @@ def test_norm_of_bfloat16_is_the_exact_norm_rounded_once():
 def test_an_unknown_token_is_seen():
     logits = logits_of(make(TIED), np.array([[1, 2], [1, TIED.vocab_size]]))
     assert np.isfinite(logits[0]).all() and np.isnan(logits[1, 1]).all()
+
+
+def test_attention_in_parts_of_a_batch(monkeypatch):
+    """On a CPU the rows of a large batch are attended to a few at a time."""
+    model, tokens = make(CONFIG), tokens_of(CONFIG, (5, 20))
+    whole, parts = (jax.jit(lambda tokens: model(tokens)) for _ in range(2))
+    expected = whole(tokens)
+    monkeypatch.setattr(decoder, "_CACHED_SCORES", 2 * 6 * 20 * 20)
+    np.testing.assert_allclose(parts(tokens), expected, atol=1e-5)
+    loops = [function.lower(tokens).compile().as_text().count("while(") for function in (whole, parts)]
+    assert loops[0] < loops[1]
