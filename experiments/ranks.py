@@ -43,12 +43,13 @@ def integers(name: str, values: Sequence[str]) -> list[int]:
 def main() -> None:
     """Parses the command line, measures and writes the report."""
     try:
-        app.run(_write)
+        app.run(report)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def _write(arguments: Sequence[str]) -> None:
+def report(arguments: Sequence[str]) -> None:
+    """Measures, writes and prints, for the arguments that flags have left."""
     # absl prints every library's chatter as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
     if len(arguments) != 2:
@@ -61,7 +62,7 @@ def _write(arguments: Sequence[str]) -> None:
     if threads := stored_threads(run):
         # The last bits depend on how XLA divides its work; it reads this when it starts.
         os.environ.setdefault("NPROC", str(threads))
-    report = choose_ranks(
+    found = choose_ranks(
         run,
         TRIAL.value,
         readout=READOUT.value,
@@ -76,7 +77,7 @@ def _write(arguments: Sequence[str]) -> None:
         say=lambda text: print(text, flush=True),
     )
     out = OUT.value or run
-    print(f"\n{write_ranks(report, out).read_text(encoding='utf-8')}\nreport in {out}")
+    print(f"\n{write_ranks(found, out).read_text(encoding='utf-8')}\nreport in {out}")
 
 
 if __name__ == "__main__":
