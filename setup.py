@@ -52,6 +52,7 @@ setup(
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "scipy>=1.13",
     ],
     extras_require=EXTRAS,
 )

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mlora_jax.config import Trial, changed_keys
+from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.records import keep_records, read_json_lines
@@ -24,6 +24,7 @@ from mlora_jax.train.records import keep_records, read_json_lines
 logger = logging.getLogger(__name__)
 
 LEDGER, CONFIG, METRICS, CURVES = "batches.json", "config.json", "metrics.jsonl", "curves.jsonl"
+ADAPTERS = "adapters"
 SCHEMA = 1
 
 
@@ -59,6 +60,30 @@ def only_one_run(path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s): see to it that no other process runs in it", folder, error)
         yield
+
+
+def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
+    """A trained trial of a run: the run's config, the trial, and the folder of its adapter. Nothing is changed.
+
+    Args:
+      path: the folder of a run.
+      name: of the trial.
+
+    Raises:
+      FileNotFoundError: this is not the folder of a run, or the trial has no adapter yet.
+      ValueError: the run has no such trial; the message lists those it has.
+    """
+    path = pathlib.Path(path)
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is not the folder of a run: it has no {CONFIG}")
+    config = resolve(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    trials = {trial.name: trial for trial in expand_trials(config)}
+    if name not in trials:
+        raise ValueError(f"{path} has no trial {name!r}; its trials: {', '.join(trials)}")
+    folder = path / ADAPTERS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the trial {name} of {path} has no adapter yet: run it to its end first")
+    return config, trials[name], folder
 
 
 class RunFolder:
@@ -149,7 +174,7 @@ class RunFolder:
 
     def adapter(self, trial: Trial) -> pathlib.Path:
         """The folder of its adapter."""
-        return self.path / "adapters" / trial.name
+        return self.path / ADAPTERS / trial.name
 
     def drop_half_curves(self) -> None:
         """Drops curves of which not every rank was written."""

@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "experiment": BELOW_EVALUATE | {"evaluate"},
     "run_folder": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
+    "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
     "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder"},
-    "experiments": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "run"},
+    "experiments": BELOW_EVALUATE
+    | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "ranks", "run"},
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}

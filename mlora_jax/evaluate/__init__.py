@@ -1,20 +1,44 @@
-"""What an adapter is worth at every rank."""
+"""What an adapter is worth at every rank, and which ranks to deploy."""
 
-from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve
-from mlora_jax.evaluate.generation import GenerationEvaluator, extract_answer, greedy_decode
+from mlora_jax.evaluate.choice import (
+    Allocation,
+    AllocationRow,
+    adapter_parameters,
+    allocate_ranks,
+    allocation_curve,
+    layer_profiles,
+    smallest_rank,
+)
+from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve, read_out
+from mlora_jax.evaluate.exact_match import GenerationEvaluator, extract_answer
+from mlora_jax.evaluate.generation import Generator, StopStrings
 from mlora_jax.evaluate.likelihood import ChoiceEvaluator
 from mlora_jax.evaluate.scoring import Prepared, Request, Scorer, Scores
+from mlora_jax.evaluate.statistics import Comparison, Interval, bootstrap_aurac, compare
 
 __all__ = [
+    "Allocation",
+    "AllocationRow",
     "ChoiceEvaluator",
+    "Comparison",
     "GenerationEvaluator",
+    "Generator",
+    "Interval",
     "Prepared",
     "RankCurve",
     "Request",
     "Scorer",
     "Scores",
+    "StopStrings",
     "accuracy_and_error",
+    "adapter_parameters",
+    "allocate_ranks",
+    "allocation_curve",
+    "bootstrap_aurac",
+    "compare",
     "extract_answer",
-    "greedy_decode",
+    "layer_profiles",
     "rank_curve",
+    "read_out",
+    "smallest_rank",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +29,8 @@ class RankCurve:
       linear: AURAC over the rank.
       log2: AURAC over the binary logarithm of the rank.
       mean: plain mean of the accuracies.
+      verdicts: [ranks, items] bool, whether each item is right; None where only the accuracies are on record. It is no
+        part of a comparison of curves.
     """
 
     readout: str
@@ -39,6 +41,27 @@ class RankCurve:
     linear: float
     log2: float
     mean: float
+    verdicts: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, readout: str, ranks: Sequence[int], verdicts) -> RankCurve:
+        """The curve of per-item results.
+
+        Args:
+          readout: its name.
+          ranks: strictly increasing.
+          verdicts: [ranks, items], each 0 or 1; the items are the same ones in the same order at every rank.
+
+        Raises:
+          ValueError: results other than 0 and 1, another number of rows than of ranks, unusable ranks.
+
+        >>> RankCurve.of("prefix", (1, 2), [[0, 0, 1, 1], [0, 1, 1, 1]]).accuracies
+        (0.5, 0.75)
+        """
+        verdicts = check_verdicts(verdicts, ranks)
+        accuracies, errors = zip(*map(accuracy_and_error, verdicts), strict=True)
+        areas = dataclasses.asdict(summarize(accuracies, ranks))
+        return cls(readout, tuple(ranks), accuracies, errors, verdicts.shape[1], **areas, verdicts=verdicts)
 
 
 _squeezed = jax.jit(lambda adapter, profile: squeeze(adapter, profile)[0])
@@ -48,6 +71,50 @@ def accuracy_and_error(verdicts: np.ndarray) -> tuple[float, float]:
     """Mean of 0/1 verdicts [n] and the standard error of that mean (0 for one item)."""
     n, accuracy = len(verdicts), float(np.mean(verdicts))
     return accuracy, math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else 0.0
+
+
+def check_verdicts(verdicts, ranks: Sequence[int]) -> np.ndarray:
+    """Per-item results as [ranks, items] bool.
+
+    Raises:
+      ValueError: another number of rows than of ranks, no items, or a result that is neither 0 nor 1, such as NaN.
+    """
+    try:
+        values = np.asarray(verdicts)
+    except ValueError:  # rows of unequal length
+        raise ValueError(f"every rank needs the same items, got {[len(row) for row in verdicts]} of them") from None
+    if values.ndim != 2 or len(values) != len(ranks) or not values.size:
+        raise ValueError(
+            f"verdicts must be [ranks, items] with one row for each of the ranks {tuple(ranks)}, got {values.shape}"
+        )
+    if values.dtype != bool:
+        wrong = ~np.isin(values, (0, 1))
+        if np.any(wrong):
+            rank, item = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"verdicts must be 0 or 1, got {values[rank, item]!s} for item {item} at rank {ranks[rank]}"
+                f"{f', one of {np.sum(wrong)} such' if np.sum(wrong) > 1 else ''}"
+            )
+    return values.astype(bool)
+
+
+def read_out(
+    adapter, profile, hierarchy: RankHierarchy, readout: str, function: jax.Array | None = None
+) -> tuple[object, RankHierarchy, str]:
+    """What "squeeze" stands for: another adapter and hierarchy, read out by prefix; any other read-out is itself.
+
+    Args:
+      adapter, profile, hierarchy, readout, function: as `rank_curve`.
+
+    Returns:
+      (adapter, hierarchy, key of `READOUTS`).
+    """
+    if readout != "squeeze":
+        return adapter, hierarchy, readout
+    function = hierarchy.lora() if function is None else function
+    adapter = jax.block_until_ready(_squeezed(adapter, set_profile(profile, function)))
+    # The scale is in the factors now.
+    return adapter, RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank), "prefix"
 
 
 def rank_curve(
@@ -72,13 +139,6 @@ def rank_curve(
     Raises:
       ValueError: an unknown read-out.
     """
-    name = readout
-    if readout == "squeeze":
-        readout = "prefix"
-        function = hierarchy.lora() if function is None else function
-        adapter = jax.block_until_ready(_squeezed(adapter, set_profile(profile, function)))
-        hierarchy = RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank)  # the scale is in the factors now
-    verdicts = [evaluate(adapter, readout_profile(hierarchy, readout, rank)) for rank in hierarchy.ranks]
-    accuracies, errors = zip(*map(accuracy_and_error, verdicts), strict=True)
-    areas = dataclasses.asdict(summarize(accuracies, hierarchy.ranks))
-    return RankCurve(name, hierarchy.ranks, accuracies, errors, len(verdicts[0]), **areas)
+    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, function)
+    verdicts = [evaluate(adapter, readout_profile(hierarchy, name, rank)) for rank in hierarchy.ranks]
+    return RankCurve.of(readout, hierarchy.ranks, verdicts)
