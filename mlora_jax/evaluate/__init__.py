@@ -1,7 +1,8 @@
 """What an adapter is worth at every rank."""
 
 from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve
-from mlora_jax.evaluate.generation import GenerationEvaluator, extract_answer, greedy_decode
+from mlora_jax.evaluate.exact_match import GenerationEvaluator, extract_answer
+from mlora_jax.evaluate.generation import Generator, StopStrings
 from mlora_jax.evaluate.likelihood import ChoiceEvaluator
 from mlora_jax.evaluate.requests import ChoiceRequests, prepare_choices
 
@@ -9,10 +10,11 @@ __all__ = [
     "ChoiceEvaluator",
     "ChoiceRequests",
     "GenerationEvaluator",
+    "Generator",
     "RankCurve",
+    "StopStrings",
     "accuracy_and_error",
     "extract_answer",
-    "greedy_decode",
     "prepare_choices",
     "rank_curve",
 ]

@@ -47,6 +47,11 @@ class ChoiceEvaluator:
         """The number of batches."""
         return len(self._batches)
 
+    @property
+    def compilations(self) -> int:
+        """Executables so far."""
+        return self.compiled._cache_size()
+
     def run_batch(self, number: int, adapter, p) -> np.ndarray:
         """Log-likelihoods [B, A] of the tokens that one batch asks for."""
         return np.asarray(self._score(adapter, p, self._batches[number]))
