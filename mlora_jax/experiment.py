@@ -121,7 +121,7 @@ class Experiment:
         evaluators = [evaluator for each in every for evaluator in each.evaluators.values()]
         return {
             "train": sum(each.step.compilations for each in every),
-            "evaluation": sum(evaluator.compiled._cache_size() for evaluator in evaluators),
+            "evaluation": sum(evaluator.compilations for evaluator in evaluators),
         }
 
     def pipeline(self, trials: Sequence[Trial]) -> TrialsPipeline:

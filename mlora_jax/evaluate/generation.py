@@ -1,10 +1,10 @@
-"""Exact match of greedy answers: prefill and decode with a KV cache, for any adapter under any profile."""
+"""Generation with a static KV cache, for any adapter under any profile, in two executables per batch shape."""
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,183 +12,302 @@ import numpy as np
 from flax import nnx
 
 from mlora_jax.adapt import set_profile
-from mlora_jax.data.tasks import Task
-from mlora_jax.data.tokenize import prompt_tokens
-from mlora_jax.evaluate.requests import warn_of_not_finite
 from mlora_jax.evaluate.scoring import even_batch_size
+from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
 from mlora_jax.models.tokenizer import Tokenizer
 
-NOT_FINITE = -2  # in place of a token where no logit is the largest
+logger = logging.getLogger(__name__)
+
+STEPS = 16  # of decoding at most before the host looks for stop strings
 
 
-def greedy_decode(
-    model, tokens: jax.Array, lengths: jax.Array, *, max_new_tokens: int, stop: Sequence[int]
-) -> jax.Array:
-    """The likeliest next token, again and again.
+class PromptBatch(NamedTuple):
+    """Prompts of similar length as arrays of a fixed shape.
 
-    Args:
-      model: a `Decoder`.
-      tokens: [B, T] int32, right-padded prompts.
-      lengths: [B] int32, tokens in each prompt, at least 1.
-      max_new_tokens: N, how many tokens are made at most; decoding ends early when every row has stopped.
-      stop: token ids that end a row.
-
-    Returns:
-      [B, N] int32; -1 from a row's stop token on. Where a row's logits are not finite it has `NOT_FINITE` and then -1.
-      Traceable.
+    Attributes:
+      members: n <= B, which prompts the first rows are; the rows after them are padding.
+      tokens: [B, T] int32, right-padded.
+      lengths: [B] int32; 1 in padding.
     """
-    batch, length = tokens.shape
-    cache = model.init_cache(batch, length + max_new_tokens)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    hidden, cache = model.hidden(tokens, positions=positions, cache=cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
-    following = _likeliest(model.head(last[:, 0]))  # [B]
-    made = jnp.full((batch, max_new_tokens), -1, jnp.int32)
-    ends = jnp.asarray(list(stop), jnp.int32)
 
-    def going(carry):
-        step, _, _, done, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(done)
-
-    def advance(carry):
-        step, following, made, done, cache = carry
-        done |= jnp.any(following[:, None] == ends, axis=-1)
-        made = made.at[:, step].set(jnp.where(done, -1, following))
-        done |= following == NOT_FINITE
-        known = jnp.maximum(following, 0)[:, None]
-        hidden, cache = model.hidden(known, positions=(lengths + step)[:, None], cache=cache)
-        following = _likeliest(model.head(hidden[:, 0]))
-        return step + 1, following, made, done, cache
-
-    start = (jnp.zeros((), jnp.int32), following, made, jnp.zeros((batch,), bool), cache)
-    return jax.lax.while_loop(going, advance, start)[2]
+    members: list[int]
+    tokens: np.ndarray
+    lengths: np.ndarray
 
 
-def _likeliest(logits: jax.Array) -> jax.Array:
-    """The token [B] of the largest of the logits [B, V], or `NOT_FINITE`; the largest of NaN and others is NaN."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), likeliest, NOT_FINITE)
+class _Rows(NamedTuple):
+    """What every row of a batch goes by: all [B] int32."""
+
+    lengths: jax.Array  # of the prompt
+    limits: jax.Array  # tokens to make at most; 0 in padding
+    numbers: jax.Array  # of the request, for draws
 
 
-def extract_answer(text: str, pattern: str) -> str:
-    """The group of the first match of `pattern`, without commas and a final full stop; "" if nothing matches.
+class _State(NamedTuple):
+    """Between two steps."""
 
-    That is the harness's strict match of GSM8K. An empty pattern takes the whole text without surrounding space.
-
-    >>> extract_answer("so 1,000 in all.\\n#### 1,000", r"#### (-?[0-9.,]+)")
-    '1000'
-    """
-    if not pattern:
-        return text.strip()
-    found = re.search(pattern, text)
-    return found.group(1).replace(",", "").removesuffix(".") if found else ""
+    cache: Any  # holds the prompt and all but the newest token
+    newest: jax.Array  # [B] int32
+    made: jax.Array  # int32 scalar, tokens made by the rows that are not done
+    done: jax.Array  # [B] bool
 
 
-class GenerationEvaluator:
-    """Greedy answers compared with the right ones: `evaluator(adapter, p)` gives one verdict per item.
+class Generator:
+    """Answers prompts: `generator.generate(adapter, prompts, p, max_new_tokens=64)` gives their tokens.
+
+    Prompts are sorted by length and run in batches. A batch is prefilled by one compiled function and decoded by
+    another, in a KV cache of a fixed number of slots, until every row has stopped. Both compile once per shape of a
+    batch, whatever the number of adapters and ranks: a profile is data.
 
     Args:
       graphdef: of the adapted decoder in evaluation mode.
       base: frozen tree.
       profile: profile tree; its values are replaced by the p of each call.
-      rows: dicts with prompt and answer (str).
-      tokenizer: of the model.
-      seam: how prompt and answer meet, see `Tokenizer.encode_pair`.
-      task: says how the answer is found in a text (`answer_pattern`) and which strings end one (`stop`).
-      max_length: a longer prompt loses tokens on its left.
-      max_new_tokens: N.
+      max_length: of prompt and answer together, in tokens: the model's context. An answer ends where it is full.
       batch_size: the largest B; batches are cut evenly.
-      pad_multiple: prompt lengths are padded to a multiple of this.
-      stop: token ids that end an answer.
+      pad_multiple: the lengths of prompts and answers that there are slots for are multiples of this.
+      eos: token ids that end an answer.
 
     Attributes:
-      compiled: the jitted function (base, adapter, p, tokens, lengths) -> [B, N]; its cache size counts compilations.
-      truncated: items whose prompt was cut on the left to fit.
+      prefill, decode: the jitted functions; their cache sizes count compilations.
     """
 
     def __init__(
-        self,
-        graphdef,
-        base,
-        profile,
-        rows: Sequence[dict],
-        tokenizer: Tokenizer,
-        *,
-        seam: str,
-        task: Task,
-        max_length: int,
-        max_new_tokens: int,
-        batch_size: int,
-        pad_multiple: int,
-        stop: Sequence[int],
+        self, graphdef, base, profile, *, max_length: int, batch_size: int, pad_multiple: int, eos: Sequence[int]
     ):
-        @jax.jit
-        def decode(base, adapter, p, tokens, lengths):
-            model = nnx.merge(graphdef, base, adapter, set_profile(profile, p))
-            return greedy_decode(model, tokens, lengths, max_new_tokens=max_new_tokens, stop=stop)
+        ends = np.asarray(sorted(set(eos)), np.int32)
 
-        self.compiled = decode
-        self._decode = functools.partial(decode, base)
-        self._tokenizer, self._task = tokenizer, task
-        self._answers = [extract_answer(row["answer"], task.answer_pattern) for row in rows]
-        for number, (row, answer) in enumerate(zip(rows, self._answers, strict=True)):
-            if task.answer_pattern and not answer:
-                raise ValueError(
-                    f"answer {row['answer']!r} of row {number} has nothing that matches {task.answer_pattern}"
-                )
-        prompts = [
-            prompt_tokens(row, tokenizer, seam=seam, name=f"row {row.get('row', number)} to evaluate on")
-            for number, row in enumerate(rows)
-        ]
-        self.truncated = sum(len(prompt) > max_length for prompt in prompts)
-        self._batches = _prompt_batches([p[-max_length:] for p in prompts], batch_size, pad_multiple)
+        def choose(model, hidden, rows: _Rows, sampling, made, done):
+            """The next token [B] of hidden states [B, D], that token or -1 where the row is over, who is done."""
+            newest = next_tokens(model.head(hidden), sampling, rows.numbers, made)
+            over = done | jnp.any(newest[:, None] == ends, axis=-1)
+            shown = jnp.where(over, -1, newest)
+            return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
 
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._batches)
+        def prefill(slots, base, adapter, profile, tokens, rows, sampling):
+            model = nnx.merge(graphdef, base, adapter, profile)
+            batch, length = tokens.shape
+            # In a cache of the prompt's own length, so that attention does not run over the answer's empty slots.
+            hidden, cache = model.hidden(tokens, cache=model.init_cache(batch, length))
+            cache = jax.tree.map(
+                lambda x: jnp.pad(x, [(0, slots - length if axis == 2 else 0) for axis in range(x.ndim)]), cache
+            )
+            last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+            made = jnp.zeros((), jnp.int32)
+            newest, shown, done = choose(model, last, rows, sampling, made, rows.limits < 1)
+            return _State(cache, newest, made + 1, done), shown
 
-    def run_batch(self, number: int, adapter, p) -> np.ndarray:
-        """The greedy tokens [B, N] that answer one batch of prompts, as `greedy_decode` gives them."""
-        _, tokens, lengths = self._batches[number]
-        return np.asarray(self._decode(adapter, p, tokens, lengths))
+        def decode(base, adapter, profile, state, rows, sampling):
+            model = nnx.merge(graphdef, base, adapter, profile)
 
-    def texts(self, adapter, p) -> list[str]:
-        """The greedy answer to every prompt, up to the first stop string."""
-        return self._generate(adapter, p)[0]
+            def going(carry):
+                step, state, _ = carry
+                return (step < STEPS) & ~jnp.all(state.done)
 
-    def _generate(self, adapter, p) -> tuple[list[str], np.ndarray]:
-        """The texts, and whether all logits behind each were finite [items]."""
-        texts, finite = [""] * len(self._answers), np.ones(len(self._answers), bool)
-        for number, (members, _, _) in enumerate(self._batches):
-            made = self.run_batch(number, adapter, p)
-            for row, member in enumerate(members):
-                finite[member] = not np.any(made[row] == NOT_FINITE)
-                text = self._tokenizer.decode([int(t) for t in made[row] if t >= 0])
-                texts[member] = min((text.partition(end)[0] for end in self._task.stop), key=len, default=text)
-        return texts, finite
+            def advance(carry):
+                step, state, shown = carry
+                cache, newest, made, done = state
+                positions = (rows.lengths + made - 1)[:, None]
+                hidden, cache = model.hidden(jnp.maximum(newest, 0)[:, None], positions=positions, cache=cache)
+                newest, new, done = choose(model, hidden[:, 0], rows, sampling, made, done)
+                return step + 1, _State(cache, newest, made + 1, done), shown.at[:, step].set(new)
 
-    def __call__(self, adapter, p) -> np.ndarray:
-        """Verdicts [items] bool of an adapter under the profile p [R].
+            shown = jnp.full((len(state.done), STEPS), -1, jnp.int32)
+            _, state, shown = jax.lax.while_loop(going, advance, (jnp.zeros((), jnp.int32), state, shown))
+            return state, shown
 
-        An item with logits that are not finite is wrong, and a logged warning has the count of such items.
+        self.prefill = jax.jit(prefill, static_argnums=0)
+        self.decode = jax.jit(decode, donate_argnames="state")
+        self._base, self._profile = base, profile
+        self._max_length, self._batch_size, self._pad_multiple = max_length, batch_size, pad_multiple
+
+    @property
+    def compilations(self) -> int:
+        """Executables so far: of prefill and of decode, each one per shape of a batch."""
+        return self.prefill._cache_size() + self.decode._cache_size()
+
+    def generate(
+        self,
+        adapter,
+        prompts: Sequence[Sequence[int]],
+        p,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Callable[[list[int]], bool] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The tokens that answer each prompt, without the one that ended it.
+
+        Args:
+          adapter: tree of factors.
+          prompts: token ids, at least one and fewer than `max_length` each.
+          p: [R] for all prompts; [len(prompts), R] for a rank of its own each, which may mix in a batch; or a mapping
+            that `set_profile` takes, for all prompts.
+          max_new_tokens: N, tokens of an answer at most.
+          temperature: 0 takes the likeliest token.
+          top_p: see `Sampling`.
+          seed: of the draws.
+          stop: whether an answer so far ends. It is asked once for several tokens, so it has to stay true where it is
+            true, as "this string is in the text" does. An answer is cut after the first token that makes it true.
+          numbers: of the prompts, below 2 ** 31: what draws depend on besides the seed. None numbers them from 0.
+
+        Returns:
+          One list per prompt. An answer ends before logits that are not finite, and a logged warning counts those.
+
+        Raises:
+          ValueError: a prompt without tokens or without room for one more, a p of another shape, or options outside
+            their range.
         """
-        texts, finite = self._generate(adapter, p)
-        warn_of_not_finite(finite)
-        found = [extract_answer(text, self._task.answer_pattern) for text in texts]
-        return np.asarray([text == answer for text, answer in zip(found, self._answers, strict=True)], bool) & finite
+        if isinstance(p, Mapping):
+            each = None
+        else:
+            p = np.asarray(p)
+            each = p if p.ndim == 2 else None
+            if p.ndim not in (1, 2) or (each is not None and len(each) != len(prompts)):
+                raise ValueError(
+                    f"p must have shape [R], or [{len(prompts)}, R] for {len(prompts)} prompts, got {list(p.shape)}"
+                )
+        sampling = make_sampling(temperature, top_p, seed)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        answers: list[list[int]] = [[] for _ in prompts]
+        broken = 0
+        for batch in self.batches(prompts):
+            picked = [*batch.members, *batch.members[:1] * (len(batch.tokens) - len(batch.members))]
+            made = self.answer(
+                adapter,
+                batch,
+                p if each is None else each[picked],
+                per_example=each is not None,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop=stop,
+                numbers=[numbers[member] for member in picked],
+            )
+            for member, row in zip(batch.members, made, strict=False):
+                broken += int(np.any(row == NOT_FINITE))
+                answers[member] = row[row >= 0].tolist()
+        if broken:
+            logger.warning(
+                "%d of %d answers end early: the model's logits for them are not finite", broken, len(prompts)
+            )
+        return answers
+
+    def batches(self, prompts: Sequence[Sequence[int]]) -> list[PromptBatch]:
+        """Sorts prompts by length into batches of one size, each padded to a multiple of `pad_multiple`.
+
+        Raises:
+          ValueError: a prompt without tokens, or without room for one more in `max_length`.
+        """
+        for number, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self._max_length:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens: it must have at least one, and fewer than the "
+                    f"{self._max_length} that prompt and answer may have together"
+                )
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size = even_batch_size(len(order), self._batch_size)
+        batches = []
+        for start in range(0, len(order), size):
+            members = order[start : start + size]
+            tokens = np.zeros((size, self._padded(len(prompts[members[-1]]))), np.int32)
+            lengths = np.ones((size,), np.int32)
+            for row, member in enumerate(members):
+                tokens[row, : len(prompts[member])] = prompts[member]
+                lengths[row] = len(prompts[member])
+            batches.append(PromptBatch(members, tokens, lengths))
+        return batches
+
+    def answer(
+        self,
+        adapter,
+        batch: PromptBatch,
+        p,
+        *,
+        max_new_tokens: int,
+        per_example: bool = False,
+        sampling: Sampling | None = None,
+        stop: Callable[[list[int]], bool] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Answers one of the `batches`.
+
+        Args:
+          adapter: tree of factors.
+          batch: of prompts.
+          p: as `set_profile` takes it, with `per_example` for the B rows of the batch.
+          max_new_tokens: N.
+          per_example: whether the axes of p before R are those of the batch.
+          sampling: None for the likeliest tokens.
+          stop: as in `generate`.
+          numbers: [B], of the requests; None are the batch's rows.
+
+        Returns:
+          [B, N] int32; -1 from the token on that ended a row, and after the last. Where a row's logits are not finite
+          it has `NOT_FINITE` and then -1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        size, length = batch.tokens.shape
+        limits = np.minimum(max_new_tokens, self._max_length - batch.lengths)
+        limits[len(batch.members) :] = 0
+        numbers = range(size) if numbers is None else numbers
+        rows = _Rows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
+        slots = max(length, min(length + self._padded(max_new_tokens), self._padded(self._max_length)))
+        trees = self._base, adapter, set_profile(self._profile, p, per_example=per_example)
+        state, shown = self.prefill(slots, *trees, jnp.asarray(batch.tokens), rows, sampling)
+        made = np.full((size, max_new_tokens), -1, np.int32)
+        made[:, 0], start, at = shown, 0, 1
+        going = limits > 0
+        while True:
+            ended = np.array(state.done)
+            if stop is not None:
+                for row in np.flatnonzero(going):
+                    ended[row] |= _cut(made[row], start, stop)
+            going = ~ended
+            if not going.any():
+                return made
+            state, shown = self.decode(*trees, state._replace(done=jnp.asarray(ended)), rows, sampling)
+            start, at = at, min(at + STEPS, max_new_tokens)
+            made[:, start:at] = np.asarray(shown)[:, : at - start]
+
+    def _padded(self, length: int) -> int:
+        return -(-length // self._pad_multiple) * self._pad_multiple
 
 
-def _prompt_batches(prompts, batch_size: int, pad_multiple: int):
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = []
-    batch_size = even_batch_size(len(order), batch_size)
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
-        longest = max(len(prompts[i]) for i in members)
-        tokens = np.zeros((batch_size, -(-longest // pad_multiple) * pad_multiple), np.int32)
-        lengths = np.ones((batch_size,), np.int32)
-        for row, member in enumerate(members):
-            tokens[row, : len(prompts[member])] = prompts[member]
-            lengths[row] = len(prompts[member])
-        batches.append((members, tokens, lengths))
-    return batches
+def _cut(row: np.ndarray, start: int, stop: Callable[[list[int]], bool]) -> bool:
+    """Whether a row [N] stops; its tokens from `start` on are new, and those after the one that stops it become -1."""
+    tokens = row[row >= 0].tolist()
+    if len(tokens) <= start or not stop(tokens):
+        return False
+    kept = next(kept for kept in range(start + 1, len(tokens) + 1) if stop(tokens[:kept]))
+    row[kept:] = -1
+    return True
+
+
+class StopStrings:
+    """Strings that end an answer: the `stop` of `Generator.generate`, and the text before the first of them.
+
+    Args:
+      tokenizer: of the model.
+      strings: may be none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+        if "" in strings:
+            raise ValueError("a stop string must not be empty: every text would end before it begins")
+        self._tokenizer, self._strings = tokenizer, tuple(strings)
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Whether one of the strings is in the text of these tokens."""
+        if not self._strings:
+            return False
+        text = self._tokenizer.decode(tokens)
+        return any(string in text for string in self._strings)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of these tokens up to the first of the strings."""
+        text = self._tokenizer.decode(tokens)
+        return min((text.partition(string)[0] for string in self._strings), key=len, default=text)

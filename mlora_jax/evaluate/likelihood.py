@@ -42,6 +42,11 @@ class ChoiceEvaluator:
         """The number of batches."""
         return len(self._prepared.batches)
 
+    @property
+    def compilations(self) -> int:
+        """Executables so far."""
+        return self.compiled._cache_size()
+
     def run_batch(self, number: int, adapter, p) -> None:
         """Computes one batch: to time it."""
         self._scorer.run_batch(self._prepared.batches[number], adapter, p)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mlora_jax.adapt import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.core.product import path_names
 from mlora_jax.models.hugging_face import write_aside
@@ -73,18 +75,12 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
       FileNotFoundError: one of the two files is not there.
       ValueError: a damaged file; a tensor missing, unknown or of another shape than in the template.
     """
-    folder = pathlib.Path(folder)
-    for name in (TENSORS, DESCRIPTION):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no adapter: {name} is missing")
+    folder, record = pathlib.Path(folder), read_description(folder)
     try:
-        record = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         with safe_open(folder / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{folder / DESCRIPTION} has format {record.get('format')!r}; this version reads {FORMAT}")
     expected = dict(_named_leaves(template))
     unknown = sorted(set(tensors) - set(expected))
     for name, leaf in expected.items():
@@ -101,6 +97,63 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     )
     hierarchy = RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
     return adapter, hierarchy, record
+
+
+def read_description(folder) -> dict[str, Any]:
+    """The JSON values of an adapter that `save_adapter` wrote.
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: damaged JSON, or another version's.
+    """
+    folder = pathlib.Path(folder)
+    for name in (TENSORS, DESCRIPTION):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter: {name} is missing")
+    try:
+        record = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{folder / DESCRIPTION} has format {record.get('format')!r}; this version reads {FORMAT}")
+    return record
+
+
+class AdaptedModel(NamedTuple):
+    """A model in evaluation mode with an adapter from a folder.
+
+    Attributes:
+      graphdef, base, adapter, profile: of `mlora_jax.split`.
+      hierarchy: S, scaling, weights and R of the adapter.
+      description: further JSON values.
+    """
+
+    graphdef: Any
+    base: Any
+    adapter: Any
+    profile: Any
+    hierarchy: RankHierarchy
+    description: dict[str, Any]
+
+
+def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
+    """Adapts a model as an adapter's folder says, and reads the adapter.
+
+    Args:
+      folder: of the adapter; its description must have `targets`, as those of a run have.
+      model: the base model; left as it is.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_adapter`; no targets, or targets that the model does not have.
+    """
+    record = read_description(folder)
+    if not record.get("targets"):
+        raise ValueError(f"{pathlib.Path(folder) / DESCRIPTION} has no targets: it does not say which layers it adapts")
+    adapted = adapt(model, record["rank"], record["targets"], key=jax.random.key(0))
+    adapted.eval()
+    graphdef, base, template, profile = split(adapted)
+    adapter, hierarchy, description = load_adapter(folder, template)
+    return AdaptedModel(graphdef, base, adapter, profile, hierarchy, description)
 
 
 def _named_leaves(tree):

@@ -1,172 +1,286 @@
-"""Greedy answers against `transformers.generate`, at several ranks of one adapter."""
+"""Prefill and decode: greedy against `transformers.generate`, mixed ranks, draws, early stop and compilations."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from flax import nnx
 
 from mlora_jax.adapt import adapt, split
 from mlora_jax.core import RankHierarchy
-from mlora_jax.data.tasks import Style, Task
-from mlora_jax.evaluate import GenerationEvaluator, extract_answer
-from mlora_jax.evaluate.generation import NOT_FINITE, greedy_decode
+from mlora_jax.evaluate import Generator, StopStrings
+from mlora_jax.evaluate.generation import STEPS
+from mlora_jax.evaluate.sampling import NOT_FINITE
 from mlora_jax.models import Tokenizer, load_decoder
+from tests.data.conftest import write_tokenizer
+from tests.oracles.torch_generate import greedy
 from tests.tiny import write_checkpoint
 
-ROWS = [{"prompt": p, "answer": "7", "choices": [], "label": -1} for p in ("How far ?", "a", "Natalia sold 48/2 =")]
-NEW = 12
+PATHS = {"q_proj": "self_attn.q_proj", "v_proj": "self_attn.v_proj", "down_proj": "mlp.down_proj"}
+HIERARCHY = RankHierarchy((1, 2, 4, 6), "sqrt")
+RANKS = (0, 1, 4, 6)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def adapted(checkpoint):
-    model = adapt(load_decoder(checkpoint), 6, ("q_proj", "down_proj"), key=jax.random.key(0))
+def adapted(model, rank, targets, *, scale):
+    """Trees of a model with an adapter none of whose factors is zero."""
+    model = adapt(model, rank, targets, key=jax.random.key(0))
     model.eval()
     graphdef, base, adapter, profile = split(model)
-    keys = iter(jax.random.split(jax.random.key(1), 20))
-    adapter = jax.tree.map(lambda x: 0.4 * jax.random.normal(next(keys), x.shape), adapter)
-    return graphdef, base, adapter, profile
+    keys = iter(jax.random.split(jax.random.key(3), 20))
+    return graphdef, base, jax.tree.map(lambda x: scale * jax.random.normal(next(keys), x.shape), adapter), profile
 
 
-def evaluator(checkpoint, adapted, *, stop=(2,), task=None, rows=ROWS, **changes):
-    graphdef, base, _, profile = adapted
-    task = task or Task(name="own", styles={"default": Style(prompt="")}, metric="exact_match")
-    options = {"max_length": 64, "max_new_tokens": NEW, "batch_size": 2, "pad_multiple": 8} | changes
-    tokenizer = Tokenizer.load(checkpoint)
-    return GenerationEvaluator(
-        graphdef, base, profile, rows, tokenizer, seam="separate", task=task, stop=stop, **options
+def generator(trees, **changes):
+    graphdef, base, _, profile = trees
+    options = {"max_length": 128, "batch_size": 4, "pad_multiple": 8, "eos": ()} | changes
+    return Generator(graphdef, base, profile, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The output head is adapted too: it sees hidden states without a time axis."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
+    return adapted(load_decoder(folder), 6, ("q_proj", "down_proj", "lm_head"), scale=0.4)
+
+
+def prompts_of(*lengths):
+    draw = np.random.default_rng(1)
+    return [draw.integers(3, 330, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "scale"),
+    [("stories-260k", "", 0.12), ("tinystories-656k", "<|start_story|>", 0.12), ("stories-3m", "", 0.04)],
+)
+def test_greedy_answers_of_real_checkpoints_equal_those_of_transformers(shared, name, begin, scale):
+    """Token for token; these prompts leave no step at which the two largest logits are a rounding error apart."""
+    folder = shared / "models" / name
+    tokenizer = Tokenizer.load(folder)
+    texts = (
+        "Tom and his mom went to the park. Tom saw a big red ball,",
+        "One day a cat",
+        "Once upon a time, there was",
     )
+    prompts = [tokenizer.encode(begin + text, bos=True) for text in texts]
+    trees = adapted(load_decoder(folder, dtype=jnp.float32), 6, tuple(PATHS), scale=scale)
+    factors = {}
+    for module, path in PATHS.items():
+        pair = trees[2]["layers"][path.split(".")[0]][module]
+        factors[path] = np.asarray(pair["a"][...]), np.asarray(pair["b"][...])
+    ranks = (0, 2, 6)
+    mixed = generator(trees, max_length=512, batch_size=9, pad_multiple=32, eos=(2,)).generate(
+        trees[2], prompts * len(ranks), [HIERARCHY.prefix(r) for r in ranks for _ in prompts], max_new_tokens=20
+    )
+    theirs = []
+    for rank in ranks:
+        p = [rank**-0.5 if i < rank else 0.0 for i in range(6)]
+        answers, gaps = greedy(folder, factors, p, prompts, max_new_tokens=20, eos=[2])
+        assert min(gaps) > 1e-3
+        theirs += answers
+    assert mixed == theirs
+    assert len({tuple(answer) for answer in mixed}) > len(prompts)  # ranks differ
 
 
-def transformers_texts(checkpoint, adapter, p, stop):
-    """A diag(p) B added to the weights in PyTorch, one prompt at a time."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
-    for block, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
-        pair = adapter["layers"][block][name]
-        for index, layer in enumerate(model.model.layers):
-            delta = np.asarray(pair["a"][index]) * np.asarray(p) @ np.asarray(pair["b"][index])
-            with torch.no_grad():
-                getattr(getattr(layer, block), name).weight += torch.tensor(delta.T)
-    texts = []
-    for row in ROWS:
-        ids = tokenizer.encode(row["prompt"], bos=True)
-        made = model.generate(
-            torch.tensor([ids]),
-            do_sample=False,
-            max_new_tokens=NEW,
-            eos_token_id=list(stop),
-            pad_token_id=0,
-            bos_token_id=1,
-            attention_mask=torch.ones(1, len(ids)),
-        )[0, len(ids) :].tolist()
-        texts.append(tokenizer.decode(made[:-1] if made[-1] in stop else made))
-    return texts
+def test_ranks_mixed_in_a_batch_are_as_one_rank_at_a_time(tiny):
+    prompts = prompts_of(3, 9, 5)
+    run = generator(tiny, batch_size=5)
+    alone = {rank: run.generate(tiny[2], prompts, HIERARCHY.prefix(rank), max_new_tokens=9) for rank in RANKS}
+    asked = [(i, rank) for rank in RANKS for i in range(3)]
+    mixed = run.generate(
+        tiny[2], [prompts[i] for i, _ in asked], [HIERARCHY.prefix(r) for _, r in asked], max_new_tokens=9
+    )
+    assert mixed == [alone[rank][i] for i, rank in asked]
+    assert len({tuple(answer) for answer in mixed}) > len(asked) - 2
+    by_pattern = run.generate(tiny[2], prompts, {".*": HIERARCHY.prefix(4)}, max_new_tokens=9)
+    assert by_pattern == alone[4]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 4, 6])
-def test_greedy_answers_equal_those_of_transformers(checkpoint, adapted, rank):
-    p = RankHierarchy((1, 2, 4, 6)).prefix(rank)
-    ours = evaluator(checkpoint, adapted).texts(adapted[2], p)
-    assert ours == transformers_texts(checkpoint, adapted[2], p, (2,))
-    assert len(set(ours)) > 1
+def test_two_executables_per_bucket_whatever_ranks_adapters_and_answers(tiny):
+    prompts = prompts_of(2, 8, 9, 14)
+    run = generator(tiny, batch_size=2)
+    answers = {}
+    for rank in RANKS:
+        answers[rank] = run.generate(tiny[2], prompts, HIERARCHY.prefix(rank), max_new_tokens=20)
+    run.generate(jax.tree.map(lambda x: -x, tiny[2]), prompts, HIERARCHY.prefix(2), max_new_tokens=23)
+    assert [batch.tokens.shape for batch in run.batches(prompts)] == [(2, 8), (2, 16)]
+    assert (run.prefill._cache_size(), run.decode._cache_size(), run.compilations) == (2, 2, 4)
+    wide = generator(tiny, pad_multiple=32)
+    assert wide.generate(tiny[2], prompts, HIERARCHY.prefix(4), max_new_tokens=20) == answers[4]
+    assert wide.compilations == 2 and all(len(answer) == 20 for answer in answers[4])
 
 
-def test_stop_tokens_end_a_row(checkpoint, adapted):
-    p = jnp.zeros(6)
-    _, base, adapter, _ = adapted
-    free = evaluator(checkpoint, adapted)
-    _, tokens, lengths = free._batches[0]
-    made = np.asarray(free.compiled(base, adapter, p, tokens, lengths))
-    stop = int(made[0, 3])
-    first = int(np.flatnonzero(made[0] == stop)[0])
-    again = np.asarray(evaluator(checkpoint, adapted, stop=(2, stop)).compiled(base, adapter, p, tokens, lengths))
-    assert np.all(again[0, :first] == made[0, :first]) and np.all(again[0, first:] == -1)
+def test_more_tokens_than_one_call_of_decode_makes_are_those_of_whole_runs(tiny):
+    """Every token is the likeliest after all tokens before it, run without a cache."""
+    graphdef, base, adapter, profile = tiny
+    (prompt,) = prompts_of(5)
+    (made,) = generator(tiny).generate(adapter, [prompt], jnp.ones(6), max_new_tokens=2 * STEPS + 5)
+    assert len(made) == 2 * STEPS + 5
+    logits = nnx.merge(graphdef, base, adapter, profile)(jnp.array([prompt + made[:-1]]))[0, len(prompt) - 1 :]
+    assert np.argmax(logits, -1).tolist() == made
 
 
-def test_stop_strings_end_a_text(checkpoint, adapted):
-    whole = evaluator(checkpoint, adapted).texts(adapted[2], jnp.zeros(6))
-    ends = whole[0][2:4]
-    task = Task(name="own", styles={"default": Style(prompt="")}, metric="exact_match", stop=(ends, "never"))
-    cut = evaluator(checkpoint, adapted, task=task).texts(adapted[2], jnp.zeros(6))
-    assert cut[0] == whole[0].partition(ends)[0] and len(cut[0]) < len(whole[0])
+class Recorded:
+    """A jitted function that counts its calls and keeps the state of the last one."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        state, shown = self.function(*arguments)
+        self.made = int(state.made)
+        return state, shown
 
 
-def test_one_executable_for_every_rank_and_verdicts_of_its_own_answers(checkpoint, adapted):
-    hierarchy = RankHierarchy((1, 2, 4, 6))
-    texts = evaluator(checkpoint, adapted).texts(adapted[2], hierarchy.prefix(4))
-    rows = [row | {"answer": text if i else f"{text}x"} for i, (row, text) in enumerate(zip(ROWS, texts, strict=True))]
-    scorer = evaluator(checkpoint, adapted, rows=rows, pad_multiple=64)
-    verdicts = {rank: scorer(adapted[2], hierarchy.prefix(rank)).tolist() for rank in (0, 1, 2, 4, 6)}
-    assert verdicts[4] == [False, True, True]
-    assert any(verdicts[rank] != verdicts[4] for rank in verdicts)
-    assert scorer.compiled._cache_size() == 1
+def test_decoding_ends_early_when_every_row_is_done(tiny):
+    prompts = prompts_of(4, 6, 5)
+    free = generator(tiny).generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=60)
+    ends = {answer[at] for answer, at in zip(free, (3, 1, 6), strict=True)}
+    lengths = [next(i for i, token in enumerate(answer) if token in ends) for answer in free]
+    run = generator(tiny, eos=sorted(ends))
+    run.decode = Recorded(run.decode)
+    answers = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=60)
+    assert answers == [answer[:length] for answer, length in zip(free, lengths, strict=True)]
+    assert run.decode.calls == 1 and run.decode.made == max(lengths) + 1 < STEPS
+    run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=1)
+    assert run.decode.calls == 1  # the first token is prefill's
+    # All but the longest stop at once, and the callback stops that one after its last allowed token.
+    asked = []
+    run = generator(tiny)
+    run.decode = Recorded(run.decode)
+    cut = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=60, stop=lambda made: asked.append(made) or True)
+    assert cut == [answer[:1] for answer in free] and run.decode.calls == 0 and asked
 
 
-class Countdown:
-    """A decoder whose every token is one less than the one before; token 0 has no finite logits."""
+@pytest.mark.parametrize("length", [1, 2, STEPS, STEPS + 1, STEPS + 2, 30])
+def test_a_stop_cuts_after_the_token_that_makes_it_true(tiny, length):
+    prompts = prompts_of(4, 6)
+    run = generator(tiny)
+    free = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=40)
+    run.decode = Recorded(run.decode)
+    cut = run.generate(
+        tiny[2], prompts, jnp.ones(6), max_new_tokens=40, stop=lambda made: made[:length] == free[1][:length]
+    )
+    assert cut == [free[0], free[1][:length]] and free[0][0] != free[1][0]
+    both = run.generate(tiny[2], prompts[1:] * 2, jnp.ones(6), max_new_tokens=40, stop=lambda made: len(made) >= length)
+    assert both == [free[1][:length]] * 2
+
+
+def test_an_answer_ends_where_the_context_is_full(tiny):
+    prompts = prompts_of(27, 20, 31)
+    free = generator(tiny).generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=20)
+    short = generator(tiny, max_length=32).generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=20)
+    assert short == [free[0][:5], free[1][:12], free[2][:1]]
+
+
+class Table(nnx.Module):
+    """A decoder whose logits are a table's row for the token before; `unused` is there to be adapted."""
+
+    def __init__(self, table):
+        self.table, self.unused = nnx.Param(jnp.asarray(table)), nnx.Linear(1, 1, rngs=nnx.Rngs(0))
 
     def init_cache(self, batch, length):
         return ()
 
-    def hidden(self, tokens, *, positions, cache):
-        return tokens[..., None].astype(float), cache
+    def hidden(self, tokens, *, positions=None, cache=None):
+        return tokens[..., None], cache
 
     def head(self, hidden):
-        logits = -jnp.square(jnp.arange(8.0) - hidden + 1)
-        return jnp.where(hidden == 0, jnp.nan, logits)
+        return self.table[...][hidden[..., 0]]
 
 
-def test_logits_that_are_not_finite_end_a_row_and_are_marked():
-    tokens, lengths = jnp.array([[7, 2, 0], [7, 7, 7], [0, 0, 0]]), jnp.array([2, 3, 1])
-    made = greedy_decode(Countdown(), tokens, lengths, max_new_tokens=5, stop=(4,))
-    assert made.tolist() == [[1, 0, NOT_FINITE, -1, -1], [6, 5, -1, -1, -1], [NOT_FINITE, -1, -1, -1, -1]]
+def test_draws_of_two_steps_are_independent_and_follow_the_models_probabilities():
+    table = np.array([[0.0, 1.0, -1.0], [0.5, -0.5, 0.2], [-1.0, 0.0, 2.0]], np.float32)
+    trees = adapted(Table(table), 1, ("unused",), scale=0.1)
+    many = 8000
+    run = generator(trees, batch_size=many)
+    answers = run.generate(trees[2], [[0]] * many, jnp.ones(1), max_new_tokens=3, temperature=1.0, seed=5)
+    found = np.zeros((3, 3, 3))
+    np.add.at(found, tuple(np.array(answers).T), 1 / many)
+    chance = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
+    for path in itertools.product(range(3), repeat=3):
+        expected = np.prod([chance[a, b] for a, b in itertools.pairwise((0, *path))])
+        assert abs(found[path] - expected) < 4 * np.sqrt(expected / many)
 
 
-def test_an_item_that_is_not_finite_is_wrong_and_told(checkpoint, adapted, caplog):
-    """Even where the right answer is no text at all."""
-    task = Task(name="own", styles={"default": Style(prompt="")}, metric="exact_match")
-    rows = [row | {"answer": " "} for row in ROWS]
-    scorer = evaluator(checkpoint, adapted, task=task, rows=rows)
-    broken = jax.tree.map(lambda x: x * jnp.nan, adapted[2])
-    assert scorer.texts(broken, jnp.ones(6)) == ["", "", ""] and not caplog.records
-    assert not scorer(broken, jnp.ones(6)).any()
+def test_a_draw_does_not_depend_on_its_batch(tiny):
+    prompts = prompts_of(5, 12, 3, 16, 9)
+    options = dict(max_new_tokens=10, temperature=1.5, top_p=0.9)
+    run, one = generator(tiny, batch_size=5, pad_multiple=16), generator(tiny, batch_size=1, pad_multiple=16)
+    whole = run.generate(tiny[2], prompts, HIERARCHY.prefix(4), seed=1, **options)
+    assert one.generate(tiny[2], prompts, HIERARCHY.prefix(4), seed=1, **options) == whole
+    some = one.generate(tiny[2], [prompts[3], prompts[1]], HIERARCHY.prefix(4), seed=1, numbers=[3, 1], **options)
+    assert some == [whole[3], whole[1]]
+    assert one.generate(tiny[2], prompts, HIERARCHY.prefix(4), seed=2, **options) != whole
+    twice = one.generate(tiny[2], prompts[:1] * 2, HIERARCHY.prefix(4), seed=1, **options)
+    assert twice[0] == whole[0] != twice[1]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-5}, {"temperature": 1.5, "top_p": 1e-6}])
+def test_cold_draws_are_greedy(tiny, options):
+    prompts = prompts_of(5, 12, 3)
+    run = generator(tiny)
+    plain = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=12)
+    assert run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=12, seed=4, **options) == plain
+    warm = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=12, seed=4, temperature=1.5)
+    assert warm != plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_logits_that_are_not_finite_end_an_answer_and_are_told(temperature, caplog):
+    """Every token is one less than the one before; after 0 there are no finite logits."""
+    table = -np.square(np.arange(8.0) - np.arange(8.0)[:, None] + 1)
+    table[0] = np.nan
+    trees = adapted(Table(table.astype(np.float32)), 1, ("unused",), scale=0.1)
+    run = generator(trees, eos=(4,), batch_size=3)
+    prompts = [[7, 2], [7, 7, 7], [0]]
+    options = dict(max_new_tokens=5, temperature=temperature)
+    assert run.generate(trees[2], prompts, jnp.ones(1), **options) == [[1, 0], [6, 5], []]
     assert [record.getMessage() for record in caplog.records] == [
-        "3 of 3 items count as wrong: the model's logits for them are not finite"
+        "2 of 3 answers end early: the model's logits for them are not finite"
     ]
-    scorer(adapted[2], jnp.ones(6))
-    assert len(caplog.records) == 1
+    (batch,) = run.batches(prompts)
+    made = run.answer(trees[2], batch, jnp.ones(1), max_new_tokens=5)
+    assert batch.members == [2, 0, 1]
+    assert made.tolist() == [[NOT_FINITE, -1, -1, -1, -1], [1, 0, NOT_FINITE, -1, -1], [6, 5, -1, -1, -1]]
+    caplog.clear()
+    stopped = run.generate(trees[2], prompts[:1], jnp.ones(1), stop=lambda made: 0 in made, **options)
+    assert stopped == [[1, 0]] and not caplog.records  # it had ended before
 
 
-def test_a_long_prompt_loses_its_left(checkpoint, adapted):
-    assert evaluator(checkpoint, adapted).truncated == 0
-    assert evaluator(checkpoint, adapted, max_length=4).truncated == 2
+def test_stop_strings(tmp_path):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, bos=True))
+    ids = tokenizer.encode("How far is it from Denver", bos=False)
+    ends = StopStrings(tokenizer, ("far is", "it", "never"))
+    cuts = [ends(ids[:count]) for count in range(len(ids) + 1)]
+    assert cuts == sorted(cuts) and not cuts[0] and cuts[-1]
+    assert ends.text(ids) == "How " and StopStrings(tokenizer, ("nowhere",)).text(ids) == "How far is it from Denver"
+    assert not StopStrings(tokenizer, ())(ids) and StopStrings(tokenizer, ()).text(ids) == tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="a stop string must not be empty"):
+        StopStrings(tokenizer, ("x", ""))
 
 
 @pytest.mark.parametrize(
-    ("text", "pattern", "expected"),
+    ("changes", "message"),
     [
-        ("#### 72", r"#### (\-?[0-9\.\,]+)", "72"),
-        ("so\n#### 1,200.\n", r"#### (\-?[0-9\.\,]+)", "1200"),
-        ("#### -3 then #### 4", r"#### (\-?[0-9\.\,]+)", "-3"),
-        ("no number", r"#### (\-?[0-9\.\,]+)", ""),
-        ("  the whole text \n", "", "the whole text"),
+        ({"prompts": [[3], []]}, "prompt 1 has 0 tokens"),
+        ({"prompts": [[3] * 128]}, "prompt 0 has 128 tokens: it must have .* fewer than the 128"),
+        ({"p": np.ones((3, 6))}, r"p must have shape \[R\], or \[2, R\] for 2 prompts, got \[3, 6\]"),
+        ({"p": np.ones((2, 1, 6))}, r"got \[2, 1, 6\]"),
+        ({"p": np.ones((2, 5))}, "must end in R = 6"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be finite"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0"),
     ],
 )
-def test_extract_answer(text, pattern, expected):
-    assert extract_answer(text, pattern) == expected
+def test_bad_input(tiny, changes, message):
+    given = {"prompts": [[3], [4, 5]], "p": np.ones(6), "max_new_tokens": 2} | changes
+    prompts, p = given.pop("prompts"), given.pop("p")
+    with pytest.raises(ValueError, match=message):
+        generator(tiny).generate(tiny[2], prompts, p, **given)
 
 
-def test_no_answer_found_is_no_match(checkpoint, adapted):
-    """Neither text has a number, which must not count as agreement."""
-    task = Task(name="own", styles={"default": Style(prompt="")}, metric="exact_match", answer_pattern=r"#### ([0-9]+)")
-    rows = [row | {"answer": "#### 7"} for row in ROWS]
-    scorer = evaluator(checkpoint, adapted, task=task, rows=rows)
-    assert not scorer(adapted[2], jnp.zeros(6)).any()
-    with pytest.raises(ValueError, match=r"answer '7' of row 0 has nothing that matches"):
-        evaluator(checkpoint, adapted, task=task)
+def test_no_prompts_no_answers(tiny):
+    assert generator(tiny).generate(tiny[2], [], np.ones(6), max_new_tokens=2) == []

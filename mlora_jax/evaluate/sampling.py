@@ -1,0 +1,90 @@
+"""The next token from logits: the likeliest, or a draw that depends on its request and step alone."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NOT_FINITE = -2  # in place of a token where no logit is the largest
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn, as data: another temperature is no other executable.
+
+    Attributes:
+      key: a `jax.random.key`.
+      temperature: scalar above 0 that divides the logits.
+      top_p: scalar in (0, 1]: a token is drawn from the likeliest ones that together have this probability.
+    """
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+
+
+def make_sampling(temperature: float, top_p: float, seed: int) -> Sampling | None:
+    """Checks the options of a draw.
+
+    Returns:
+      None for a temperature of 0, which is greedy.
+
+    Raises:
+      ValueError: a temperature that is negative or not finite, or a top_p outside (0, 1].
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0 (greedy), got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not temperature:
+        return None
+    return Sampling(jax.random.key(seed), jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32))
+
+
+def next_tokens(logits: jax.Array, sampling: Sampling | None, numbers: jax.Array, step: jax.Array) -> jax.Array:
+    """One token for every row.
+
+        token ~ softmax(logits / temperature), cut to the nucleus;  key = fold_in(fold_in(key, number), step)
+
+    Args:
+      logits: [B, V], float32 at least.
+      sampling: None takes the likeliest token, the first of several.
+      numbers: [B] int32, of the requests. A row's draw depends on its own logits, number and step only.
+      step: int32 scalar, tokens made before this one.
+
+    Returns:
+      [B] int32; `NOT_FINITE` where the largest logit is infinite or NaN (the largest of NaN and others is NaN).
+
+    Source: top-p is the nucleus of Holtzman et al. (arXiv 1904.09751), after the temperature as in transformers.
+
+    >>> next_tokens(jnp.array([[0.0, 2.0, 1.0]]), None, jnp.array([0]), 0).tolist()
+    [1]
+    """
+    largest = jnp.max(logits, axis=-1)
+    if sampling is None:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        # With the largest at 0 no temperature, however small, makes infinities of different signs.
+        cold = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
+        scaled = (logits - largest[:, None]) / cold
+        scaled = jax.lax.cond(sampling.top_p < 1, nucleus, lambda scaled, _: scaled, scaled, sampling.top_p)
+        keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(sampling.key, number), step))(numbers)
+        tokens = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(jnp.isfinite(largest), tokens.astype(jnp.int32), NOT_FINITE)
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [..., V] with -inf in place of every token outside the smallest likeliest set of probability `top_p`.
+
+    The likeliest token is always in it, and so are tokens exactly as likely as the last of the set.
+
+    >>> nucleus(jnp.log(jnp.array([0.5, 0.125, 0.25, 0.125])), 0.6).tolist()[1]
+    -inf
+    """
+    falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    shares = jax.nn.softmax(falling, axis=-1)
+    inside = jnp.cumsum(shares, axis=-1) - shares < top_p  # what is likelier falls short of top_p
+    least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
