@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from mlora_jax.adapt import set_profile
-from mlora_jax.evaluate.scoring import even_batch_size
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
+from mlora_jax.evaluate.scoring import even_batch_size
 from mlora_jax.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
