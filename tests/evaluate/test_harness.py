@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import lm_eval.utils
 import numpy as np
 import pytest
 import torch
@@ -212,7 +213,7 @@ def test_sampling_is_reproducible_and_what_is_unknown_is_refused(lm):
     def sample(seed=0, **options):
         lm.seed = seed
         options = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 12} | options
-        return lm.generate_until(instances("generate_until", [("Who", options), ("Where", options)]))
+        return lm.generate_until(instances("generate_until", [(text, options) for text in ("Who", "Where", "When")]))
 
     assert sample() == sample() != sample(seed=1)
     assert sample(top_p=1e-6) == sample(do_sample=False, temperature=0.0)
@@ -222,7 +223,7 @@ def test_sampling_is_reproducible_and_what_is_unknown_is_refused(lm):
         sample(max_gen_toks=128)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_from_files_equals_the_folded_checkpoint(folder, adapters, raw, tasks, tmp_path, rank):
     text = f"checkpoint={folder},adapter={adapters[0]},rank={rank},readout=prefix,max_length=128,batch_size=8"
     ours = get_model("mlora_jax").create_from_arg_string(text, {"batch_size": 1, "max_batch_size": None})
@@ -291,12 +292,14 @@ def test_all_variants_in_one_pass_equal_one_after_the_other(lm, variants, tasks,
     assert lm.scorer.compiled._cache_size() == compiled
     texts = {name: json.dumps([s["resps"] for s in r["samples"]["gsm8k"]]) for name, r in everything.items()}
     assert len(set(texts.values())) == len(texts)
+    # What is kept between the variants is not kept any longer.
     assert "build_all_requests" not in vars(tasks["tasks"]["arc_challenge"])
+    assert "from_string" not in vars(lm_eval.utils.env)
 
 
 def test_repeated_draws_differ_and_are_each_variants_own(lm, variants):
     answers = AnswersFromMemory(lm, variants)
-    request = instances("generate_until", [("Who", {"do_sample": True, "temperature": 3.0, "max_gen_toks": 12})])
+    request = instances("generate_until", [("Who", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 12})])
     drawn = {}
     for name in variants:
         answers.answering = name
