@@ -32,7 +32,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mlora_jax", "mlora_jax.*", "experiments", "configs"]),
     include_package_data=True,
-    package_data={"mlora_jax": ["assets/**/*", "data/builders/**/*"]},
+    package_data={"mlora_jax": ["assets/**/*", "data/builders/**/*", "evaluate/tasks/*.yaml"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -53,6 +53,8 @@ setup(
         "matplotlib>=3.9",
         "numpy>=2.0",
         "scipy>=1.13",
+        # Task wording, few-shot sampling, filters and metrics; imported only where tasks of its are evaluated.
+        "lm-eval>=0.4.13",
     ],
     extras_require=EXTRAS,
 )

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "train": {"core", "adapt", "config", "models", "data"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
+    "lm_eval": BELOW_EVALUATE | {"evaluate"},
     "report": {"core", "config", "train.records"},
     "experiment": BELOW_EVALUATE | {"evaluate"},
     "run_folder": BELOW_EVALUATE,

@@ -36,8 +36,11 @@ class Rows(Sequence):
         if isinstance(index, slice):
             return Rows(self._source, self._indices[index], self._render)
         row = self._indices[index]
-        stored = {key: _plain(value) for key, value in self._source[row].items()}
-        return self._render(stored, row) | {"row": row}
+        return self._render(self.stored(index), row) | {"row": row}
+
+    def stored(self, index: int) -> dict[str, Any]:
+        """A row as it is stored, before any wording."""
+        return {key: _plain(value) for key, value in self._source[self._indices[index]].items()}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

@@ -1,0 +1,174 @@
+"""lm-evaluation-harness's results of any number of adapters and ranks, from one pass over its requests."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lm_eval.utils
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+
+from mlora_jax.evaluate.language_model import MODEL_NAME, NestedLM, TokenRequest, Variant, options_key
+from mlora_jax.evaluate.task_files import load_tasks
+
+__all__ = ["MODEL_NAME", "NestedLM", "Variant", "evaluate_all"]
+
+
+class AnswersFromMemory(NestedLM):
+    """Finds the answers of all variants when a request comes for the first time; `answering` says whose are given."""
+
+    def __init__(self, lm: NestedLM, variants: Mapping[str, Variant]):
+        first = next(iter(variants.values()))
+        super().__init__(
+            *(lm.scorer, lm.generator, lm.tokenizer, first), max_length=lm.max_length, name=lm.name, seed=lm.seed
+        )
+        self._variants = tuple(Variant(*variant) for variant in variants.values())
+        self._index = {name: index for index, name in enumerate(variants)}
+        self._memory: dict[tuple, tuple] = {}  # request -> the answer of every variant
+        self.answering = next(iter(variants))
+
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple]:
+        return [*zip(*self._score(requests), strict=True)]  # passed on by `TemplateLM.loglikelihood`
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list:
+        return self._recall("loglikelihood", requests, lambda new: super(NestedLM, self).loglikelihood(new, True))
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list:
+        return self._recall("loglikelihood_rolling", requests, lambda new: [*zip(*self._roll(new), strict=True)])
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list:
+        return self._recall("generate_until", requests, lambda new: [*zip(*self._generate(new), strict=True)])
+
+    def _recall(self, kind: str, requests: Sequence[Instance], find: Callable[[list[Instance]], list[tuple]]) -> list:
+        keys, seen = [], {}
+        for request in requests:
+            options = (options_key(request),) if kind == "generate_until" else request.args[1:]
+            key = (kind, request.args[0], *options)
+            seen[key] = seen.get(key, 0) + 1  # a repeated request is another draw
+            keys.append((*key, seen[key]))
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._memory}
+        if new:
+            self._memory |= zip(new, find([*new.values()]), strict=True)
+        return [self._memory[key][self._index[self.answering]] for key in keys]
+
+
+def evaluate_all(
+    lm: NestedLM,
+    variants: Mapping[str, Variant],
+    tasks: Sequence[str] | Mapping[str, Any],
+    *,
+    raw_dir: str = "",
+    cache_dir: str = "",
+    num_fewshot: int | None = None,
+    gen_kwargs: Mapping[str, Any] | None = None,
+    limit: int | float | None = None,
+    bootstrap_iters: int = 100_000,
+    log_samples: bool = True,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """The harness's results of many adapters and ranks on the same tasks, from one pass over the requests.
+
+    Every request is computed for all variants when the harness asks for it first: the requests are tokenized and
+    prepared once, and profiles are data. Then the harness scores each variant from memory.
+
+    Args:
+      lm: the model; its own adapter and rank do not matter.
+      variants: name -> (adapter, p), adapters of one rank R and the same targets as the model's.
+      tasks: names, or what `load_tasks` gave.
+      raw_dir, cache_dir: of `load_tasks`.
+      num_fewshot: overrides the tasks' own, except where that is 0; None: their own.
+      gen_kwargs: options of generation to change in the tasks.
+      limit: so many items of each task (below 1: a fraction of them); None: all.
+      bootstrap_iters, log_samples, apply_chat_template, system_instruction, fewshot_as_multiturn: of
+        `lm_eval.evaluator.evaluate`.
+
+    Returns:
+      name -> what `lm_eval.evaluator.evaluate` returns: "results", "samples" (if logged), "n-shot" and so on.
+
+    Raises:
+      ValueError: no variants, or a task that local data do not hold.
+    """
+    if not variants:
+        raise ValueError("there is nothing to evaluate: variants is empty")
+    answers = AnswersFromMemory(lm, variants)
+    results = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_seeded())
+        stack.enter_context(_templates_compiled_once())
+        loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, raw_dir=raw_dir, cache_dir=cache_dir)
+        for task in loaded["tasks"].values():
+            _configure(task, num_fewshot, gen_kwargs)
+            stack.enter_context(_requests_built_once(task))
+        for name in variants:
+            answers.answering = name
+            results[name] = evaluate(
+                answers,
+                loaded,
+                limit=limit,
+                bootstrap_iters=bootstrap_iters,
+                log_samples=log_samples,
+                apply_chat_template=apply_chat_template,
+                system_instruction=system_instruction,
+                fewshot_as_multiturn=fewshot_as_multiturn,
+            )
+    return results
+
+
+def _configure(task, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:
+    """The options that the harness's `simple_evaluate` sets on a task before it evaluates."""
+    if gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(gen_kwargs), update=True)
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+@contextlib.contextmanager
+def _requests_built_once(task) -> Iterator[None]:
+    """Keeps a task's requests from one evaluation to the next: writing them takes longer than scoring them."""
+    build, built = task.build_all_requests, []
+
+    def again(**options: Any) -> None:
+        if not built:
+            build(**options)
+            built.append(options)
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}  # new ones: the samples logged before hold the old
+
+    task.build_all_requests = again
+    try:
+        yield
+    finally:
+        del task.build_all_requests
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """Keeps the harness's compiled templates: it compiles one for every item anew, four fifths of its own time."""
+    lm_eval.utils.env.from_string = functools.lru_cache(maxsize=4096)(lm_eval.utils.env.from_string)
+    try:
+        yield
+    finally:
+        del lm_eval.utils.env.from_string  # the class's own again
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """The global generators as `simple_evaluate` seeds them, for tasks that draw from those; put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,0 +1,282 @@
+"""The language model that lm-evaluation-harness asks: an adapter at a rank, or several of them at once.
+
+The harness writes the requests and scores the answers. Here the answers are found, as its Hugging Face backend finds
+them, without torch or transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from mlora_jax.evaluate.generation import Generator
+from mlora_jax.evaluate.loading import Loaded, load_adapted
+from mlora_jax.evaluate.scoring import Request, Scorer
+from mlora_jax.models import Tokenizer
+
+MODEL_NAME = "mlora_jax"
+MAX_GEN_TOKS = 256  # where a task does not say, as in the Hugging Face backend
+CONTINUED = "MLORA_JAX_CONTINUES_HERE "  # put behind a message that is to be continued, to find its end
+
+# (the request's texts or None, context, continuation)
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class Variant(NamedTuple):
+    """A model under evaluation: an adapter, and a profile [R] or what else `set_profile` takes."""
+
+    adapter: Any
+    p: Any
+
+
+@register_model(MODEL_NAME)
+class NestedLM(TemplateLM):
+    """The harness's view of a decoder with an adapter at one rank.
+
+    Equal to the harness's Hugging Face backend on the same checkpoint: token ids, truncation on the left, stop
+    strings and what is cut off a generated text.
+
+    Args:
+      scorer: of the adapted decoder.
+      generator: of the same.
+      tokenizer: of the same.
+      variant: what is evaluated.
+      max_length: the context in tokens.
+      name: what results and request caches call the model.
+      seed: of sampled generation.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        variant: Variant,
+        *,
+        max_length: int,
+        name: str = MODEL_NAME,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.scorer, self.generator, self.tokenizer = scorer, generator, tokenizer
+        self.max_length, self.name, self.seed = max_length, name, seed
+        self._variants: tuple[Variant, ...] = (Variant(*variant),)
+
+    @classmethod
+    def load(cls, **options) -> NestedLM:
+        """A model from files; the options are those of `mlora_jax.evaluate.loading.load_adapted`."""
+        return cls.of(load_adapted(**options))
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> NestedLM:
+        """A loaded model at the rank it was loaded for."""
+        shapes = {"batch_size": loaded.batch_size, "pad_multiple": loaded.pad_multiple}
+        trees = loaded.graphdef, loaded.base, loaded.profile
+        return cls(
+            Scorer(*trees, max_length=loaded.max_length, **shapes),
+            Generator(*trees, max_length=loaded.max_length, eos=loaded.eos, **shapes),
+            loaded.tokenizer,
+            Variant(loaded.adapter, loaded.p),
+            max_length=loaded.max_length,
+            name=loaded.name,
+            seed=loaded.seed,
+        )
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None):
+        """What the harness calls with `--model_args`, the options of `load`.
+
+        Of its own options for models the batch size is taken, unless `--model_args` has one; "auto" is our default. Its
+        `--device` says nothing here (it is never empty): jax chooses, by the environment variable JAX_PLATFORMS.
+        """
+        size = (additional_config or {}).get("batch_size")
+        options = {"batch_size": int(size)} if str(size).isdecimal() else {}
+        return cls.load(**(options | dict(arg_dict)))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None):
+        """As `create_from_arg_obj`, from "key=value,key=value"."""
+        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def variant(self) -> Variant:
+        """What is evaluated."""
+        return self._variants[0]
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the names of the harness's request caches."""
+        return self.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the harness's record of the run."""
+        leaves = jax.tree.leaves(self.variant.adapter)
+        return {"model_name": self.name, "adapter_parameters": sum(leaf.size for leaf in leaves)}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; BOS in front where the tokenizer adds it, but not before a text that begins with it."""
+        if add_special_tokens is None:
+            return self.tokenizer.encode(string, bos=True)
+        ids = self.tokenizer.encode(string, bos=False)
+        return [self.tokenizer.bos_id, *ids] if add_special_tokens and self.tokenizer.adds_bos else ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text, open for the assistant's turn or, without that, for more of the last message."""
+        try:
+            return self._render(chat_history, add_generation_prompt)
+        except ValueError:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            return self._render(without, add_generation_prompt)  # some templates know no system turn
+
+    def _render(self, chat: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        if add_generation_prompt:
+            return self.tokenizer.render_chat(chat, add_generation_prompt=True)
+        *before, last = chat
+        marked, mark = [*before, {**last, "content": last["content"] + CONTINUED}], CONTINUED.strip()
+        text, found, rest = self.tokenizer.render_chat(marked, add_generation_prompt=False).rpartition(mark)
+        if not found:
+            raise ValueError(f"the chat template leaves the last message out: {last['content'][:60]!r}")
+        # A template that strips messages took the marker's space away, and would take the message's too.
+        return text if rest.startswith(CONTINUED[len(mark) :]) else text.rstrip()
+
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
+        (answers,) = self._score(requests)
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, each from its own beginning, in windows of the context's length."""
+        (totals,) = self._roll(requests)
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts that answer the contexts, up to the first stop string.
+
+        Raises:
+          ValueError: options of generation that are not supported, or no room for a context.
+        """
+        (texts,) = self._generate(requests)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _score(self, requests: Sequence[TokenRequest]) -> list[list[tuple[float, bool]]]:
+        """Per variant the answers of all requests; they are prepared once."""
+        for texts, context, continuation in requests:
+            if not context or not continuation:
+                raise ValueError(f"nothing to score: no token of the continuation, or none before it, in {texts!r}")
+        prepared = self.scorer.prepare([Request(tuple(context), tuple(rest)) for _, context, rest in requests])
+        answers = []
+        for variant in self._variants:
+            scores = self.scorer.score(prepared, *variant)
+            pairs = zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True)
+            answers.append([*pairs])
+        return answers
+
+    def _roll(self, requests: Sequence[Instance]) -> list[list[float]]:
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            for window in utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(number)
+        totals = []
+        for answers in self._score(windows):
+            sums = np.zeros(len(requests))
+            np.add.at(sums, owners, [value for value, _ in answers])
+            totals.append(sums.tolist())
+        return totals
+
+    def _generate(self, requests: Sequence[Instance]) -> list[list[str]]:
+        texts = [[""] * len(requests) for _ in self._variants]
+        alike: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(options_key(request), []).append(number)
+        for numbers in alike.values():
+            contexts = [requests[number].args[0] for number in numbers]
+            made = self._answer(contexts, requests[numbers[0]].args[1])
+            for each, answers in zip(texts, made, strict=True):
+                for number, text in zip(numbers, answers, strict=True):
+                    each[number] = text
+        return texts
+
+    def _answer(self, contexts: Sequence[str], options: Mapping[str, Any]) -> list[list[str]]:
+        """Per variant the answers to contexts that share their options of generation."""
+        options = normalize_gen_kwargs(dict(options), MAX_GEN_TOKS)
+        eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        until = handle_stop_sequences(options.pop("until", None), eos=eos)
+        count, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
+        sampling = {key: options.pop(key) for key in ("temperature", "top_p") if key in options}
+        if options and sampled:
+            raise ValueError(f"generation options {', '.join(options)} are not supported; temperature and top_p are")
+        room = self.max_length - count
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks={count} leaves no room for a context in the model's {self.max_length} tokens"
+            )
+        prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
+
+        def ends(ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids)
+            return any(term and term in text for term in until)
+
+        settings = {"max_new_tokens": count, "stop": ends}
+        if sampled:
+            settings |= {"seed": self.seed} | {key: float(value) for key, value in sampling.items()}
+        made = _generate_variants(self.generator, prompts, self._variants, mixed=not sampled, settings=settings)
+        finish = lambda ids: postprocess_generated_text(self.tokenizer.decode(ids), until, None)  # noqa: E731
+        return [[finish(ids) for ids in answers] for answers in made]
+
+
+def _generate_variants(
+    generator: Generator, prompts: Sequence[Sequence[int]], variants: Sequence[Variant], *, mixed: bool, settings: dict
+) -> list[list[list[int]]]:
+    """Per variant the answers to all prompts. `mixed`: variants of one adapter may share batches."""
+    groups: dict[Any, list[int]] = {}
+    for index, (adapter, p) in enumerate(variants):
+        together = mixed and not isinstance(p, Mapping) and np.ndim(p) == 1
+        groups.setdefault(id(adapter) if together else (index,), []).append(index)
+    made: list[list[list[int]]] = [[] for _ in variants]
+    for members in groups.values():
+        adapter, p = variants[members[0]]
+        if len(members) > 1:
+            p = np.repeat(np.stack([np.asarray(variants[index].p) for index in members]), len(prompts), axis=0)
+        answers = generator.generate(adapter, [*prompts] * len(members), p, **settings)
+        for position, index in enumerate(members):
+            made[index] = answers[position * len(prompts) : (position + 1) * len(prompts)]
+    return made
+
+
+def options_key(request: Instance) -> str:
+    """A request's options of generation, for use as a key."""
+    return json.dumps(request.args[1], sort_keys=True, default=str)
