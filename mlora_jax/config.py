@@ -29,6 +29,8 @@ CHANGEABLE = (
     "data.cache_dir",
     "evaluation.readouts",
     "evaluation.batch_size",
+    "evaluation.tasks",
+    "evaluation.raw_dir",
 )
 
 # The type of a default is the type of the key. An empty string or tuple stands for "not set".
@@ -102,7 +104,11 @@ DEFAULTS: dict[str, Any] = {
         "choose_on": "validation",  # the split on which the best learning rate is chosen: validation | test
     },
     "evaluation": {
-        "limit": 0,  # the first so many test rows; 0 is all
+        # Tasks of lm-evaluation-harness on which every adapter is measured besides the run's own test rows: a name with
+        # the number of examples that the task itself says, or a pair like ("gsm8k", 8).
+        "tasks": (),
+        "raw_dir": "",  # folder of raw data for those tasks; "" takes the harness's own, from the network
+        "limit": 0,  # the first so many test rows, and items of each of those tasks; 0 is all
         "batch_size": 64,  # rows per forward pass
         "max_new_tokens": 256,  # tasks that generate; a prompt is cut on the left to leave so much of the context
         # Read-outs per method; a method that is not named here is read out by prefix. "squeeze" stands for the
@@ -180,6 +186,33 @@ def expand_trials(config: ConfigDict) -> list[Trial]:
         for values in itertools.product(*(axes | dict(entry)).values())
     ]
     return list(dict.fromkeys(trials))
+
+
+def harness_tasks(entries: Iterable) -> list[tuple[str, int | None]]:
+    """The tasks of `config.evaluation.tasks` and their numbers of examples; None is the task's own.
+
+    Raises:
+      ValueError: an entry that is neither a name nor a name and a number, or one that comes twice.
+    """
+    found = []
+    for entry in entries:
+        name, shots = (entry, None) if isinstance(entry, str) else entry if _is_pair(entry) else ("", None)
+        if not name or not isinstance(name, str) or not (shots is None or _is_count(shots)):
+            raise ValueError(
+                f"an entry of config.evaluation.tasks must be a name or a pair like ('gsm8k', 8), got {entry!r}"
+            )
+        if (name, shots) in found:
+            raise ValueError(f"config.evaluation.tasks repeats {entry!r}")
+        found.append((name, shots))
+    return found
+
+
+def _is_pair(entry) -> bool:
+    return isinstance(entry, (tuple, list)) and len(entry) == 2
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -323,6 +356,7 @@ def _check(config: dict) -> None:
                     f"unknown read-out {readout!r} in config.evaluation.readouts.{method}; "
                     f"known: {', '.join(READOUT_NAMES)}"
                 )
+    harness_tasks(config["evaluation"]["tasks"])
     axes = {key: values for key, values in config["trials"].items() if key != "list"}
     _check_axes(axes, "config.trials")
     for number, entry in enumerate(config["trials"]["list"]):

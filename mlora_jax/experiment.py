@@ -38,6 +38,7 @@ class Adapted:
 
     Attributes:
       base, adapter, profile: trees of `mlora_jax.split`; the adapter is one trial's.
+      evaluation_graphdef: of the model in evaluation mode.
       optimizer: optax transformation.
       step: trains K trials at once.
       evaluators: split -> (adapter, p [R]) -> verdicts [items].
@@ -47,6 +48,7 @@ class Adapted:
     base: Any
     adapter: Any
     profile: Any
+    evaluation_graphdef: Any
     optimizer: Any
     step: TrialsStep
     evaluators: dict[str, Any]
@@ -238,7 +240,7 @@ class Experiment:
         evaluators = {name: self._evaluator(graphdef, base, profile, rows) for name, rows in self.rows.items()}
         step = TrialsStep(train_graphdef, optimizer, chunk=config.train.loss_chunk)
         loss = functools.partial(self._validation_loss, graphdef, base, profile)
-        return Adapted(base, adapter, profile, optimizer, step, evaluators, functools.cache(loss))
+        return Adapted(base, adapter, profile, graphdef, optimizer, step, evaluators, functools.cache(loss))
 
     def _evaluator(self, graphdef, base, profile, rows: Sequence[dict]):
         """The evaluator of the task's metric: (adapter, p [R]) -> verdicts [items]."""

@@ -22,6 +22,7 @@ from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.experiment import Experiment
 from mlora_jax.report import write_report
 from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run
+from mlora_jax.run_tasks import measure_tasks, readouts_of, wanted_curves
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from mlora_jax.train.checkpoint import Checkpoints
 from mlora_jax.train.grid import TrialBatch
@@ -38,12 +39,14 @@ class TrialResult:
     """A finished trial: its adapter's folder and its curves by split, one per read-out.
 
     `failed` if its loss became infinite or NaN; then there are no curves, and the adapter is the last finite one.
+    `task_curves` are those on `config.evaluation.tasks`, by task and number of examples.
     """
 
     trial: Trial
     adapter: pathlib.Path
     curves: dict[str, tuple[RankCurve, ...]]
     failed: bool
+    task_curves: dict[tuple[str, int], tuple[RankCurve, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +113,10 @@ def train(config: ConfigDict | dict, workdir) -> Results:
 def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
     measured, failed = folder.curves(), folder.failed()
     splits = [split for name, split, _ in measured if name == "base"]
-    wanted = [(t.name, s, r) for t in trials if t.name not in failed for s in splits for r in _readouts(config, t)]
+    wanted = [(t.name, s, r) for t in trials if t.name not in failed for s in splits for r in readouts_of(config, t)]
     trained = {trial for batch in folder.batches if folder.trained(batch) for trial in batch.trials}
-    return bool(splits) and set(trials) <= trained and all(key in measured for key in wanted)
-
-
-def _readouts(config, trial: Trial) -> tuple[str, ...]:
-    return config.evaluation.readouts.get(trial.method, ("prefix",))
+    whole = all(key in measured for key in wanted) and not wanted_curves(config, folder, trials)
+    return bool(splits) and set(trials) <= trained and whole
 
 
 def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> dict[str, int]:
@@ -143,6 +143,7 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
                     _train_batch(run, batch)
                 for trial in batch.trials:
                     _evaluate_trial(run, trial)
+            _evaluate_on_tasks(run, trials)
         except Interrupted:
             progress.say(f"stopped by a signal, all is saved in {folder.path}: run the same command to go on")
             raise
@@ -310,7 +311,7 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
     missing = [
         (split, readout)
         for split in experiment.rows
-        for readout in _readouts(run.config, trial)
+        for readout in readouts_of(run.config, trial)
         if (trial.name, split, readout) not in measured
     ]
     if not missing or trial.name in run.folder.failed():
@@ -340,6 +341,16 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
         run.progress.say(f"{trial.name} {split:10} {readout:8} {shown}  {areas}")
 
 
+def _evaluate_on_tasks(run: _Run, trials: Sequence[Trial]) -> None:
+    """Every curve on the config's further tasks that is not on record yet; a kill costs the task that is being run."""
+    for measured in measure_tasks(run.experiment, run.folder, trials):
+        run.curves.write(*measured.records)
+        shown = " ".join(f"{accuracy:.3f}" for accuracy in measured.curve.accuracies)
+        run.progress.say(f"{measured.trial} {measured.task} {measured.curve.readout:8} {shown}")
+        if signal_number := run.interrupted():
+            raise Interrupted(128 + signal_number)
+
+
 def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks, truncated) -> dict[str, Any]:
     return dict(
         task=run.experiment.data.task.name,
@@ -361,10 +372,15 @@ def _results(config, folder: RunFolder, trials: Sequence[Trial], compilations: d
     base = {split: records[0]["accuracy"] for (name, split, _), records in measured.items() if name == "base"}
     results = []
     for trial in trials:
-        keys = [(trial.name, split, readout) for split in base for readout in _readouts(config, trial)]
+        keys = [(trial.name, split, readout) for split in base for readout in readouts_of(config, trial)]
         found = {key: _curve(measured[key]) for key in keys if key in measured}
         by_split = {split: tuple(curve for key, curve in found.items() if key[1] == split) for split in base}
-        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed))
+        by_task: dict[tuple[str, int], tuple[RankCurve, ...]] = {}
+        for (name, _, task, _), records in folder.harness_curves().items():
+            if name == trial.name:
+                key = task, records[0]["shots"]
+                by_task[key] = (*by_task.get(key, ()), _curve(records))
+        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed, by_task))
     return Results(folder.path, base, tuple(results), compilations)
 
 

@@ -178,11 +178,19 @@ class RunFolder:
 
     def drop_half_curves(self) -> None:
         """Drops curves of which not every rank was written."""
-        whole = self.curves()
+        whole = self._whole_curves()
         keep_records(self.path / CURVES, lambda record: record.get("failed") or _key(record) in whole)
 
     def curves(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-        """(trial, split, read-out) -> one record per rank, of every curve that is complete."""
+        """(trial, split, read-out) -> one record per rank, of every curve on the run's own task that is complete."""
+        return {key[:3]: records for key, records in self._whole_curves().items() if not key[3]}
+
+    def harness_curves(self) -> dict[tuple[str, str, str, int | None], list[dict[str, Any]]]:
+        """(trial, read-out, task, shots of the config) -> one record per rank, of every complete harness curve."""
+        whole = self._whole_curves().items()
+        return {(trial, readout, *task): records for (trial, _, readout, task), records in whole if task}
+
+    def _whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
         found: dict[tuple, list[dict[str, Any]]] = {}
         if (self.path / CURVES).is_file():
             for record in read_json_lines(self.path / CURVES):
@@ -196,5 +204,7 @@ class RunFolder:
         return {r["trial"] for r in read_json_lines(file) if r.get("failed")} if file.is_file() else set()
 
 
-def _key(record: dict[str, Any]) -> tuple[str, str, str]:
-    return record["trial"], record["split"], record["readout"]
+def _key(record: dict[str, Any]) -> tuple:
+    """Trial, split, read-out, and of a harness task its name and the shots that the config asks for."""
+    task = (record["task"], record["asked_shots"]) if record.get("harness") else ()
+    return record["trial"], record["split"], record["readout"], task

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "run_folder": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
     "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
-    "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder"},
+    "run_tasks": BELOW_EVALUATE | {"evaluate", "experiment", "run_folder"},
+    "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder", "run_tasks"},
     "experiments": BELOW_EVALUATE
     | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "ranks", "run"},
     "configs": set(),

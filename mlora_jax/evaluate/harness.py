@@ -17,7 +17,10 @@ from lm_eval.evaluator import evaluate
 from mlora_jax.evaluate.language_model import MODEL_NAME, NestedLM, TokenRequest, Variant, options_key
 from mlora_jax.evaluate.task_files import load_tasks
 
-__all__ = ["MODEL_NAME", "NestedLM", "Variant", "evaluate_all"]
+__all__ = ["MODEL_NAME", "NestedLM", "Variant", "evaluate_all", "item_verdicts"]
+
+STRICT = "strict-match"  # of a task with several filters the one that counts
+METRICS = ("acc", "exact_match")
 
 
 class AnswersFromMemory(NestedLM):
@@ -120,6 +123,35 @@ def evaluate_all(
                 fewshot_as_multiturn=fewshot_as_multiturn,
             )
     return results
+
+
+def item_verdicts(results: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    """Per-item results of an evaluation of one task, or of one group such as MMLU: its tasks one after the other.
+
+    Args:
+      results: of `evaluate_all`, for one variant, with its samples.
+
+    Returns:
+      Verdicts [items] bool in the order of the tasks' names and of their documents, and which metric they are of: "acc"
+      or "exact_match", under "strict-match" where a task has several filters.
+
+    Raises:
+      ValueError: a task that has neither of the two, or results that are not 0 or 1.
+    """
+    verdicts, names = [], set()
+    for task, samples in sorted(results["samples"].items()):
+        filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+        chosen = STRICT if STRICT in filters else filters[0]
+        samples = sorted((sample for sample in samples if sample["filter"] == chosen), key=lambda s: s["doc_id"])
+        metric = next((name for name in METRICS if name in samples[0]["metrics"]), None)
+        if metric is None:
+            raise ValueError(f"{task} has {', '.join(samples[0]['metrics'])}, but none of {', '.join(METRICS)}")
+        values = [float(sample[metric]) for sample in samples]
+        if not set(values) <= {0.0, 1.0}:
+            raise ValueError(f"{metric} of {task} is not 0 or 1 for every item, so that no item is right or wrong")
+        verdicts += values
+        names.add(metric if chosen == "none" else f"{metric}, {chosen}")
+    return np.asarray(verdicts, bool), "; ".join(sorted(names))
 
 
 def _configure(task, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:

@@ -53,6 +53,9 @@ class NestedLM(TemplateLM):
       max_length: the context in tokens.
       name: what results and request caches call the model.
       seed: of sampled generation.
+
+    Attributes:
+      truncated: requests so far that were cut on the left to fit into the context.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class NestedLM(TemplateLM):
         super().__init__()
         self.scorer, self.generator, self.tokenizer = scorer, generator, tokenizer
         self.max_length, self.name, self.seed = max_length, name, seed
+        self.truncated = 0  # requests that were cut to fit into the context, so far
         self._variants: tuple[Variant, ...] = (Variant(*variant),)
 
     @classmethod
@@ -191,6 +195,7 @@ class NestedLM(TemplateLM):
             if not context or not continuation:
                 raise ValueError(f"nothing to score: no token of the continuation, or none before it, in {texts!r}")
         prepared = self.scorer.prepare([Request(tuple(context), tuple(rest)) for _, context, rest in requests])
+        self.truncated += prepared.truncated
         answers = []
         for variant in self._variants:
             scores = self.scorer.score(prepared, *variant)
@@ -244,7 +249,9 @@ class NestedLM(TemplateLM):
             raise ValueError(
                 f"max_gen_toks={count} leaves no room for a context in the model's {self.max_length} tokens"
             )
-        prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
+        encoded = [self.tok_encode(text) or [self.prefix_token_id] for text in contexts]
+        self.truncated += sum(len(ids) > room for ids in encoded)
+        prompts = [ids[-room:] for ids in encoded]
 
         def ends(ids: list[int]) -> bool:
             text = self.tokenizer.decode(ids)

@@ -44,11 +44,12 @@ class Trial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """A run's folder.
+    """What a run's folder says of one task: the one it trains on, or another on which its adapters were measured.
 
     Attributes:
       path: the folder.
       config: what config.json holds.
+      task: its name; of another task also the number of examples in its prompts, as in "arc_challenge, 25 shots".
       base: split -> accuracy of the model without an adapter; always has "test".
       curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
       failed: the trials whose loss became infinite or NaN -> their names.
@@ -57,14 +58,17 @@ class RunRecords:
 
     path: pathlib.Path
     config: dict[str, Any]
+    task: str
     base: dict[str, float]
     curves: dict[Trial, dict[tuple[str, str], dict[int, float]]]
     failed: dict[Trial, str]
     truncated: dict[str, tuple[int, int]]
 
     @classmethod
-    def read(cls, path) -> RunRecords:
-        """Reads a folder.
+    def read(cls, path) -> list[RunRecords]:
+        """Reads a folder: the run's own task first.
+
+        The curves of other tasks come with those of the run's own validation split, on which learning rates are chosen.
 
         Args:
           path: the folder of a run, finished or not.
@@ -82,11 +86,23 @@ class RunRecords:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from error
+        own = config["data"]["task"]
+        by_task: dict[str, list[dict[str, Any]]] = {own: []}
+        for record in _checked(path / "curves.jsonl"):
+            by_task.setdefault(_task_of(record, own), []).append(record)
+        shared = [record for record in by_task[own] if record.get("failed") or record["split"] != "test"]
+        return [
+            cls._of(path, config, task, records if task == own else [*records, *shared])
+            for task, records in by_task.items()
+        ]
+
+    @classmethod
+    def _of(cls, path: pathlib.Path, config: dict[str, Any], task: str, records: list[dict[str, Any]]) -> RunRecords:
         base: dict[str, float] = {}
         curves: dict[Trial, dict] = collections.defaultdict(lambda: collections.defaultdict(dict))
         failed: dict[Trial, str] = {}
         truncated: dict[str, tuple[int, int]] = {}
-        for record in _checked(path / "curves.jsonl"):
+        for record in records:
             if record["trial"] == "base":
                 base[record["split"]] = record["accuracy"]
                 if record.get("truncated"):
@@ -97,12 +113,8 @@ class RunRecords:
                 curve = curves[Trial.of(record)][record["split"], record["readout"]]
                 curve[record["at_rank"]] = record["accuracy"]
         if "test" not in base:
-            raise ValueError(f"{path} holds no accuracy of the base model on the test split")
-        return cls(path, config, base, _whole(curves), failed, truncated)
-
-    @property
-    def task(self) -> str:
-        return self.config["data"]["task"]
+            raise ValueError(f"{path} holds no accuracy of the base model on the test split of {task}")
+        return cls(path, config, task, base, _whole(curves), failed, truncated)
 
     @property
     def base_model(self) -> str:
@@ -129,6 +141,14 @@ class RunRecords:
             if not any(name == key or name.startswith(f"{key}.") for key in UNTOLD):
                 told[name] = pathlib.PurePath(value).name if name in PLACES else value
         return told
+
+
+def _task_of(record: dict[str, Any], own: str) -> str:
+    """The run's own task unless a record says that it was measured by the harness, on a task with so many shots."""
+    if not record.get("harness"):
+        return own
+    shots = record["shots"]
+    return f"{record['task']}, {shots} shot{'' if shots == 1 else 's'}"
 
 
 def config_differences(folders: Iterable[RunRecords]) -> dict[str, list[str]]:

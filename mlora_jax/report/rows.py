@@ -100,7 +100,7 @@ class CurveRow:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Runs of one task on one base model, taken together.
+    """What runs of one base model measured on one task, taken together.
 
     Attributes:
       folders: of the runs.
@@ -131,7 +131,7 @@ class Experiment:
 
 
 def read_experiments(folders: Iterable) -> list[Experiment]:
-    """Reads runs, and merges those of one task and base model.
+    """Reads runs, and merges those of one task and base model; what they measured on other tasks follows.
 
     Args:
       folders: paths of run folders.
@@ -140,8 +140,9 @@ def read_experiments(folders: Iterable) -> list[Experiment]:
       FileNotFoundError, ValueError: a folder without records, unreadable ones, or a trial that two folders hold.
     """
     groups: dict[tuple[str, str], list[RunRecords]] = collections.defaultdict(list)
-    for folder in map(RunRecords.read, folders):
-        groups[folder.task, folder.base_model].append(folder)
+    for of_task in map(RunRecords.read, folders):
+        for records in of_task:
+            groups[records.task, records.base_model].append(records)
     return [_merge(members) for members in groups.values()]
 
 

@@ -24,13 +24,15 @@ def write_report(workdir) -> None:
     Args:
       workdir: folder of a run. It gets table.md, table.csv (all learning rates, both splits, full precision),
         table.tex; if there are trials that finished, also curves.png; if there are rows to compare, differences.csv
-        and differences.tex; if a row has several learning rates, also learning_rates.png.
+        and differences.tex; if a row has several learning rates, also learning_rates.png. The names of those of a
+        further task that the run was evaluated on end in "-TASK-SHOTS".
 
     Raises:
       FileNotFoundError, ValueError: there are no records, or unreadable ones.
     """
-    (experiment,) = read_experiments([workdir])
-    _write(experiment, choose_rows(experiment.rows, _configured_split(experiment)), pathlib.Path(workdir), "")
+    for number, experiment in enumerate(read_experiments([workdir])):
+        choice = choose_rows(experiment.rows, _configured_split(experiment))
+        _write(experiment, choice, pathlib.Path(workdir), f"-{_file_name(experiment.task)}" if number else "")
 
 
 def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[pathlib.Path]:
@@ -66,9 +68,15 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for experiment, choice in zip(experiments, choices, strict=True):
-        suffix = f"-{experiment.task}-{experiment.base_model}" if len(experiments) > 1 else ""
+        suffix = f"-{_file_name(experiment.task)}-{experiment.base_model}" if len(experiments) > 1 else ""
         written.append(_write(experiment, choice, out, suffix))
     return written
+
+
+def _file_name(task: str) -> str:
+    """ "arc_challenge-25" of "arc_challenge, 25 shots"."""
+    name, _, shots = task.partition(", ")
+    return f"{name}-{shots.split()[0]}" if shots else name
 
 
 def _configured_split(experiment: Experiment) -> str:
