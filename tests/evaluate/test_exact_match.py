@@ -35,7 +35,7 @@ def adapted(checkpoint):
 def evaluator(checkpoint, adapted, *, stop=(2,), task=None, rows=ROWS, **changes):
     graphdef, base, _, profile = adapted
     task = task or Task(name="own", styles={"default": Style(prompt="")}, metric="exact_match")
-    options = {"max_length": 64, "max_new_tokens": NEW, "batch_size": 2, "pad_multiple": 8} | changes
+    options = {"max_length": 64, "max_new_tokens": NEW, "batch_size": 2, "pad_multiple": 16} | changes
     tokenizer = Tokenizer.load(checkpoint)
     return GenerationEvaluator(
         graphdef, base, profile, rows, tokenizer, seam="separate", task=task, stop=stop, **options
