@@ -22,9 +22,9 @@ def config_of(root):
             "pad_multiple": 96,
             "max_length": 96,
         },
-        "adapter": {"targets": ("v_proj", "up_proj"), "ranks": (1, 3, 6)},
-        "trials": {"method": ("lora", "matryoshka"), "rank": (6,), "learning_rate": (0.02,), "scaling": ("sqrt",)},
-        "train": {"epochs": 12, "batch_size": 4, "accumulation": 2},
+        "adapter": {"ranks": (1, 3, 6)},
+        "trials": {"method": ("lora", "matryoshka"), "rank": (6,), "learning_rate": (0.03,), "scaling": ("sqrt",)},
+        "train": {"epochs": 30, "batch_size": 4, "accumulation": 2},
         "validation": {"limit": 3},
         "evaluation": {"tasks": ("trec",), "raw_dir": str(root / "raw")},
     }

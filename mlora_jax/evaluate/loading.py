@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import pathlib
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
 
-from mlora_jax.adapt import adapt, set_profile, split
-from mlora_jax.core import RankHierarchy, get_policy, readout_profile, squeeze
+from mlora_jax.adapt import adapt, split
+from mlora_jax.core import RankHierarchy, get_policy, readout_profile
+from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
-from mlora_jax.train.adapter_file import DESCRIPTION, TENSORS, load_adapter
+from mlora_jax.train.adapter_file import load_adapted as read_adapted
 
 BATCH_SIZE, PAD_MULTIPLE = 32, 32
 
@@ -102,7 +100,7 @@ def _load(
     elif rank:
         raise ValueError(f"rank={rank} of no adapter: give adapter=FOLDER, or rank=0 for the base model")
     else:
-        trees, p, hierarchy = _adapted(model, 1, ("q_proj",)), jnp.zeros(1), None
+        trees, p, hierarchy = _unadapted(model), jnp.zeros(1), None
     return Loaded(
         *trees,
         p=p,
@@ -119,35 +117,16 @@ def _load(
 
 def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: str):
     """((graphdef, base, adapter, profile), p [R], hierarchy) of an adapter's folder."""
-    graphdef, base, template, profile = _adapted(model, *_described(folder))
-    adapter, hierarchy, description = load_adapter(folder, template)
-    if readout == "squeeze":
-        method = (description.get("trial") or {}).get("method")
-        function = get_policy(method).function(hierarchy) if method else hierarchy.lora()
-        adapter = jax.jit(lambda adapter, profile: squeeze(adapter, profile)[0])(
-            adapter, set_profile(profile, function)
-        )
-        hierarchy = RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank)  # the scale is in the factors now
-    rank = hierarchy.ranks[-1] if rank is None else rank
-    p = readout_profile(hierarchy, "prefix" if readout == "squeeze" else readout, rank)
+    graphdef, base, adapter, profile, hierarchy, description = read_adapted(folder, model)
+    method = (description.get("trial") or {}).get("method")
+    function = get_policy(method).function(hierarchy) if method else None
+    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, function)
+    p = readout_profile(hierarchy, name, hierarchy.ranks[-1] if rank is None else rank)
     return (graphdef, base, adapter, profile), p, hierarchy
 
 
-def _described(folder: pathlib.Path) -> tuple[int, tuple[str, ...]]:
-    """R and the adapted layers of an adapter's folder, as patterns for `adapt`."""
-    for file in (TENSORS, DESCRIPTION):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no adapter: {file} is missing")
-    try:
-        rank = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["rank"]
-        with safe_open(folder / TENSORS, framework="numpy") as file:
-            layers = {name.rpartition(".")[0] for name in file.keys()}
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    return rank, tuple(re.escape(layer) for layer in sorted(layers))
-
-
-def _adapted(model: Decoder, rank: int, targets: tuple[str, ...]) -> tuple:
-    adapted = adapt(model, rank, targets, key=jax.random.key(0))
+def _unadapted(model: Decoder) -> tuple:
+    """With an adapter that does nothing."""
+    adapted = adapt(model, 1, ("q_proj",), key=jax.random.key(0))
     adapted.eval()
     return split(adapted)

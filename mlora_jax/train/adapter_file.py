@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -137,19 +138,22 @@ class AdaptedModel(NamedTuple):
 
 
 def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
-    """Adapts a model as an adapter's folder says, and reads the adapter.
+    """Adapts the layers of a model that an adapter's folder has factors for, and reads them.
 
     Args:
-      folder: of the adapter; its description must have `targets`, as those of a run have.
+      folder: of the adapter.
       model: the base model; left as it is.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_adapter`; no targets, or targets that the model does not have.
+      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have.
     """
     record = read_description(folder)
-    if not record.get("targets"):
-        raise ValueError(f"{pathlib.Path(folder) / DESCRIPTION} has no targets: it does not say which layers it adapts")
-    adapted = adapt(model, record["rank"], record["targets"], key=jax.random.key(0))
+    try:
+        with safe_open(pathlib.Path(folder) / TENSORS, framework="numpy") as file:
+            layers = sorted({name.rpartition(".")[0] for name in file.keys()})
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    adapted = adapt(model, record["rank"], [re.escape(layer) for layer in layers], key=jax.random.key(0))
     adapted.eval()
     graphdef, base, template, profile = split(adapted)
     adapter, hierarchy, description = load_adapter(folder, template)
