@@ -1,8 +1,8 @@
 """A rank-accuracy curve by this package beside lm-evaluation-harness's Hugging Face backend, rank after rank.
 
 Both evaluate the base and every rank of one adapter on the same items of one task. Ours runs all ranks in one pass. The
-backend gets the base's weights with the rank's adapter folded in, so that it has no adapter to compute; torch's products
-and ours use the same number of threads. Prints one JSON line: seconds of each side, and whether every verdict is equal.
+backend gets the base's weights with the rank's adapter folded in, so that it has no adapter to compute. Both use the
+same number of threads. Prints one JSON line: seconds of each side, and how many verdicts are equal.
 
     NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1 taskset -c 0 \
         python benchmarks/evaluation.py --checkpoint MODEL_FOLDER --adapter ADAPTER_FOLDER --raw_dir DATA_FOLDER \

@@ -7,7 +7,6 @@ is what users know from there. Projections are called, never read: an adapter ma
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -16,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mlora_jax.models.attention import attend
 from mlora_jax.models.config import DecoderConfig
 
 # State that a layer may change while it runs, should a module put into a layer have any (dropout's counter).
-_CACHED_SCORES = 2**20  # attention scores of rows that are computed together on a CPU: 4 MiB in float32
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
 
@@ -72,55 +71,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
-    """Scaled dot-product attention with grouped key and value heads.
-
-    Args:
-        query: [B, T, H, Hd].
-        key: [B, S, KV, Hd].
-        value: [B, S, KV, Hd].
-        mask: boolean [B, 1, T, S], True where a query sees a key, or None.
-        causal: whether query t sees only keys up to t (T equals S).
-
-    Returns:
-        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
-    """
-    if query.dtype != jnp.float64:
-        return jax.lax.platform_dependent(
-            *(query, key, value) if mask is None else (query, key, value, mask),
-            cpu=functools.partial(_attend_by_rows, causal),
-            default=functools.partial(_attend_at_once, causal),
-        )
-    # jax.nn.dot_product_attention rounds the scores to float32 whatever the dtype of its arguments.
-    batch, length, heads, features = query.shape
-    query = query.reshape(batch, length, key.shape[2], -1, features)
-    scores = jnp.einsum("btkgh,bskh->bkgts", query, key) / math.sqrt(features)
-    if causal:
-        scores = jnp.where(jnp.tri(length, key.shape[1], dtype=bool), scores, -jnp.inf)
-    if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1), value)
-    return mixed.reshape(batch, length, heads, features)
-
-
-def _attend_at_once(causal: bool, query, key, value, mask=None):
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
-
-
-def _attend_by_rows(causal: bool, *operands):
-    """A few rows of the batch at a time, so that their scores stay in a CPU's cache: about twice as fast there."""
-    query, key = operands[:2]
-    batch, length, heads, _ = query.shape
-    rows = max(1, _CACHED_SCORES // (heads * length * key.shape[1]))
-    if rows >= batch:
-        return _attend_at_once(causal, *operands)
-
-    def one(xs):
-        return _attend_at_once(causal, *(x[None] for x in xs))[0]
-
-    return jax.lax.map(one, operands, batch_size=rows)
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
@@ -252,24 +202,25 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """A Llama-family language model whose blocks are one module with a leading layer axis.
 
-    Args:
-        config: shape of the model.
-        dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
-        rngs: keys for fresh weights (normal with `config.initializer_range`).
+        Args:
+            config: shape of the model.
+            dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
+            rngs: keys for fresh weights (normal with `config.initializer_range`).
 
-    Attributes:
-        remat: recompute each layer in the backward pass instead of keeping what is inside it.
+        Attributes:
+            remat: recompute each layer in the backward pass instead of keeping what is inside it.
 
-    Example:
-        >>> from flax import nnx
-        >>> import jax.numpy as jnp
-        >>> from mlora_jax.models.config import DecoderConfig
-        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> model = Decoder(config, rngs=nnx.Rngs(0))
-        >>> model(jnp.array([[1, 2, 3]])).shape
-        (1, 3, 11)
+        Example:
+            >>> from flax import nnx
+            >>> import jax.numpy as jnp
+            >>> from mlora_jax.models.attention import attend
+    from mlora_jax.models.config import DecoderConfig
+            >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+            >>> model = Decoder(config, rngs=nnx.Rngs(0))
+            >>> model(jnp.array([[1, 2, 3]])).shape
+            (1, 3, 11)
 
-    Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
+        Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):

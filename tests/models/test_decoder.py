@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlora_jax.models import decoder
 from mlora_jax.models.config import DecoderConfig, RopeScaling
 from mlora_jax.models.decoder import Decoder, RMSNorm, rope_frequencies, segment_positions
 from tests.oracles import numpy_decoder
@@ -437,14 +436,3 @@ def test_norm_of_bfloat16_is_the_exact_norm_rounded_once():
 def test_an_unknown_token_is_seen():
     logits = logits_of(make(TIED), np.array([[1, 2], [1, TIED.vocab_size]]))
     assert np.isfinite(logits[0]).all() and np.isnan(logits[1, 1]).all()
-
-
-def test_attention_in_parts_of_a_batch(monkeypatch):
-    """On a CPU the rows of a large batch are attended to a few at a time."""
-    model, tokens = make(CONFIG), tokens_of(CONFIG, (5, 20))
-    whole, parts = (jax.jit(lambda tokens: model(tokens)) for _ in range(2))
-    expected = whole(tokens)
-    monkeypatch.setattr(decoder, "_CACHED_SCORES", 2 * 6 * 20 * 20)
-    np.testing.assert_allclose(parts(tokens), expected, atol=1e-5)
-    loops = [function.lower(tokens).compile().as_text().count("while(") for function in (whole, parts)]
-    assert loops[0] < loops[1]

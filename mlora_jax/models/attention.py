@@ -1,0 +1,94 @@
+"""Scaled dot-product attention with grouped key and value heads, by the means of each platform.
+
+Axes: B batch, T queries, S keys, H query heads, KV key and value heads, Hd features of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+QUERIES = 96  # of a row that a CPU attends from at once
+LITTLE = 2**17  # scores of a whole batch below which a CPU is not worth other means
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
+    """softmax(q k' / sqrt(Hd)) v, each key and value head serving H / KV query heads.
+
+    On a CPU one row of the batch and a block of its queries at a time, whose scores stay in the cache and are computed
+    again in the backward pass; elsewhere by `jax.nn.dot_product_attention`.
+
+    Args:
+        query: [B, T, H, Hd].
+        key: [B, S, KV, Hd].
+        value: [B, S, KV, Hd].
+        mask: boolean [B, 1, T, S], True where a query sees a key, or None. Every query sees some key.
+        causal: whether query t sees only keys up to t (T equals S).
+
+    Returns:
+        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+    """
+    operands = (query, key, value) if mask is None else (query, key, value, mask)
+    scores = math.prod(query.shape[:3]) * key.shape[1]
+    other = _attend_in_float64 if query.dtype == jnp.float64 else _attend_at_once
+    if scores <= LITTLE:
+        return other(causal, *operands)
+    return jax.lax.platform_dependent(
+        *operands, cpu=functools.partial(_attend_in_blocks, causal), default=functools.partial(other, causal)
+    )
+
+
+def _attend_at_once(causal: bool, query, key, value, mask=None):
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+
+
+def _attend_in_float64(causal: bool, query, key, value, mask=None):
+    """`jax.nn.dot_product_attention` rounds the scores to float32 whatever the dtype of its arguments."""
+    batch, length, heads, features = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, features)
+    scores = jnp.einsum("btkgh,bskh->bkgts", query, key) / math.sqrt(features)
+    if causal:
+        scores = jnp.where(jnp.tri(length, key.shape[1], dtype=bool), scores, -jnp.inf)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1), value)
+    return mixed.reshape(batch, length, heads, features)
+
+
+def _attend_in_blocks(causal: bool, *operands):
+    return jax.lax.map(lambda row: _attend_row(causal, *row), operands)
+
+
+def _attend_row(causal: bool, query, key, value, mask=None):
+    """One row: query [T, H, Hd], key and value [S, KV, Hd], mask [1, T, S] or None; [T, H, Hd]."""
+    length, heads, features = query.shape
+    groups = key.shape[1]
+    query = query.transpose(1, 0, 2).reshape(groups, -1, length, features)  # [KV, H / KV, T, Hd]
+    key, value = key.transpose(1, 2, 0), value.transpose(1, 0, 2)  # [KV, Hd, S], [KV, S, Hd]
+    mixed = []
+    for start in range(0, length, QUERIES):
+        end = min(start + QUERIES, length)
+        seen = end if causal else key.shape[2]
+        visible = jnp.tri(end - start, seen, start, dtype=bool) if causal else jnp.ones((end - start, seen), bool)
+        if mask is not None:
+            visible &= mask[0, start:end, :seen]
+        mixed.append(_attend_block(query[:, :, start:end], key[:, :, :seen], value[:, :seen], visible))
+    return jnp.concatenate(mixed, axis=2).reshape(heads, length, features).transpose(1, 0, 2)
+
+
+@jax.checkpoint
+def _attend_block(query, key, value, visible):
+    """query [KV, G, T, Hd], key [KV, Hd, S], value [KV, S, Hd], visible [T, S]; [KV, G, T, Hd]."""
+    groups, each, length, features = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    query = query.reshape(groups, each * length, features)
+    scores = jnp.matmul(query, key, preferred_element_type=wide).reshape(groups, each, length, -1)
+    scores = jnp.where(visible, scores / math.sqrt(features), -jnp.inf)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.reshape(groups, each * length, -1).astype(value.dtype)
+    mixed = jnp.matmul(weights, value, preferred_element_type=wide).reshape(groups, each, length, features)
+    return (mixed / total).astype(query.dtype)
