@@ -19,6 +19,7 @@ from mlora_jax.experiment import Experiment, model_folder
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
+from tests import test_run_tasks
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
@@ -228,6 +229,8 @@ ELSEWHERE = {
     "records.tensorboard": "test_tensorboard",
     "records.wandb_project": "test_weights_and_biases",
     "report.choose_on": "test_key_of_the_report",
+    "evaluation.tasks": "test_a_further_task_is_measured_without_training_again",
+    "evaluation.raw_dir": "test_a_task_without_local_data_is_told",
 }
 
 
@@ -240,7 +243,7 @@ def test_every_key_has_a_test():
     readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
     tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
     assert tested == set(all_keys())
-    assert all(test in globals() for test in ELSEWHERE.values())
+    assert all(test in globals() or hasattr(test_run_tasks, test) for test in ELSEWHERE.values())
 
 
 @pytest.mark.parametrize("name", [name for name, value in CHANGES.items() if value])
