@@ -83,7 +83,8 @@ def evaluate_all(
     prepared once, and profiles are data. Then the harness scores each variant from memory.
 
     Args:
-      lm: the model; its own adapter and rank do not matter.
+      lm: the model; its own adapter and rank do not matter. Its count of truncated requests grows by those of this
+        pass, each counted once.
       variants: name -> (adapter, p), adapters of one rank R and the same targets as the model's.
       tasks: names, or what `load_tasks` gave.
       raw_dir, cache_dir: of `load_tasks`.
@@ -122,6 +123,7 @@ def evaluate_all(
                 system_instruction=system_instruction,
                 fewshot_as_multiturn=fewshot_as_multiturn,
             )
+    lm.truncated += answers.truncated
     return results
 
 
