@@ -220,7 +220,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
             ),
             log=lambda step, slot, values: _log(run, batch, step, slot, values),
             validate=lambda step, adapters, slots: _validate(run, batch, step, adapters, slots),
-            save=lambda state, memory: checkpoints.save(memory.step, state, _values(run, memory, batches)),
+            save=lambda state, memory: checkpoints.save(memory.step, state, _values(memory, batches)),
             interrupted=run.interrupted,
         )
         checkpoints.wait()
@@ -229,9 +229,9 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
     run.progress.expect({trial.name: 0 for trial in batch.trials})
 
 
-def _values(run: _Run, memory: Memory, batches) -> dict[str, Any]:
+def _values(memory: Memory, batches) -> dict[str, Any]:
     """What a checkpoint holds besides arrays."""
-    return {"memory": dataclasses.asdict(memory), "metrics": run.metrics.position, "data": batches.get_state()}
+    return {"memory": dataclasses.asdict(memory), "data": batches.get_state()}
 
 
 def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State):
@@ -240,14 +240,14 @@ def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State
     names = [trial.name for trial in batch.trials]
     restored = checkpoints.restore(start)
     if restored is None:
-        run.metrics.keep(lambda record: record["trial"] not in names)
         state, memory = start, Memory.of(batch.slots)
     else:
         state, memory = restored.state, Memory(**restored.values["memory"])
-        run.metrics.cut(restored.values["metrics"])  # curves are written when a batch is trained, never before
         batches.set_state(restored.values["data"])
         run.progress.say(f"{batch.name} goes on from step {memory.step}")
         run.progress.expect(dict.fromkeys(names, run.experiment.steps - memory.step))
+    # Other batches may have written in between; curves are written when a batch is trained, never before.
+    run.metrics.keep(lambda record: record["trial"] not in names or record["step"] <= memory.step)
     for tracker in run.trackers:
         tracker.go_back(names, memory.step)
     return state, memory, batches

@@ -1,0 +1,62 @@
+"""Stages of a run by themselves, on stand-ins for model and data."""
+
+import dataclasses
+import types
+
+import pytest
+
+from mlora_jax import run
+from mlora_jax.config import expand_trials, resolve
+from mlora_jax.train.checkpoint import Restored
+from mlora_jax.train.grid import TrialBatch
+from mlora_jax.train.loop import Memory
+from mlora_jax.train.records import JsonLines, read_json_lines
+
+
+class Quiet:
+    """Takes whatever is called."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **named: None
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Makes a `_Run` of which only some parts are there."""
+    with JsonLines(tmp_path / "metrics.jsonl") as metrics, JsonLines(tmp_path / "curves.jsonl") as curves:
+        parts = {"progress": Quiet(), "trackers": [Quiet()], "metrics": metrics, "curves": curves}
+        names = [field.name for field in dataclasses.fields(run._Run)]
+        yield lambda **given: run._Run(**(dict.fromkeys(names) | parts | given))
+
+
+class Batches:
+    """A pipeline that gives nothing."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise StopIteration
+
+    def set_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_only_a_batch_s_own_records_are_taken_back(stand_in, tmp_path, step):
+    """Batches may take turns, so another one's records lie before and after what comes again."""
+    trials = expand_trials(resolve({"trials": {"seed": (1, 2), "learning_rate": (0.1, 0.2)}}))
+    mine, other = TrialBatch("mine", tuple(trials[:2]), 2), TrialBatch("other", tuple(trials[2:]), 2)
+    experiment = types.SimpleNamespace(pipeline=lambda trials: Batches(), steps=10)
+    stages = stand_in(experiment=experiment)
+    turns = (other, 2), (mine, 2), (mine, 4), (other, 4), (mine, 6), (other, 6)
+    written = [(batch, at, trial.name) for batch, at in turns for trial in batch.trials]
+    for _, at, name in written:
+        stages.metrics.write({"trial": name, "step": at})
+    memory = dataclasses.asdict(Memory(step, [], [True, True], []))
+    restored = Restored(step, "state", {"memory": memory, "data": None}) if step else None
+    checkpoints = types.SimpleNamespace(restore=lambda template: restored)
+    state, found, _ = run._resume(stages, mine, checkpoints, "start")
+    assert (state, found.step) == ("state" if step else "start", step)
+    kept = [(record["step"], record["trial"]) for record in read_json_lines(tmp_path / "metrics.jsonl")]
+    assert kept == [(at, name) for batch, at, name in written if batch is other or at <= step]
