@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jaxlib
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
@@ -107,7 +108,7 @@ class RunFolder:
         self._check_config(config)
         self.batches: list[TrialBatch] = []
         self._trained: set[str] = set()
-        self._machine = {"threads": threads(), "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        self._machine = _machine()
         if (self.path / LEDGER).is_file():
             self._read_ledger()
         self.drop_half_curves()
@@ -129,6 +130,11 @@ class RunFolder:
         if record.get("schema") != SCHEMA:
             raise ValueError(f"{self.path / LEDGER} has schema {record.get('schema')!r}; this version reads {SCHEMA}")
         for name, before in record["machine"].items():
+            if name == "x64" and before != self._machine[name]:
+                raise ValueError(
+                    f"{self.path} holds a run that began with JAX_ENABLE_X64={int(before)}: set that environment "
+                    "variable to go on, or give another --workdir"
+                )
             if before != self._machine[name]:
                 logger.warning(
                     "this run began with %s %s and goes on with %s: its last bits may differ",
@@ -202,6 +208,18 @@ class RunFolder:
         """Names of the trials whose loss was not finite."""
         file = self.path / CURVES
         return {r["trial"] for r in read_json_lines(file) if r.get("failed")} if file.is_file() else set()
+
+
+def _machine() -> dict[str, Any]:
+    """What a run's last bits depend on besides its config."""
+    return {
+        "threads": threads(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "device": jax.devices()[0].device_kind,
+        "x64": jax.config.jax_enable_x64,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }
 
 
 def _key(record: dict[str, Any]) -> tuple:
