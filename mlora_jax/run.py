@@ -131,9 +131,9 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         progress = stack.enter_context(RunProgress())
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
         progress.say(_describe(experiment))
-        _evaluate_base(run, trials[0].rank)
         if new := folder.unplanned(trials):
-            folder.add(experiment.plan(new))
+            folder.add(experiment.plan(new))  # first, because its errors ask for another config
+        _evaluate_base(run, trials[0].rank)
         wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
         to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
         progress.expect(dict.fromkeys(to_train, experiment.steps))

@@ -115,7 +115,9 @@ class RunFolder:
 
     def _check_config(self, config: ConfigDict) -> None:
         file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))
-        if file.is_file():
+        # Before that a run has only looked at its config, model and data, and may have found something to correct.
+        begun = (self.path / LEDGER).is_file() or bool(self._whole_curves())
+        if file.is_file() and begun:
             changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new)
             if changed:
                 raise ValueError(

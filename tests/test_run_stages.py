@@ -60,3 +60,21 @@ def test_only_a_batch_s_own_records_are_taken_back(stand_in, tmp_path, step):
     assert (state, found.step) == ("state" if step else "start", step)
     kept = [(record["step"], record["trial"]) for record in read_json_lines(tmp_path / "metrics.jsonl")]
     assert kept == [(at, name) for batch, at, name in written if batch is other or at <= step]
+
+
+def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_for(tmp_path, monkeypatch):
+    class TooLarge(Quiet):
+        steps = 10
+
+        def plan(self, trials):
+            raise ValueError("one trial needs 9 GiB")
+
+    def measure(stages, rank):
+        stages.curves.write({"trial": "base", "split": "test", "readout": "base", "of_ranks": 1})
+
+    monkeypatch.setattr(run.Experiment, "load", lambda config: TooLarge())
+    monkeypatch.setattr(run, "_describe", lambda experiment: "")
+    monkeypatch.setattr(run, "_evaluate_base", measure)
+    for remat in (False, True):
+        with pytest.raises(ValueError, match="one trial needs"):
+            run.train({"train": {"remat": remat}}, tmp_path)
