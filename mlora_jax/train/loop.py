@@ -131,9 +131,9 @@ class Memory:
         return cls(0, [], [True] * slots, [])
 
     def best(self, slot: int) -> tuple[int, float]:
-        """Which validation of a trial was its best, and its score; (-1, -inf) before the first."""
-        scores = [-math.inf if row[slot] is None else row[slot] for row in self.scores]
-        return max(enumerate(scores), key=lambda pair: pair[1], default=(-1, -math.inf))
+        """Which validation of a trial was its best, and its score; (-1, -inf) before the first with a finite one."""
+        scores = [(at, row[slot]) for at, row in enumerate(self.scores) if _is_score(row[slot])]
+        return max(scores, key=lambda pair: pair[1], default=(-1, -math.inf))
 
 
 class State(NamedTuple):
@@ -231,7 +231,7 @@ def _validate(state: State, memory: Memory, patience: int, validate) -> State:
     """Scores the trials that are still trained, keeps the best adapters, and stops who has not got better."""
     before = [memory.best(slot)[1] for slot in range(len(memory.reported))]
     memory.scores.append(validate(memory.step, state.trials.adapter, memory.reported))
-    better = np.array([score is not None and score > old for score, old in zip(memory.scores[-1], before, strict=True)])
+    better = np.array([_is_score(new) and new > old for new, old in zip(memory.scores[-1], before, strict=True)])
     if state.best is not None:
         state = state._replace(best=select_trials(better, state.trials.adapter, state.best))
     if patience:
@@ -240,6 +240,10 @@ def _validate(state: State, memory: Memory, patience: int, validate) -> State:
         stopped = state.trials.finite & ~jnp.asarray(memory.reported)
         state = state._replace(trials=state.trials._replace(stopped=stopped | state.trials.stopped))
     return state
+
+
+def _is_score(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def select_trials(chosen: np.ndarray, these, those):

@@ -167,6 +167,13 @@ def test_memory_knows_the_best_validation():
     assert Memory.of(3).best(2) == (-1, -np.inf)
 
 
+def test_what_is_no_score_is_never_the_best():
+    """A trial that failed before its first validation, and losses that are not finite."""
+    assert Memory(4, [], [False], [[None]]).best(0) == (-1, -np.inf)
+    assert Memory(4, [], [True], [[-np.inf]]).best(0) == (-1, -np.inf)
+    assert Memory(12, [], [True], [[np.nan], [0.5], [np.nan]]).best(0) == (1, 0.5)
+
+
 def test_selecting_trials():
     these, those = {"a": jnp.ones((3, 2, 2))}, {"a": jnp.zeros((3, 2, 2))}
     found = select_trials(np.array([True, False, True]), these, those)["a"]
