@@ -105,6 +105,7 @@ class RunFolder:
     def __init__(self, path, config: ConfigDict):
         self.path = pathlib.Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._drop_partial_files()
         self._check_config(config)
         self.batches: list[TrialBatch] = []
         self._trained: set[str] = set()
@@ -112,6 +113,12 @@ class RunFolder:
         if (self.path / LEDGER).is_file():
             self._read_ledger()
         self.drop_half_curves()
+
+    def _drop_partial_files(self) -> None:
+        """What a killed process was writing; a lock keeps out any other one."""
+        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial"):
+            for file in self.path.glob(pattern):
+                file.unlink()
 
     def _check_config(self, config: ConfigDict) -> None:
         file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))

@@ -39,3 +39,13 @@ def test_a_folder_with_a_measurement_alone_keeps_its_config(tmp_path):
         curves.write({"trial": "base", "split": "test", "readout": "base", "of_ranks": 1})
     with pytest.raises(ValueError, match=r"config\.train\.remat was False"):
         RunFolder(tmp_path, resolve({"train": {"remat": True}}))
+
+
+def test_files_that_a_kill_left_half_written_are_removed(tmp_path):
+    halves = [tmp_path / ".batches.json.17.partial", tmp_path / "adapters/lora/.adapter.safetensors.17.partial"]
+    whole = tmp_path / "adapters/lora/adapter.safetensors"
+    whole.parent.mkdir(parents=True)
+    for file in (*halves, whole):
+        file.write_text("{")
+    RunFolder(tmp_path, resolve({}))
+    assert whole.is_file() and not any(file.exists() for file in halves)
