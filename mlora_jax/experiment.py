@@ -26,7 +26,7 @@ from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
-from mlora_jax.train.grid import cut_evenly, group_trials, largest_batch, memory_limit, memory_of
+from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, compile_draws, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
 from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
@@ -181,13 +181,24 @@ class Experiment:
         return get_policy(trial.method).count(self.hierarchy(trial))
 
     def _fitting(self, group: Sequence[Trial]) -> int:
-        base = sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapted(group[0].rank).base))
+        base, beside = bytes_of(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
         limit = memory_limit(self.config.train.memory_gib)
-        most = largest_batch(lambda count: memory_of(self.compile_largest(group[0], count)), base, len(group), limit)
+        needed = lambda count: memory_of(self.compile_largest(group[0], count)) + count * beside  # noqa: E731
+        most = largest_batch(needed, base, len(group), limit)
         if most == 1 or jax.default_backend() != "cpu":
             return most
         # On a CPU many trials at once fall out of its caches, and may be slower than one after the other.
         return min((most, 1), key=lambda count: self.time_steps(group[:count], 2).seconds / count)
+
+    def _beside_a_step(self, rank: int) -> int:
+        """Bytes of one trial while it trains besides those of its step: its best adapter, and a copy that is saved."""
+        best = self.adapted(rank).adapter if self.config.validation.keep == "best" else None
+        return bytes_of(self._one_state(rank)) + 2 * bytes_of(best)
+
+    def _one_state(self, rank: int) -> TrialState:
+        """Shapes of one trial's state."""
+        adapted = self.adapted(rank)
+        return jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
 
     def time_steps(self, trials: Sequence[Trial], steps: int) -> StepTiming:
         """Trains trials of one group for a few steps and forgets them."""
@@ -207,7 +218,7 @@ class Experiment:
     def compile_largest(self, trial: Trial, count: int) -> jax.stages.Compiled:
         """The step of `count` trials like this one at the largest batch shape there is."""
         adapted, options = self.adapted(trial.rank), self.config.train
-        one = jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
+        one = self._one_state(trial.rank)
         rows = options.batch_size // options.accumulation
         length, answers = batch_shape(self.examples.examples, self.config.data.pad_multiple)
         integers = jax.ShapeDtypeStruct((options.accumulation, rows, length), jnp.int32)

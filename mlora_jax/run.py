@@ -26,7 +26,7 @@ from mlora_jax.run_tasks import measure_tasks, readouts_of, wanted_curves
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from mlora_jax.train.checkpoint import Checkpoints
 from mlora_jax.train.grid import TrialBatch
-from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, select_trials, take_trial, train_trials
+from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, TrialKeys, select_trials, take_trial, train_trials
 from mlora_jax.train.progress import RunProgress
 from mlora_jax.train.records import JsonLines
 from mlora_jax.train.trackers import Tracker, make_trackers
@@ -202,9 +202,8 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
     adapted = experiment.adapted(trials[0].rank)
     run.progress.say(f"{batch.name}: {len(batch.trials)} trials at once")
     with Checkpoints(run.folder.checkpoints(batch), keep=config.checkpoint.keep) as checkpoints:
-        start, keys = experiment.start(trials)
-        best = jax.tree.map(jnp.copy, start.adapter) if config.validation.keep == "best" else None
-        state, memory, batches = _resume(run, batch, checkpoints, State(start, best))
+        state, keys = _start(run, batch)
+        state, memory, batches = _resume(run, batch, checkpoints, state)
         schedules = experiment.schedules(trials)
         state = train_trials(
             lambda at, arrays, draw: adapted.step(
@@ -227,6 +226,13 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
         _save_adapters(run, batch, state, memory)
     run.folder.finish(batch)
     run.progress.expect({trial.name: 0 for trial in batch.trials})
+
+
+def _start(run: _Run, batch: TrialBatch) -> tuple[State, TrialKeys]:
+    """State and keys of a batch before its first step."""
+    start, keys = run.experiment.start(batch.slotted)
+    best = jax.tree.map(jnp.copy, start.adapter) if run.config.validation.keep == "best" else None
+    return State(start, best), keys
 
 
 def _values(memory: Memory, batches) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def _validate(state: State, memory: Memory, patience: int, validate) -> State:
     memory.scores.append(validate(memory.step, state.trials.adapter, memory.reported))
     better = np.array([_is_score(new) and new > old for new, old in zip(memory.scores[-1], before, strict=True)])
     if state.best is not None:
-        state = state._replace(best=select_trials(better, state.trials.adapter, state.best))
+        state = state._replace(best=_keep_better(better, state.trials.adapter, state.best))
     if patience:
         waited = [len(memory.scores) - 1 - memory.best(slot)[0] for slot in range(len(before))]
         memory.reported = [on and gone < patience for on, gone in zip(memory.reported, waited, strict=True)]
@@ -249,6 +249,9 @@ def _is_score(value: float | None) -> bool:
 def select_trials(chosen: np.ndarray, these, those):
     """The trees of the trials that are chosen [K] from `these`, the others' from `those`; leaves [K, ...]."""
     return jax.tree.map(lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), these, those)
+
+
+_keep_better = jax.jit(select_trials, donate_argnums=2)  # so that no earlier best is kept alive
 
 
 def stack_trees(trees: Iterable[Any]) -> Any:

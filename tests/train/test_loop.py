@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from mlora_jax.train.loop import (
     train_trials,
     trial_keys,
 )
-from mlora_jax.train.step import Schedule, init_state, make_optimizer
+from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
 from tests.tiny import tiny_config
 
 STEPS = 20
@@ -172,6 +173,49 @@ def test_what_is_no_score_is_never_the_best():
     assert Memory(4, [], [False], [[None]]).best(0) == (-1, -np.inf)
     assert Memory(4, [], [True], [[-np.inf]]).best(0) == (-1, -np.inf)
     assert Memory(12, [], [True], [[np.nan], [0.5], [np.nan]]).best(0) == (1, 0.5)
+
+
+def stand_in_state(count):
+    """The state of trials of one number each."""
+    no = jnp.zeros(count, bool)
+    return TrialState({"a": jnp.zeros((count, 1))}, (), jnp.zeros(count, jnp.int32), ~no, no)
+
+
+def count_up(trials, batch, draw):
+    """A step that adds 1 to a trial's number, which is its loss too."""
+    going = trials.finite & ~trials.stopped
+    adapter = {"a": trials.adapter["a"] + going[:, None]}
+    return trials._replace(adapter=adapter, step=trials.step + going), {
+        "loss": adapter["a"][:, 0],
+        "finite": trials.finite,
+    }
+
+
+def count_with(state, memory, cadence, *, steps=20, **calls):
+    """Trains by `count_up`; returns the state, and what was logged as (step, trial, loss)."""
+    logged = []
+    calls = {"validate": untouched, "save": lambda *arguments: None, "interrupted": lambda: 0} | calls
+    batches = itertools.repeat({"tokens": np.zeros((1, 1))})
+    log = lambda at, trial, values: logged.append((at, trial, values["loss"]))  # noqa: E731
+    ended = train_trials(
+        count_up, batches, lambda at: None, state, memory, steps=steps, cadence=cadence, log=log, **calls
+    )
+    return ended, logged
+
+
+def test_an_earlier_best_adapter_is_not_kept_alive():
+    trials = stand_in_state(2)
+    first = jnp.full((2, 1), -1.0)
+    scores = iter([[1.0, 2.0], [3.0, 1.0]])
+    ended, _ = count_with(
+        State(trials, {"a": first}),
+        Memory.of(2),
+        Cadence(log=0, validate=2, save=0, patience=0),
+        steps=4,
+        validate=lambda *arguments: next(scores),
+    )
+    assert ended.best["a"][:, 0].tolist() == [4, 2]
+    assert first.is_deleted() and not ended.trials.adapter["a"].is_deleted()
 
 
 def test_selecting_trials():
