@@ -8,7 +8,7 @@ import importlib.resources
 import itertools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -164,8 +164,14 @@ class Experiment:
         """S, scales and weights of a trial."""
         return trial.hierarchy(self.config.adapter.ranks)
 
-    def plan(self, trials: Sequence[Trial]) -> list[tuple[tuple[Trial, ...], int]]:
+    def plan(
+        self, trials: Sequence[Trial], *, before_each: Callable[[], None] = lambda: None
+    ) -> list[tuple[tuple[Trial, ...], int]]:
         """Cuts trials into batches: (trials, slots) each. Compiles where the size is to be found out.
+
+        Args:
+          trials: what is to be trained.
+          before_each: called before every group of trials that share an executable; may raise to leave.
 
         Raises:
           ValueError: not even one trial fits in memory.
@@ -173,6 +179,7 @@ class Experiment:
         groups = group_trials(trials, lambda trial: (trial.rank, self.profiles(trial)))
         batches = []
         for group in groups:
+            before_each()
             batches += cut_evenly(group, min(self.config.train.trials_at_once or self._fitting(group), len(group)))
         return batches
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import threading
@@ -79,6 +80,11 @@ class _Run:
     trackers: list[Tracker]
     interrupted: Callable[[], int]
 
+    def leave_if_asked(self) -> None:
+        """Raises Interrupted if a signal came; only where everything is saved."""
+        if signal_number := self.interrupted():
+            raise Interrupted(128 + signal_number)
+
     def record(self, **values: Any) -> None:
         self.metrics.write(values)
         for tracker in self.trackers:
@@ -131,13 +137,13 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         progress = stack.enter_context(RunProgress())
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
         progress.say(_describe(experiment))
-        if new := folder.unplanned(trials):
-            folder.add(experiment.plan(new))  # first, because its errors ask for another config
-        _evaluate_base(run, trials[0].rank)
-        wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
-        to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
-        progress.expect(dict.fromkeys(to_train, experiment.steps))
         try:
+            if new := folder.unplanned(trials):  # first, because its errors ask for another config
+                folder.add(experiment.plan(new, before_each=run.leave_if_asked))
+            _evaluate_base(run, trials[0].rank)
+            wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
+            to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
+            progress.expect(dict.fromkeys(to_train, experiment.steps))
             for batch in wanted:
                 if not folder.trained(batch):
                     _train_batch(run, batch)
@@ -189,7 +195,7 @@ def _evaluate_base(run: _Run, rank: int) -> None:
         if ("base", split, "base") not in measured:
             adapted = run.experiment.adapted(rank)
             evaluator = adapted.evaluators[split]
-            verdicts = evaluator(adapted.adapter, jnp.zeros(rank))
+            verdicts = _evaluate(run, evaluator, adapted.adapter, jnp.zeros(rank))
             accuracy, error = accuracy_and_error(verdicts)
             values = _measured(run, split, "base", 0, accuracy, error, len(verdicts), 1, evaluator.truncated)
             run.curves.write({"trial": "base", **values})
@@ -329,10 +335,8 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
         run.curves.write({**fields, "failed": True})
         return
     for split, readout in missing:
-        if signal_number := run.interrupted():
-            raise Interrupted(128 + signal_number)
         curve = rank_curve(
-            adapted.evaluators[split],
+            functools.partial(_evaluate, run, adapted.evaluators[split]),
             adapter,
             adapted.profile,
             hierarchy,
@@ -353,8 +357,13 @@ def _evaluate_on_tasks(run: _Run, trials: Sequence[Trial]) -> None:
         run.curves.write(*measured.records)
         shown = " ".join(f"{accuracy:.3f}" for accuracy in measured.curve.accuracies)
         run.progress.say(f"{measured.trial} {measured.task} {measured.curve.readout:8} {shown}")
-        if signal_number := run.interrupted():
-            raise Interrupted(128 + signal_number)
+        run.leave_if_asked()
+
+
+def _evaluate(run: _Run, evaluator, adapter, p) -> np.ndarray:
+    """Verdicts at one rank of a curve, which a signal may cut short: it is written when all of it is there."""
+    run.leave_if_asked()
+    return evaluator(adapter, p)
 
 
 def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks, truncated) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 
 from mlora_jax import run
 from mlora_jax.config import expand_trials, resolve
+from mlora_jax.experiment import Experiment
 from mlora_jax.train.checkpoint import Restored
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.loop import Memory
@@ -66,7 +68,7 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
     class TooLarge(Quiet):
         steps = 10
 
-        def plan(self, trials):
+        def plan(self, trials, before_each):
             raise ValueError("one trial needs 9 GiB")
 
     def measure(stages, rank):
@@ -78,3 +80,49 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
     for remat in (False, True):
         with pytest.raises(ValueError, match="one trial needs"):
             run.train({"train": {"remat": remat}}, tmp_path)
+
+
+class Signalled:
+    """An evaluator during whose first pass a signal comes."""
+
+    passes, truncated = 0, 0
+
+    def __call__(self, adapter, p):
+        self.passes += 1
+        return np.ones(3, bool)
+
+    def interrupted(self):
+        return 15 if self.passes else 0
+
+
+def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_path, monkeypatch):
+    config, evaluator = resolve({"trials": {"rank": (4,), "method": ("lora",)}}), Signalled()
+    adapted = types.SimpleNamespace(evaluators=dict.fromkeys(("test", "validation"), evaluator), adapter=0, profile=0)
+    experiment = types.SimpleNamespace(
+        rows={"test": [], "validation": []},
+        adapted=lambda rank: adapted,
+        data=types.SimpleNamespace(task=types.SimpleNamespace(name="trec")),
+    )
+    folder = types.SimpleNamespace(curves=dict, failed=set, adapter=lambda trial: None)
+    (trial,) = expand_trials(config)
+    monkeypatch.setattr(run, "load_adapter", lambda *arguments: (0, trial.hierarchy(), {"finite": True}))
+    stages = stand_in(config=config, experiment=experiment, folder=folder, interrupted=evaluator.interrupted)
+    with pytest.raises(run.Interrupted):
+        run._evaluate_trial(stages, trial)  # three ranks
+    assert evaluator.passes == 1 and not read_json_lines(tmp_path / "curves.jsonl")
+    evaluator.passes = 0
+    with pytest.raises(run.Interrupted):
+        run._evaluate_base(stages, 4)  # two splits
+    assert evaluator.passes == 1 and len(read_json_lines(tmp_path / "curves.jsonl")) == 1
+
+
+def test_a_signal_ends_planning_before_the_next_group():
+    config = resolve({"trials": {"rank": (4, 8)}, "train": {"trials_at_once": 1}})
+    planned = Experiment(config, None, None, None, None, {})
+    assert len(planned.plan(expand_trials(config))) == 2
+
+    def leave():
+        raise run.Interrupted(143)
+
+    with pytest.raises(run.Interrupted):
+        planned.plan(expand_trials(config), before_each=leave)

@@ -185,7 +185,7 @@ def train_trials(
         gradient_norm and learning_rate (of the last step), tokens_per_second and finite.
       validate: (finished steps, adapters [K, ...], which to look at) -> scores [K], higher is better.
       save: called when a checkpoint is due, and at the end.
-      interrupted: asked after every step; gives the number of the signal that came, or 0.
+      interrupted: asked after every step and its validation; gives the number of the signal that came, or 0.
 
     Raises:
       Interrupted: after a save.
@@ -199,14 +199,14 @@ def train_trials(
             jax.block_until_ready(pending[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
         state, pending = state._replace(trials=trials), [*pending, metrics["loss"]]
         memory.step, tokens = memory.step + 1, tokens + batch["tokens"][0].size
-        last, stop = memory.step == steps, interrupted()
+        last = memory.step == steps
         if due(cadence.log) or last:
             memory.losses += np.asarray(jax.device_get(pending), float).tolist()
             _report(memory, metrics, tokens / (time.monotonic() - since), log)
             pending, tokens, since = [], 0, time.monotonic()
         if due(cadence.validate) or (cadence.validate and last):
             state = _validate(state, memory, cadence.patience, validate)
-        memory.ended = last or not any(memory.reported)
+        memory.ended, stop = last or not any(memory.reported), interrupted()
         if memory.ended or stop or due(cadence.save):
             memory.losses += np.asarray(jax.device_get(pending), float).tolist()
             pending = []

@@ -218,6 +218,26 @@ def test_an_earlier_best_adapter_is_not_kept_alive():
     assert first.is_deleted() and not ended.trials.adapter["a"].is_deleted()
 
 
+def test_a_signal_during_a_validation_is_seen_after_it():
+    came, saved = [0], []
+
+    def validate(*arguments):
+        came[0] = 15
+        return [1.0]
+
+    memory = Memory.of(1)
+    with pytest.raises(Interrupted):
+        count_with(
+            State(stand_in_state(1), None),
+            memory,
+            Cadence(log=0, validate=2, save=0, patience=0),
+            validate=validate,
+            save=lambda state, memory: saved.append(memory.step),
+            interrupted=lambda: came[0],
+        )
+    assert memory.step == 2 and saved == [2]
+
+
 def test_selecting_trials():
     these, those = {"a": jnp.ones((3, 2, 2))}, {"a": jnp.zeros((3, 2, 2))}
     found = select_trials(np.array([True, False, True]), these, those)["a"]
