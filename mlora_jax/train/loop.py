@@ -191,40 +191,49 @@ def train_trials(
       Interrupted: after a save.
     """
     pending, tokens, since = [], 0, time.monotonic()
+
+    def collect():
+        memory.losses += np.asarray(jax.device_get(pending), float).tolist()
+        pending.clear()
+
     due = lambda every: every and memory.step % every == 0  # noqa: E731
     while not memory.ended:
         batch = next(batches)
         trials, metrics = step(state.trials, batch, draw(memory.step))
         if pending:
             jax.block_until_ready(pending[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
-        state, pending = state._replace(trials=trials), [*pending, metrics["loss"]]
+        state = state._replace(trials=trials)
+        pending.append(metrics["loss"])
         memory.step, tokens = memory.step + 1, tokens + batch["tokens"][0].size
         last = memory.step == steps
         if due(cadence.log) or last:
-            memory.losses += np.asarray(jax.device_get(pending), float).tolist()
-            _report(memory, metrics, tokens / (time.monotonic() - since), log)
-            pending, tokens, since = [], 0, time.monotonic()
+            collect()
+            _report(memory, memory.reported, metrics, tokens / (time.monotonic() - since), log)
+            memory.losses, tokens, since = [], 0, time.monotonic()
         if due(cadence.validate) or (cadence.validate and last):
+            before = memory.reported
             state = _validate(state, memory, cadence.patience, validate)
+            stopped = [old and not new for old, new in zip(before, memory.reported, strict=True)]
+            if any(stopped) and (pending or memory.losses):
+                collect()
+                _report(memory, stopped, metrics, tokens / (time.monotonic() - since), log)
         memory.ended, stop = last or not any(memory.reported), interrupted()
         if memory.ended or stop or due(cadence.save):
-            memory.losses += np.asarray(jax.device_get(pending), float).tolist()
-            pending = []
+            collect()
             save(state, memory)
         if stop and not memory.ended:
             raise Interrupted(128 + stop)
     return state
 
 
-def _report(memory: Memory, metrics, tokens_per_second: float, log) -> None:
-    """Logs every trial that is still trained; one whose loss is not finite for the last time."""
+def _report(memory: Memory, slots: Sequence[bool], metrics, tokens_per_second: float, log) -> None:
+    """Logs the trials of some slots; one whose loss is not finite for the last time."""
     values = jax.device_get(metrics)
     losses = np.asarray(memory.losses).mean(axis=0)
-    for trial in np.flatnonzero(memory.reported).tolist():
+    for trial in np.flatnonzero(slots).tolist():
         found = {name: value[trial].item() for name, value in values.items()}
         log(memory.step, trial, found | {"loss": losses[trial].item(), "tokens_per_second": tokens_per_second})
-        memory.reported[trial] = found["finite"]
-    memory.losses = []
+        memory.reported[trial] &= found["finite"]
 
 
 def _validate(state: State, memory: Memory, patience: int, validate) -> State:

@@ -238,6 +238,23 @@ def test_a_signal_during_a_validation_is_seen_after_it():
     assert memory.step == 2 and saved == [2]
 
 
+def test_a_trial_that_stops_early_logs_its_last_losses():
+    """Trial 0 stops at step 4, between two logs; the other one's means are over the same steps as ever."""
+    scores = iter([[1.0, 1.0], [0.0, 2.0], [None, 3.0], [None, 4.0], [None, 5.0]])
+    _, logged = count_with(
+        State(stand_in_state(2), None),
+        Memory.of(2),
+        Cadence(log=3, validate=2, save=0, patience=1),
+        steps=9,
+        validate=lambda *arguments: next(scores),
+    )
+    assert logged == [(3, 0, 2.0), (3, 1, 2.0), (4, 0, 4.0), (6, 1, 5.0), (9, 1, 8.0)]
+    scores = iter([[1.0], [0.0]])
+    cadence = Cadence(log=2, validate=2, save=0, patience=1)
+    _, logged = count_with(State(stand_in_state(1), None), Memory.of(1), cadence, validate=lambda *_: next(scores))
+    assert logged == [(2, 0, 1.5), (4, 0, 3.5)]  # it has been logged by then
+
+
 def test_selecting_trials():
     these, those = {"a": jnp.ones((3, 2, 2))}, {"a": jnp.zeros((3, 2, 2))}
     found = select_trials(np.array([True, False, True]), these, those)["a"]
