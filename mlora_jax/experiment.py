@@ -104,7 +104,27 @@ class Experiment:
         for name, some in {"train": train, **rows}.items():
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
-        return cls(config, model, tokenizer, data, examples, rows)
+        experiment = cls(config, model, tokenizer, data, examples, rows)
+        if experiment.validates_by_loss:
+            experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
+        return experiment
+
+    @property
+    def validates_by_loss(self) -> bool:
+        """Whether the validation loss is looked at while training."""
+        return bool(self.config.validation.every) and self.config.validation.measure == "loss"
+
+    @functools.cached_property
+    def validation(self) -> Tokenized:
+        """What the validation loss is over; rows above `data.max_length` are no part of it."""
+        return tokenize(
+            self.rows["validation"],
+            self.tokenizer,
+            seam=self.data.seam,
+            max_length=self.config.data.max_length,
+            overflow="drop",
+            split="validation",
+        )
 
     @functools.cached_property
     def _by_rank(self) -> dict[int, Adapted]:
@@ -290,25 +310,17 @@ class Experiment:
 
     def _validation_loss(self, graphdef, base, profile):
         """(adapter, p [R]) -> nats per answer token on the validation rows."""
-        options, config = self.config.data, self.config
-        rows = tokenize(
-            self.rows["validation"],
-            self.tokenizer,
-            seam=self.data.seam,
-            max_length=options.max_length,
-            overflow="drop",
-            split="validation",
-        )
+        config, examples = self.config, self.validation.examples
         batches = [
             {
                 name: part[0]
                 for name, part in collate(
-                    rows.examples[start : start + config.evaluation.batch_size],
+                    examples[start : start + config.evaluation.batch_size],
                     batch_size=config.evaluation.batch_size,
-                    pad_multiple=options.pad_multiple,
+                    pad_multiple=config.data.pad_multiple,
                 ).items()
             }
-            for start in range(0, len(rows.examples), config.evaluation.batch_size)
+            for start in range(0, len(examples), config.evaluation.batch_size)
         ]
         answers = sum(batch["weights"].sum() for batch in batches)
 

@@ -181,7 +181,9 @@ def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
 
 def _describe(experiment: Experiment) -> str:
     config, data, examples, device = experiment.config, experiment.data, experiment.examples, jax.devices()[0]
-    held = len(experiment.rows.get("validation", ()))
+    held = str(len(experiment.rows.get("validation", ())))
+    if experiment.validates_by_loss and (dropped := experiment.validation.dropped):
+        held += f" ({dropped} too long for their loss)"
     return (
         f"{config.model.path} on {jax.device_count()} x {device.device_kind}; task {data.task.name}: "
         f"{examples.kept} examples to train on ({examples.dropped} dropped, {examples.truncated} truncated), "
