@@ -103,6 +103,8 @@ def train(config: ConfigDict | dict, workdir) -> Results:
       ValueError: a config, data row, checkpoint or target that cannot be used, or a workdir of another config; the
         message names it.
       FileNotFoundError: a file of the model or the data is missing.
+      ModuleNotFoundError: the config asks for Weights & Biases, which is not installed.
+      OSError: a checkpoint could not be written.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     config = resolve(config)
@@ -126,14 +128,14 @@ def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
 
 
 def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> dict[str, int]:
-    experiment = Experiment.load(config)
     with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(_until_asked_to_stop())
         metrics = stack.enter_context(JsonLines(folder.path / METRICS))
         curves = stack.enter_context(JsonLines(folder.path / CURVES))
         trackers = make_trackers(folder.path, **config.records)
         for tracker in trackers:
             stack.callback(tracker.close)
+        experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
+        interrupted = stack.enter_context(_until_asked_to_stop())
         progress = stack.enter_context(RunProgress())
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
         progress.say(_describe(experiment))

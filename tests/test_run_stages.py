@@ -1,6 +1,7 @@
 """Stages of a run by themselves, on stand-ins for model and data."""
 
 import dataclasses
+import sys
 import types
 
 import numpy as np
@@ -80,6 +81,13 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
     for remat in (False, True):
         with pytest.raises(ValueError, match="one trial needs"):
             run.train({"train": {"remat": remat}}, tmp_path)
+
+
+def test_what_records_need_is_looked_for_before_model_and_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(run.Experiment, "load", lambda config: pytest.fail("model and data were loaded"))
+    with pytest.raises(ModuleNotFoundError, match="needs wandb"):
+        run.train({"records": {"wandb_project": "nested"}}, tmp_path)
 
 
 class Signalled:

@@ -67,7 +67,7 @@ class Checkpoints:
           values: whatever JSON holds.
 
         Raises:
-          RuntimeError: orbax declined to write it.
+          OSError: orbax declined to write it.
         """
         # Copies: the next step reuses the buffers of these while they are still being written.
         arrays = {name: jnp.copy(leaf) for name, leaf in _named_arrays(state).items()}
@@ -79,9 +79,9 @@ class Checkpoints:
                 force=True,
             )
         except ValueError as error:
-            raise RuntimeError(f"the checkpoint of step {step} in {self._folder} was not written: {error}") from error
+            raise OSError(f"the checkpoint of step {step} in {self._folder} was not written: {error}") from error
         if not saved:
-            raise RuntimeError(f"the checkpoint of step {step} in {self._folder} was not written: orbax declined to")
+            raise OSError(f"the checkpoint of step {step} in {self._folder} was not written: orbax declined to")
 
     def restore(self, template) -> Restored | None:
         """The newest sound checkpoint; damaged ones above it are removed with a warning. None if there is none.

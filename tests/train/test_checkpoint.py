@@ -52,7 +52,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_a_declined_save_is_an_error(tmp_path):
     with Checkpoints(saved(tmp_path, 5)) as checkpoints:
-        with pytest.raises(RuntimeError, match=r"the checkpoint of step 5 in .* was not written"):
+        with pytest.raises(OSError, match=r"the checkpoint of step 5 in .* was not written"):
             checkpoints.save(5, state_at(5), {})
         checkpoints.save(6, state_at(6), {})
 
