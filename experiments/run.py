@@ -49,7 +49,7 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
                 check_key(argument.lstrip("-").partition("=")[0])
         config = config_flags.DEFINE_config_dict("config", read_config(path), sys_argv=arguments)
         app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

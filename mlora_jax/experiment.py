@@ -8,7 +8,7 @@ import importlib.resources
 import itertools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
-from mlora_jax.train.grid import cut_evenly, group_trials, largest_batch, memory_limit, memory_of
+from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, compile_draws, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
 from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
@@ -104,7 +104,27 @@ class Experiment:
         for name, some in {"train": train, **rows}.items():
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
-        return cls(config, model, tokenizer, data, examples, rows)
+        experiment = cls(config, model, tokenizer, data, examples, rows)
+        if experiment.validates_by_loss:
+            experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
+        return experiment
+
+    @property
+    def validates_by_loss(self) -> bool:
+        """Whether the validation loss is looked at while training."""
+        return bool(self.config.validation.every) and self.config.validation.measure == "loss"
+
+    @functools.cached_property
+    def validation(self) -> Tokenized:
+        """What the validation loss is over; rows above `data.max_length` are no part of it."""
+        return tokenize(
+            self.rows["validation"],
+            self.tokenizer,
+            seam=self.data.seam,
+            max_length=self.config.data.max_length,
+            overflow="drop",
+            split="validation",
+        )
 
     @functools.cached_property
     def _by_rank(self) -> dict[int, Adapted]:
@@ -164,8 +184,14 @@ class Experiment:
         """S, scales and weights of a trial."""
         return trial.hierarchy(self.config.adapter.ranks)
 
-    def plan(self, trials: Sequence[Trial]) -> list[tuple[tuple[Trial, ...], int]]:
+    def plan(
+        self, trials: Sequence[Trial], *, before_each: Callable[[], None] = lambda: None
+    ) -> list[tuple[tuple[Trial, ...], int]]:
         """Cuts trials into batches: (trials, slots) each. Compiles where the size is to be found out.
+
+        Args:
+          trials: what is to be trained.
+          before_each: called before every group of trials that share an executable; may raise to leave.
 
         Raises:
           ValueError: not even one trial fits in memory.
@@ -173,6 +199,7 @@ class Experiment:
         groups = group_trials(trials, lambda trial: (trial.rank, self.profiles(trial)))
         batches = []
         for group in groups:
+            before_each()
             batches += cut_evenly(group, min(self.config.train.trials_at_once or self._fitting(group), len(group)))
         return batches
 
@@ -181,13 +208,24 @@ class Experiment:
         return get_policy(trial.method).count(self.hierarchy(trial))
 
     def _fitting(self, group: Sequence[Trial]) -> int:
-        base = sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapted(group[0].rank).base))
+        base, beside = bytes_of(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
         limit = memory_limit(self.config.train.memory_gib)
-        most = largest_batch(lambda count: memory_of(self.compile_largest(group[0], count)), base, len(group), limit)
+        needed = lambda count: memory_of(self.compile_largest(group[0], count)) + count * beside  # noqa: E731
+        most = largest_batch(needed, base, len(group), limit)
         if most == 1 or jax.default_backend() != "cpu":
             return most
         # On a CPU many trials at once fall out of its caches, and may be slower than one after the other.
         return min((most, 1), key=lambda count: self.time_steps(group[:count], 2).seconds / count)
+
+    def _beside_a_step(self, rank: int) -> int:
+        """Bytes of one trial while it trains besides those of its step: its best adapter, and a copy that is saved."""
+        best = self.adapted(rank).adapter if self.config.validation.keep == "best" else None
+        return bytes_of(self._one_state(rank)) + 2 * bytes_of(best)
+
+    def _one_state(self, rank: int) -> TrialState:
+        """Shapes of one trial's state."""
+        adapted = self.adapted(rank)
+        return jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
 
     def time_steps(self, trials: Sequence[Trial], steps: int) -> StepTiming:
         """Trains trials of one group for a few steps and forgets them."""
@@ -207,7 +245,7 @@ class Experiment:
     def compile_largest(self, trial: Trial, count: int) -> jax.stages.Compiled:
         """The step of `count` trials like this one at the largest batch shape there is."""
         adapted, options = self.adapted(trial.rank), self.config.train
-        one = jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
+        one = self._one_state(trial.rank)
         rows = options.batch_size // options.accumulation
         length, answers = batch_shape(self.examples.examples, self.config.data.pad_multiple)
         integers = jax.ShapeDtypeStruct((options.accumulation, rows, length), jnp.int32)
@@ -272,25 +310,17 @@ class Experiment:
 
     def _validation_loss(self, graphdef, base, profile):
         """(adapter, p [R]) -> nats per answer token on the validation rows."""
-        options, config = self.config.data, self.config
-        rows = tokenize(
-            self.rows["validation"],
-            self.tokenizer,
-            seam=self.data.seam,
-            max_length=options.max_length,
-            overflow="drop",
-            split="validation",
-        )
+        config, examples = self.config, self.validation.examples
         batches = [
             {
                 name: part[0]
                 for name, part in collate(
-                    rows.examples[start : start + config.evaluation.batch_size],
+                    examples[start : start + config.evaluation.batch_size],
                     batch_size=config.evaluation.batch_size,
-                    pad_multiple=options.pad_multiple,
+                    pad_multiple=config.data.pad_multiple,
                 ).items()
             }
-            for start in range(0, len(rows.examples), config.evaluation.batch_size)
+            for start in range(0, len(examples), config.evaluation.batch_size)
         ]
         answers = sum(batch["weights"].sum() for batch in batches)
 

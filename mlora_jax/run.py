@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import threading
@@ -26,7 +27,7 @@ from mlora_jax.run_tasks import measure_tasks, readouts_of, wanted_curves
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from mlora_jax.train.checkpoint import Checkpoints
 from mlora_jax.train.grid import TrialBatch
-from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, select_trials, take_trial, train_trials
+from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, TrialKeys, select_trials, take_trial, train_trials
 from mlora_jax.train.progress import RunProgress
 from mlora_jax.train.records import JsonLines
 from mlora_jax.train.trackers import Tracker, make_trackers
@@ -79,6 +80,11 @@ class _Run:
     trackers: list[Tracker]
     interrupted: Callable[[], int]
 
+    def leave_if_asked(self) -> None:
+        """Raises Interrupted if a signal came; only where everything is saved."""
+        if signal_number := self.interrupted():
+            raise Interrupted(128 + signal_number)
+
     def record(self, **values: Any) -> None:
         self.metrics.write(values)
         for tracker in self.trackers:
@@ -97,6 +103,8 @@ def train(config: ConfigDict | dict, workdir) -> Results:
       ValueError: a config, data row, checkpoint or target that cannot be used, or a workdir of another config; the
         message names it.
       FileNotFoundError: a file of the model or the data is missing.
+      ModuleNotFoundError: the config asks for Weights & Biases, which is not installed.
+      OSError: a checkpoint could not be written.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     config = resolve(config)
@@ -120,24 +128,24 @@ def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
 
 
 def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> dict[str, int]:
-    experiment = Experiment.load(config)
     with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(_until_asked_to_stop())
         metrics = stack.enter_context(JsonLines(folder.path / METRICS))
         curves = stack.enter_context(JsonLines(folder.path / CURVES))
         trackers = make_trackers(folder.path, **config.records)
         for tracker in trackers:
             stack.callback(tracker.close)
+        experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
+        interrupted = stack.enter_context(_until_asked_to_stop())
         progress = stack.enter_context(RunProgress())
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
         progress.say(_describe(experiment))
-        _evaluate_base(run, trials[0].rank)
-        if new := folder.unplanned(trials):
-            folder.add(experiment.plan(new))
-        wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
-        to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
-        progress.expect(dict.fromkeys(to_train, experiment.steps))
         try:
+            if new := folder.unplanned(trials):  # first, because its errors ask for another config
+                folder.add(experiment.plan(new, before_each=run.leave_if_asked))
+            _evaluate_base(run, trials[0].rank)
+            wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
+            to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
+            progress.expect(dict.fromkeys(to_train, experiment.steps))
             for batch in wanted:
                 if not folder.trained(batch):
                     _train_batch(run, batch)
@@ -175,7 +183,9 @@ def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
 
 def _describe(experiment: Experiment) -> str:
     config, data, examples, device = experiment.config, experiment.data, experiment.examples, jax.devices()[0]
-    held = len(experiment.rows.get("validation", ()))
+    held = str(len(experiment.rows.get("validation", ())))
+    if experiment.validates_by_loss and (dropped := experiment.validation.dropped):
+        held += f" ({dropped} too long for their loss)"
     return (
         f"{config.model.path} on {jax.device_count()} x {device.device_kind}; task {data.task.name}: "
         f"{examples.kept} examples to train on ({examples.dropped} dropped, {examples.truncated} truncated), "
@@ -189,7 +199,7 @@ def _evaluate_base(run: _Run, rank: int) -> None:
         if ("base", split, "base") not in measured:
             adapted = run.experiment.adapted(rank)
             evaluator = adapted.evaluators[split]
-            verdicts = evaluator(adapted.adapter, jnp.zeros(rank))
+            verdicts = _evaluate(run, evaluator, adapted.adapter, jnp.zeros(rank))
             accuracy, error = accuracy_and_error(verdicts)
             values = _measured(run, split, "base", 0, accuracy, error, len(verdicts), 1, evaluator.truncated)
             run.curves.write({"trial": "base", **values})
@@ -202,9 +212,8 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
     adapted = experiment.adapted(trials[0].rank)
     run.progress.say(f"{batch.name}: {len(batch.trials)} trials at once")
     with Checkpoints(run.folder.checkpoints(batch), keep=config.checkpoint.keep) as checkpoints:
-        start, keys = experiment.start(trials)
-        best = jax.tree.map(jnp.copy, start.adapter) if config.validation.keep == "best" else None
-        state, memory, batches = _resume(run, batch, checkpoints, State(start, best))
+        state, keys = _start(run, batch)
+        state, memory, batches = _resume(run, batch, checkpoints, state)
         schedules = experiment.schedules(trials)
         state = train_trials(
             lambda at, arrays, draw: adapted.step(
@@ -220,7 +229,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
             ),
             log=lambda step, slot, values: _log(run, batch, step, slot, values),
             validate=lambda step, adapters, slots: _validate(run, batch, step, adapters, slots),
-            save=lambda state, memory: checkpoints.save(memory.step, state, _values(run, memory, batches)),
+            save=lambda state, memory: checkpoints.save(memory.step, state, _values(memory, batches)),
             interrupted=run.interrupted,
         )
         checkpoints.wait()
@@ -229,9 +238,16 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
     run.progress.expect({trial.name: 0 for trial in batch.trials})
 
 
-def _values(run: _Run, memory: Memory, batches) -> dict[str, Any]:
+def _start(run: _Run, batch: TrialBatch) -> tuple[State, TrialKeys]:
+    """State and keys of a batch before its first step."""
+    start, keys = run.experiment.start(batch.slotted)
+    best = jax.tree.map(jnp.copy, start.adapter) if run.config.validation.keep == "best" else None
+    return State(start, best), keys
+
+
+def _values(memory: Memory, batches) -> dict[str, Any]:
     """What a checkpoint holds besides arrays."""
-    return {"memory": dataclasses.asdict(memory), "metrics": run.metrics.position, "data": batches.get_state()}
+    return {"memory": dataclasses.asdict(memory), "data": batches.get_state()}
 
 
 def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State):
@@ -240,14 +256,14 @@ def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State
     names = [trial.name for trial in batch.trials]
     restored = checkpoints.restore(start)
     if restored is None:
-        run.metrics.keep(lambda record: record["trial"] not in names)
         state, memory = start, Memory.of(batch.slots)
     else:
         state, memory = restored.state, Memory(**restored.values["memory"])
-        run.metrics.cut(restored.values["metrics"])  # curves are written when a batch is trained, never before
         batches.set_state(restored.values["data"])
         run.progress.say(f"{batch.name} goes on from step {memory.step}")
         run.progress.expect(dict.fromkeys(names, run.experiment.steps - memory.step))
+    # Other batches may have written in between; curves are written when a batch is trained, never before.
+    run.metrics.keep(lambda record: record["trial"] not in names or record["step"] <= memory.step)
     for tracker in run.trackers:
         tracker.go_back(names, memory.step)
     return state, memory, batches
@@ -323,10 +339,8 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
         run.curves.write({**fields, "failed": True})
         return
     for split, readout in missing:
-        if signal_number := run.interrupted():
-            raise Interrupted(128 + signal_number)
         curve = rank_curve(
-            adapted.evaluators[split],
+            functools.partial(_evaluate, run, adapted.evaluators[split]),
             adapter,
             adapted.profile,
             hierarchy,
@@ -347,8 +361,13 @@ def _evaluate_on_tasks(run: _Run, trials: Sequence[Trial]) -> None:
         run.curves.write(*measured.records)
         shown = " ".join(f"{accuracy:.3f}" for accuracy in measured.curve.accuracies)
         run.progress.say(f"{measured.trial} {measured.task} {measured.curve.readout:8} {shown}")
-        if signal_number := run.interrupted():
-            raise Interrupted(128 + signal_number)
+        run.leave_if_asked()
+
+
+def _evaluate(run: _Run, evaluator, adapter, p) -> np.ndarray:
+    """Verdicts at one rank of a curve, which a signal may cut short: it is written when all of it is there."""
+    run.leave_if_asked()
+    return evaluator(adapter, p)
 
 
 def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks, truncated) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jaxlib
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
@@ -104,17 +105,26 @@ class RunFolder:
     def __init__(self, path, config: ConfigDict):
         self.path = pathlib.Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._drop_partial_files()
         self._check_config(config)
         self.batches: list[TrialBatch] = []
         self._trained: set[str] = set()
-        self._machine = {"threads": threads(), "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        self._machine = _machine()
         if (self.path / LEDGER).is_file():
             self._read_ledger()
         self.drop_half_curves()
 
+    def _drop_partial_files(self) -> None:
+        """What a killed process was writing; a lock keeps out any other one."""
+        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
     def _check_config(self, config: ConfigDict) -> None:
         file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))
-        if file.is_file():
+        # Before that a run has only looked at its config, model and data, and may have found something to correct.
+        begun = (self.path / LEDGER).is_file() or bool(self._whole_curves())
+        if file.is_file() and begun:
             changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new)
             if changed:
                 raise ValueError(
@@ -129,6 +139,11 @@ class RunFolder:
         if record.get("schema") != SCHEMA:
             raise ValueError(f"{self.path / LEDGER} has schema {record.get('schema')!r}; this version reads {SCHEMA}")
         for name, before in record["machine"].items():
+            if name == "x64" and before != self._machine[name]:
+                raise ValueError(
+                    f"{self.path} holds a run that began with JAX_ENABLE_X64={int(before)}: set that environment "
+                    "variable to go on, or give another --workdir"
+                )
             if before != self._machine[name]:
                 logger.warning(
                     "this run began with %s %s and goes on with %s: its last bits may differ",
@@ -202,6 +217,18 @@ class RunFolder:
         """Names of the trials whose loss was not finite."""
         file = self.path / CURVES
         return {r["trial"] for r in read_json_lines(file) if r.get("failed")} if file.is_file() else set()
+
+
+def _machine() -> dict[str, Any]:
+    """What a run's last bits depend on besides its config."""
+    return {
+        "threads": threads(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "device": jax.devices()[0].device_kind,
+        "x64": jax.config.jax_enable_x64,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }
 
 
 def _key(record: dict[str, Any]) -> tuple:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from experiments.run import read_config, take_config_path
+import experiments.run
+from experiments.run import read_config, run_with_config, take_config_path
 from tests.tiny import write_checkpoint, write_trec
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,6 +65,24 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     done = run("--config=configs/trec_stories_3m.py", "--workdir", tmp_path, *arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("config.records.wandb_project='x' needs wandb"),
+        OSError("the checkpoint of step 5 in x was not written"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(monkeypatch, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["run", "--config=configs/trec_stories_3m.py"])
+    monkeypatch.setattr(experiments.run.config_flags, "DEFINE_config_dict", lambda *arguments, **named: None)
+    monkeypatch.setattr(experiments.run.app, "run", lambda *arguments, **named: fail(None))
+    with pytest.raises(SystemExit, match=f"error: {error}"):
+        run_with_config(fail)
 
 
 def test_config_path_is_required_and_found():

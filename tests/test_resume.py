@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def outcome(workdir):
         for name in ("metrics.jsonl", "curves.jsonl")
         for record in read_json_lines(workdir / name)
     ]
-    files = [*(workdir / "adapters").glob("*/*"), *workdir.glob("table.*"), workdir / "batches.json"]
+    files = [*(workdir / "adapters").glob("*/[!.]*"), *workdir.glob("table.*"), workdir / "batches.json"]
     return records, {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(files)}
 
 
@@ -101,35 +102,52 @@ def undisturbed(config, tmp_path_factory):
     return outcome(folder / "run"), time.monotonic() - since
 
 
+def resumed_from(output):
+    """The steps from which the batches of a start went on."""
+    return [int(step) for step in re.findall(r"goes on from step (\d+)", output)]
+
+
 def kill_at_random(tmp_path, config, seconds, *, kills, seed):
-    """Starts a run again and again, each time killed; the last time it may finish. Returns how often it was killed."""
-    chance, killed = random.Random(seed), 0
+    """Starts a run again and again, each time killed; the last time it may finish. Returns `resumed_from` of all."""
+    chance, killed, resumed = random.Random(seed), 0, []
     while killed < kills:
         process = start(command(tmp_path, config, tmp_path / "run"), config)
         try:
-            process.communicate(timeout=chance.uniform(0.1, 0.6) * seconds)
+            process.communicate(timeout=chance.uniform(0.2, 0.9) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.communicate()
+            resumed += resumed_from(process.communicate()[0])
             killed += 1
         else:
             assert process.returncode == 0
             shutil.rmtree(tmp_path / "run")  # it was faster: kill another one
-    finish(start(command(tmp_path, config, tmp_path / "run"), config))
-    return killed
+    return resumed + resumed_from(finish(start(command(tmp_path, config, tmp_path / "run"), config)))
 
 
-def test_killed_at_a_random_moment(config, undisturbed, tmp_path):
-    expected, seconds = undisturbed
-    assert kill_at_random(tmp_path, config, seconds, kills=1, seed=0) == 1
-    assert outcome(tmp_path / "run") == expected
+def saved_steps(workdir):
+    """Of the first batch's checkpoints that are whole."""
+    return sorted(int(path.name) for path in workdir.glob("checkpoints/batch-0000/*") if path.name.isdigit())
+
+
+def test_killed_after_a_checkpoint(config, undisturbed, tmp_path):
+    process = start(command(tmp_path, config, tmp_path / "run"), config)
+    while not saved_steps(tmp_path / "run"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    saved = saved_steps(tmp_path / "run")
+    assert resumed_from(finish(start(command(tmp_path, config, tmp_path / "run"), config))) == saved[-1:]
+    assert 0 < saved[-1] < STEPS
+    assert outcome(tmp_path / "run") == undisturbed[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_many_random_moments(config, undisturbed, tmp_path, seed):
     expected, seconds = undisturbed
-    assert kill_at_random(tmp_path, config, seconds, kills=5, seed=100 + seed) == 5
+    resumed = kill_at_random(tmp_path, config, seconds, kills=5, seed=100 + seed)
+    assert resumed and min(resumed) > 0  # some of the kills came while a batch trained
     assert outcome(tmp_path / "run") == expected
 
 
@@ -153,10 +171,10 @@ def test_a_signal_saves_before_it_leaves(config, undisturbed, tmp_path, number):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, output
     assert "run the same command to go on" in output and "Traceback" not in output
-    steps = [int(path.name) for path in (tmp_path / "run/checkpoints/batch-0000").iterdir() if path.name.isdigit()]
+    steps = saved_steps(tmp_path / "run")
     assert len(steps) == 1 and 4 <= steps[0] < STEPS
     output = finish(start(command(tmp_path, config, tmp_path / "run"), config))
-    assert f"batch-0000 goes on from step {steps[0]}" in output
+    assert resumed_from(output) == steps
     assert outcome(tmp_path / "run") == undisturbed[0]
 
 
@@ -167,12 +185,12 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config, undis
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     folder = tmp_path / "run/checkpoints/batch-0000"
-    before, newest = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    before, newest = saved_steps(tmp_path / "run")
     for path in (folder / str(newest)).rglob("d/*"):
         path.write_bytes(b"")
     output = finish(start(command(tmp_path, config, tmp_path / "run"), config))
     assert f"the checkpoint of step {newest}" in output and "is damaged and removed" in output
-    assert f"batch-0000 goes on from step {before}" in output
+    assert resumed_from(output) == [before]
     assert outcome(tmp_path / "run") == undisturbed[0]
 
 

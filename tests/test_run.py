@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlora_jax import run
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
 from mlora_jax.experiment import Experiment, model_folder
 from mlora_jax.report.folders import SPLITS
@@ -410,6 +411,19 @@ def test_keys_of_validation(folders, tmp_path, monkeypatch):
         resolve({"validation": {"patience": 2}})
     with pytest.raises(ValueError, match=r"validation\.every needs rows to validate on"):
         train({**config, "validation": {"holdout": 0.0, "every": 2}}, tmp_path / "no rows")
+
+
+def test_validation_rows_that_are_too_long_for_their_loss_are_told(folders):
+    config = with_key(choice_config(folders), "data.overflow", "truncate")
+    config["validation"] = {"holdout": 0.5, "every": 2, "measure": "loss"}
+    lengths = sorted(len(example.tokens) for example in Experiment.load(resolve(config)).validation.examples)
+    assert len(lengths) == 6 and lengths[0] < lengths[-1]
+    over = sum(length > lengths[0] for length in lengths)
+    experiment = Experiment.load(resolve(with_key(config, "data.max_length", lengths[0])))
+    assert experiment.validation.dropped == over
+    assert f"6 ({over} too long for their loss) to validate on" in run._describe(experiment)
+    with pytest.raises(ValueError, match=r"validation: all 6 rows are over data\.max_length"):
+        Experiment.load(resolve(with_key(config, "data.max_length", lengths[0] - 1)))
 
 
 def test_keys_of_checkpoints(folders, tmp_path, monkeypatch):

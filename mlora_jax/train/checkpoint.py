@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 import shutil
@@ -14,6 +15,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 logger = logging.getLogger(__name__)
+
+# How tensorstore's errors begin when a file is cut, altered or missing. Others, such as those of a device that does not
+# answer or of a file that may not be read, say nothing about the checkpoint.
+_DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")
+
+
+class _OtherArraysError(ValueError):
+    """What is read is not what was saved."""
 
 
 class Restored(NamedTuple):
@@ -58,11 +67,11 @@ class Checkpoints:
           values: whatever JSON holds.
 
         Raises:
-          RuntimeError: orbax declined to write it.
+          OSError: orbax declined to write it.
         """
         # Copies: the next step reuses the buffers of these while they are still being written.
         arrays = {name: jnp.copy(leaf) for name, leaf in _named_arrays(state).items()}
-        record = {"values": values, "checksum": _checksum(arrays)}
+        record = {"values": values, "arrays": _shapes(arrays), "checksum": _checksum(arrays)}
         try:
             saved = self._manager.save(
                 step,
@@ -70,20 +79,26 @@ class Checkpoints:
                 force=True,
             )
         except ValueError as error:
-            raise RuntimeError(f"the checkpoint of step {step} in {self._folder} was not written: {error}") from error
+            raise OSError(f"the checkpoint of step {step} in {self._folder} was not written: {error}") from error
         if not saved:
-            raise RuntimeError(f"the checkpoint of step {step} in {self._folder} was not written: orbax declined to")
+            raise OSError(f"the checkpoint of step {step} in {self._folder} was not written: orbax declined to")
 
     def restore(self, template) -> Restored | None:
         """The newest sound checkpoint; damaged ones above it are removed with a warning. None if there is none.
 
         Args:
           template: tree of arrays of the shapes, dtypes and shardings to restore to.
+
+        Raises:
+          ValueError: the checkpoint is of other arrays than the template; it stays.
+          Exception: whatever else kept it from being read; it stays.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._read(step, template)
-            except Exception as error:  # orbax, tensorstore and JSON each have their own for a damaged file
+            except (FileNotFoundError, KeyError, ValueError) as error:
+                if not _shows_damage(error):
+                    raise
                 reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
                 logger.warning("the checkpoint of step %d in %s is damaged and removed: %s", step, self._folder, reason)
                 # Removed before training goes on: its step comes again, and orbax does not overwrite a step.
@@ -97,14 +112,21 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named_arrays(template).items()
         }
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), values=ocp.args.JsonRestore())
-        )
-        arrays, record = found["state"], found["values"]
+        record = self._restore(step, values=ocp.args.JsonRestore())
+        if record["arrays"] != (wanted := _shapes(abstract)):
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._folder} is of other arrays than this run's: "
+                f"{_difference(record['arrays'], wanted)}. It was made with another version of the program or of its "
+                "libraries: go on with that one, or delete the folder to train from the beginning"
+            )
+        arrays = self._restore(step, state=ocp.args.StandardRestore(abstract))
         if record["checksum"] != _checksum(arrays):
-            raise ValueError("its arrays are not those that were saved")
+            raise _OtherArraysError("its arrays are not those that were saved")
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         return Restored(step, structure.unflatten([arrays[_name(path)] for path, _ in leaves]), record["values"])
+
+    def _restore(self, step: int, **item):
+        return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what went wrong while it was written."""
@@ -132,6 +154,22 @@ def _name(path) -> str:
 
 def _named_arrays(tree) -> dict[str, jax.Array]:
     return {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _shapes(arrays) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}
+
+
+def _difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """The first array that is not the same in both."""
+    name = next(name for name in (*now, *before) if before.get(name) != now.get(name))
+    return f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
+
+
+def _shows_damage(error: Exception) -> bool:
+    if isinstance(error, (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError, _OtherArraysError)):
+        return True
+    return str(error).startswith(_DAMAGE)
 
 
 def _checksum(arrays: dict[str, jax.Array]) -> int:

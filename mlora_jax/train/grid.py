@@ -13,6 +13,8 @@ from mlora_jax.config import Trial
 GIB = 2**30
 # Where a device does not say how much memory it has (a CPU), and the config does not either.
 DEFAULT_LIMIT = 8 * GIB
+# The share of a device's memory that is planned with: no allocator can hand out the last of it.
+USABLE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +63,16 @@ def cut_evenly(trials: Sequence[Trial], at_once: int) -> list[tuple[tuple[Trial,
 
 
 def memory_limit(gib: float) -> int:
-    """Bytes that a batch of trials may take: `gib`, or what the first device reports, or 8 GiB."""
+    """Bytes that a batch of trials may take: `gib`, or 95 % of what the first device reports, or 8 GiB."""
     if gib:
         return int(gib * GIB)
     reported = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return int(reported) if reported else DEFAULT_LIMIT
+    return int(USABLE * reported) if reported else DEFAULT_LIMIT
+
+
+def bytes_of(tree) -> int:
+    """Bytes of a tree's arrays or `jax.ShapeDtypeStruct`s."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def memory_of(compiled) -> int:

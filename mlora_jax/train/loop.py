@@ -131,9 +131,9 @@ class Memory:
         return cls(0, [], [True] * slots, [])
 
     def best(self, slot: int) -> tuple[int, float]:
-        """Which validation of a trial was its best, and its score; (-1, -inf) before the first."""
-        scores = [-math.inf if row[slot] is None else row[slot] for row in self.scores]
-        return max(enumerate(scores), key=lambda pair: pair[1], default=(-1, -math.inf))
+        """Which validation of a trial was its best, and its score; (-1, -inf) before the first with a finite one."""
+        scores = [(at, row[slot]) for at, row in enumerate(self.scores) if _is_score(row[slot])]
+        return max(scores, key=lambda pair: pair[1], default=(-1, -math.inf))
 
 
 class State(NamedTuple):
@@ -185,55 +185,64 @@ def train_trials(
         gradient_norm and learning_rate (of the last step), tokens_per_second and finite.
       validate: (finished steps, adapters [K, ...], which to look at) -> scores [K], higher is better.
       save: called when a checkpoint is due, and at the end.
-      interrupted: asked after every step; gives the number of the signal that came, or 0.
+      interrupted: asked after every step and its validation; gives the number of the signal that came, or 0.
 
     Raises:
       Interrupted: after a save.
     """
     pending, tokens, since = [], 0, time.monotonic()
+
+    def collect():
+        memory.losses += np.asarray(jax.device_get(pending), float).tolist()
+        pending.clear()
+
     due = lambda every: every and memory.step % every == 0  # noqa: E731
     while not memory.ended:
         batch = next(batches)
         trials, metrics = step(state.trials, batch, draw(memory.step))
         if pending:
             jax.block_until_ready(pending[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
-        state, pending = state._replace(trials=trials), [*pending, metrics["loss"]]
+        state = state._replace(trials=trials)
+        pending.append(metrics["loss"])
         memory.step, tokens = memory.step + 1, tokens + batch["tokens"][0].size
-        last, stop = memory.step == steps, interrupted()
+        last = memory.step == steps
         if due(cadence.log) or last:
-            memory.losses += np.asarray(jax.device_get(pending), float).tolist()
-            _report(memory, metrics, tokens / (time.monotonic() - since), log)
-            pending, tokens, since = [], 0, time.monotonic()
+            collect()
+            _report(memory, memory.reported, metrics, tokens / (time.monotonic() - since), log)
+            memory.losses, tokens, since = [], 0, time.monotonic()
         if due(cadence.validate) or (cadence.validate and last):
+            before = memory.reported
             state = _validate(state, memory, cadence.patience, validate)
-        memory.ended = last or not any(memory.reported)
+            stopped = [old and not new for old, new in zip(before, memory.reported, strict=True)]
+            if any(stopped) and (pending or memory.losses):
+                collect()
+                _report(memory, stopped, metrics, tokens / (time.monotonic() - since), log)
+        memory.ended, stop = last or not any(memory.reported), interrupted()
         if memory.ended or stop or due(cadence.save):
-            memory.losses += np.asarray(jax.device_get(pending), float).tolist()
-            pending = []
+            collect()
             save(state, memory)
         if stop and not memory.ended:
             raise Interrupted(128 + stop)
     return state
 
 
-def _report(memory: Memory, metrics, tokens_per_second: float, log) -> None:
-    """Logs every trial that is still trained; one whose loss is not finite for the last time."""
+def _report(memory: Memory, slots: Sequence[bool], metrics, tokens_per_second: float, log) -> None:
+    """Logs the trials of some slots; one whose loss is not finite for the last time."""
     values = jax.device_get(metrics)
     losses = np.asarray(memory.losses).mean(axis=0)
-    for trial in np.flatnonzero(memory.reported).tolist():
+    for trial in np.flatnonzero(slots).tolist():
         found = {name: value[trial].item() for name, value in values.items()}
         log(memory.step, trial, found | {"loss": losses[trial].item(), "tokens_per_second": tokens_per_second})
-        memory.reported[trial] = found["finite"]
-    memory.losses = []
+        memory.reported[trial] &= found["finite"]
 
 
 def _validate(state: State, memory: Memory, patience: int, validate) -> State:
     """Scores the trials that are still trained, keeps the best adapters, and stops who has not got better."""
     before = [memory.best(slot)[1] for slot in range(len(memory.reported))]
     memory.scores.append(validate(memory.step, state.trials.adapter, memory.reported))
-    better = np.array([score is not None and score > old for score, old in zip(memory.scores[-1], before, strict=True)])
+    better = np.array([_is_score(new) and new > old for new, old in zip(memory.scores[-1], before, strict=True)])
     if state.best is not None:
-        state = state._replace(best=select_trials(better, state.trials.adapter, state.best))
+        state = state._replace(best=_keep_better(better, state.trials.adapter, state.best))
     if patience:
         waited = [len(memory.scores) - 1 - memory.best(slot)[0] for slot in range(len(before))]
         memory.reported = [on and gone < patience for on, gone in zip(memory.reported, waited, strict=True)]
@@ -242,9 +251,16 @@ def _validate(state: State, memory: Memory, patience: int, validate) -> State:
     return state
 
 
+def _is_score(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def select_trials(chosen: np.ndarray, these, those):
     """The trees of the trials that are chosen [K] from `these`, the others' from `those`; leaves [K, ...]."""
     return jax.tree.map(lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), these, those)
+
+
+_keep_better = jax.jit(select_trials, donate_argnums=2)  # so that no earlier best is kept alive
 
 
 def stack_trees(trees: Iterable[Any]) -> Any:

@@ -28,29 +28,11 @@ class JsonLines:
         os.truncate(self._path, end)
         self._file = self._path.open("a", encoding="utf-8")
 
-    @property
-    def position(self) -> int:
-        """The size of the file in bytes: what `cut` takes."""
-        return self._file.tell()
-
     def write(self, *records: dict[str, Any]) -> None:
         """Appends records, all in one piece."""
         lines = (json.dumps({"schema": SCHEMA, **_finite(record)}, allow_nan=False) for record in records)
         self._file.write("".join(f"{line}\n" for line in lines))
         self._file.flush()
-
-    def cut(self, position: int) -> None:
-        """Takes everything from a position on back.
-
-        Raises:
-          ValueError: the file is shorter than that.
-        """
-        if position > self.position:
-            raise ValueError(
-                f"{self._path} has {self.position} bytes, but a checkpoint was made when it had {position}"
-            )
-        self._file.truncate(position)
-        self._file.seek(position)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drops the records that are not wanted; see `keep_records`."""

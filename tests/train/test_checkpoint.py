@@ -1,5 +1,7 @@
 """Checkpoints: what is read is what was saved, and a damaged one is never taken for a sound one."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_a_declined_save_is_an_error(tmp_path):
     with Checkpoints(saved(tmp_path, 5)) as checkpoints:
-        with pytest.raises(RuntimeError, match=r"the checkpoint of step 5 in .* was not written"):
+        with pytest.raises(OSError, match=r"the checkpoint of step 5 in .* was not written"):
             checkpoints.save(5, state_at(5), {})
         checkpoints.save(6, state_at(6), {})
 
@@ -96,8 +98,6 @@ def empty_values(folder, step):
 
 def other_arrays(folder, step):
     """A sound checkpoint of another state under this step's values."""
-    import shutil
-
     shutil.rmtree(folder / str(step) / "state")
     shutil.copytree(folder / "1" / "state", folder / str(step) / "state")
 
@@ -108,7 +108,11 @@ def no_arrays(folder, step):
             path.unlink()
 
 
-@pytest.mark.parametrize("damage", [cut_arrays, flip_bits, empty_values, other_arrays, no_arrays])
+def no_values(folder, step):
+    shutil.rmtree(folder / str(step) / "values")
+
+
+@pytest.mark.parametrize("damage", [cut_arrays, flip_bits, empty_values, other_arrays, no_arrays, no_values])
 def test_a_damaged_one_is_removed_for_the_one_before(tmp_path, caplog, damage):
     saved(tmp_path, 1, 2, 4)
     damage(tmp_path, 4)
@@ -118,6 +122,46 @@ def test_a_damaged_one_is_removed_for_the_one_before(tmp_path, caplog, damage):
         assert f"the checkpoint of step 4 in {tmp_path} is damaged and removed" in caplog.text
         checkpoints.save(4, state_at(4), {})  # the step comes again
     assert restored(tmp_path).step == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        ValueError("PERMISSION_DENIED: Error reading"),
+        RuntimeError("RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_what_cannot_be_read_now_stays(tmp_path, monkeypatch, error):
+    saved(tmp_path, 1, 2)
+
+    def fail(*arguments, **named):
+        raise error
+
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(type(error)) as raised:
+            checkpoints.restore(TEMPLATE)
+        assert raised.value is error
+    assert restored(tmp_path).step == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"factor": jnp.zeros((2, 3, 5))}, r"factor was float32\[2, 3, 4\] and is float32\[2, 3, 5\]"),
+        ({"factor": jnp.zeros((2, 3, 4), jnp.bfloat16)}, r"factor was float32\[2, 3, 4\] and is bfloat16\[2, 3, 4\]"),
+        ({"more": jnp.zeros(2)}, r"more was not there and is float32\[2\]"),
+    ],
+)
+def test_one_of_other_arrays_is_refused_and_stays(tmp_path, other, difference):
+    saved(tmp_path, 1, 2)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        with pytest.raises(
+            ValueError, match=rf"the checkpoint of step 2 in .* other arrays than this run's: {difference}"
+        ):
+            checkpoints.restore({**TEMPLATE, **other})
+    assert restored(tmp_path).step == 2
 
 
 def test_when_all_are_damaged_training_begins_anew(tmp_path, caplog):

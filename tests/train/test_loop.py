@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from mlora_jax.train.loop import (
     train_trials,
     trial_keys,
 )
-from mlora_jax.train.step import Schedule, init_state, make_optimizer
+from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
 from tests.tiny import tiny_config
 
 STEPS = 20
@@ -165,6 +166,93 @@ def test_memory_knows_the_best_validation():
     memory = Memory(8, [], [True, True], [[0.2, -1.0], [0.5, None], [0.5, -3.0]])
     assert memory.best(0) == (1, 0.5) and memory.best(1) == (0, -1.0)
     assert Memory.of(3).best(2) == (-1, -np.inf)
+
+
+def test_what_is_no_score_is_never_the_best():
+    """A trial that failed before its first validation, and losses that are not finite."""
+    assert Memory(4, [], [False], [[None]]).best(0) == (-1, -np.inf)
+    assert Memory(4, [], [True], [[-np.inf]]).best(0) == (-1, -np.inf)
+    assert Memory(12, [], [True], [[np.nan], [0.5], [np.nan]]).best(0) == (1, 0.5)
+
+
+def stand_in_state(count):
+    """The state of trials of one number each."""
+    no = jnp.zeros(count, bool)
+    return TrialState({"a": jnp.zeros((count, 1))}, (), jnp.zeros(count, jnp.int32), ~no, no)
+
+
+def count_up(trials, batch, draw):
+    """A step that adds 1 to a trial's number, which is its loss too."""
+    going = trials.finite & ~trials.stopped
+    adapter = {"a": trials.adapter["a"] + going[:, None]}
+    return trials._replace(adapter=adapter, step=trials.step + going), {
+        "loss": adapter["a"][:, 0],
+        "finite": trials.finite,
+    }
+
+
+def count_with(state, memory, cadence, *, steps=20, **calls):
+    """Trains by `count_up`; returns the state, and what was logged as (step, trial, loss)."""
+    logged = []
+    calls = {"validate": untouched, "save": lambda *arguments: None, "interrupted": lambda: 0} | calls
+    batches = itertools.repeat({"tokens": np.zeros((1, 1))})
+    log = lambda at, trial, values: logged.append((at, trial, values["loss"]))  # noqa: E731
+    ended = train_trials(
+        count_up, batches, lambda at: None, state, memory, steps=steps, cadence=cadence, log=log, **calls
+    )
+    return ended, logged
+
+
+def test_an_earlier_best_adapter_is_not_kept_alive():
+    trials = stand_in_state(2)
+    first = jnp.full((2, 1), -1.0)
+    scores = iter([[1.0, 2.0], [3.0, 1.0]])
+    ended, _ = count_with(
+        State(trials, {"a": first}),
+        Memory.of(2),
+        Cadence(log=0, validate=2, save=0, patience=0),
+        steps=4,
+        validate=lambda *arguments: next(scores),
+    )
+    assert ended.best["a"][:, 0].tolist() == [4, 2]
+    assert first.is_deleted() and not ended.trials.adapter["a"].is_deleted()
+
+
+def test_a_signal_during_a_validation_is_seen_after_it():
+    came, saved = [0], []
+
+    def validate(*arguments):
+        came[0] = 15
+        return [1.0]
+
+    memory = Memory.of(1)
+    with pytest.raises(Interrupted):
+        count_with(
+            State(stand_in_state(1), None),
+            memory,
+            Cadence(log=0, validate=2, save=0, patience=0),
+            validate=validate,
+            save=lambda state, memory: saved.append(memory.step),
+            interrupted=lambda: came[0],
+        )
+    assert memory.step == 2 and saved == [2]
+
+
+def test_a_trial_that_stops_early_logs_its_last_losses():
+    """Trial 0 stops at step 4, between two logs; the other one's means are over the same steps as ever."""
+    scores = iter([[1.0, 1.0], [0.0, 2.0], [None, 3.0], [None, 4.0], [None, 5.0]])
+    _, logged = count_with(
+        State(stand_in_state(2), None),
+        Memory.of(2),
+        Cadence(log=3, validate=2, save=0, patience=1),
+        steps=9,
+        validate=lambda *arguments: next(scores),
+    )
+    assert logged == [(3, 0, 2.0), (3, 1, 2.0), (4, 0, 4.0), (6, 1, 5.0), (9, 1, 8.0)]
+    scores = iter([[1.0], [0.0]])
+    cadence = Cadence(log=2, validate=2, save=0, patience=1)
+    _, logged = count_with(State(stand_in_state(1), None), Memory.of(1), cadence, validate=lambda *_: next(scores))
+    assert logged == [(2, 0, 1.5), (4, 0, 3.5)]  # it has been logged by then
 
 
 def test_selecting_trials():

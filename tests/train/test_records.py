@@ -1,4 +1,4 @@
-"""Records: appended in whole lines, cut back to a position, and readable by any JSON reader."""
+"""Records: appended in whole lines, dropped when they are not wanted, and readable by any JSON reader."""
 
 import json
 import math
@@ -29,23 +29,6 @@ def test_half_a_line_is_dropped(tmp_path):
     with JsonLines(path) as records:
         records.write({"step": 2})
     assert [record["step"] for record in read_json_lines(path)] == [1, 2]
-
-
-def test_cut_back_to_a_position(tmp_path):
-    path = tmp_path / "records.jsonl"
-    with JsonLines(path) as records:
-        records.write({"text": "é"})
-        position = records.position
-        records.write({"step": 2})
-        records.cut(position)
-        records.write({"step": 3})
-        with pytest.raises(
-            ValueError, match=r"records.jsonl has \d+ bytes, but a checkpoint was made when it had 9999"
-        ):
-            records.cut(9999)
-    assert [record.get("step") for record in read_json_lines(path)] == [None, 3]
-    with JsonLines(path) as records:
-        assert records.position == path.stat().st_size
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
