@@ -15,7 +15,7 @@ from mlora_jax.train.records import read_json_lines
 SPLITS = ("validation", "test")
 # What a record says of every trial, and beyond that of every accuracy.
 TRIAL_FIELDS = ("method", "learning_rate", "seed", "scaling", "rank", "weights")
-ACCURACY_FIELDS = ("split", "readout", "at_rank", "accuracy")
+ACCURACY_FIELDS = ("split", "readout", "at_rank", "of_ranks", "accuracy")
 # Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
 UNTOLD = (*CHANGEABLE, "train.log_every")
 PLACES = ("model.path", "data.file", "data.evaluation_file")  # the last part of the path counts
@@ -111,7 +111,7 @@ class RunRecords:
                 failed[Trial.of(record)] = record["trial"]
             else:
                 curve = curves[Trial.of(record)][record["split"], record["readout"]]
-                curve[record["at_rank"]] = record["accuracy"]
+                curve[record["at_rank"]] = record
         if "test" not in base:
             raise ValueError(f"{path} holds no accuracy of the base model on the test split of {task}")
         return cls(path, config, task, base, _whole(curves), failed, truncated)
@@ -173,16 +173,12 @@ def _checked(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _whole(curves: dict[Trial, dict]) -> dict[Trial, dict]:
-    """Drops the curves that a killed run left short of a rank which other curves of that R and read-out have."""
-    ranks = collections.defaultdict(set)
-    for trial, of_trial in curves.items():
-        for (_, readout), curve in of_trial.items():
-            ranks[trial.rank, readout] |= set(curve)
+    """The accuracies of every curve's records, by rank, without the curves that a killed run left half written."""
     whole: dict[Trial, dict] = collections.defaultdict(dict)
     for trial, of_trial in curves.items():
-        for (split, readout), curve in of_trial.items():
-            if set(curve) == ranks[trial.rank, readout]:
-                whole[trial][split, readout] = dict(sorted(curve.items()))
+        for key, curve in of_trial.items():
+            if all(record["of_ranks"] == len(curve) for record in curve.values()):
+                whole[trial][key] = {rank: curve[rank]["accuracy"] for rank in sorted(curve)}
     return dict(whole)
 
 

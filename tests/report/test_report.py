@@ -341,20 +341,28 @@ def test_unfinished_trials_are_counted_and_half_written_curves_left_out(tmp_path
     assert "2 of 4 trials are not finished." in text and "| lora | 0.1 | 0.250 | 0.200 | 0.200 | 0.200 |" in text
 
 
+def test_a_curve_without_its_last_ranks_is_left_out_though_no_other_has_them(run):
+    lines = (run / "curves.jsonl").read_text().splitlines(keepends=True)
+    (run / "curves.jsonl").write_text("".join(line for line in lines if '"at_rank": 4' not in line))
+    (experiment,) = read_experiments([run])
+    assert experiment.rows == [] and experiment.base["test"] == 0.25
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"schema": 1, "trial"\n', r"curves\.jsonl:33: "),
         ('{"schema": 7}\n', r"curves\.jsonl:33: not a record of schema 1"),
         ('{"schema": 1, "trial": "x", "failed": true}\n', r"curves\.jsonl: record 33 has no method, learning_rate"),
-        ('{"schema": 1, "trial": "base"}\n', r"curves\.jsonl: record 33 has no split, readout, at_rank, accuracy"),
+        ('{"schema": 1, "trial": "base"}\n', r"record 33 has no split, readout, at_rank, of_ranks, accuracy"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, line, message):
     write_run(tmp_path, TEST_ONLY)
     assert len(read_json_lines(tmp_path / "curves.jsonl")) == 31
     with (tmp_path / "curves.jsonl").open("a") as file:
-        file.write('{"schema": 1, "trial": "base", "split": "x", "readout": "", "at_rank": 0, "accuracy": 0}\n' + line)
+        shared = '"schema": 1, "trial": "base", "split": "x", "readout": "", "at_rank": 0, "of_ranks": 1'
+        file.write(f'{{{shared}, "accuracy": 0}}\n{line}')
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path)
 
