@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlora_jax.report.choice import Choice
+from mlora_jax.report.choice import Choice, shared_seeds
 from mlora_jax.report.folders import config_differences
 from mlora_jax.report.rows import CurveRow, Experiment, Setting
 
@@ -65,12 +65,17 @@ def describe_setting(setting: Setting, experiment: Experiment, choice: Choice) -
             "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
             f"{CHOSEN_ON[choice.split]}."
         )
+        if unlike := [row.label for row in chosen if _have_unlike_seeds(row, rows, choice)]:
+            sentences.append(
+                "Learning rates with unlike seeds were compared by the seeds that all of them have, if there are any: "
+                f"{', '.join(unlike)}."
+            )
     if undecided:
         sentences.append(f"{UNDECIDED[choice.split]}: {', '.join(dict.fromkeys(row.label for row in undecided))}.")
-    everyone = {*seeds, *(seed for row in rows for seed in row.failed)}
+    everyone = {*seeds, *(seed for row in rows for seed in row.absent)}
     if left_out:
         sentences.append(
-            "Not chosen among, since fewer of their seeds finished than at another learning rate: "
+            "Not chosen among, since they lack more seeds than another learning rate: "
             f"{_name_with_absent(left_out, everyone)}."
         )
     short = [row for row in rows if set(row.seeds) != everyone and row not in left_out]
@@ -90,6 +95,11 @@ def describe_differences(rows: Iterable[CurveRow]) -> str:
     if alone:
         sentences.append(f"In brackets: a row of one seed has no spread, so nothing can be said: {', '.join(alone)}.")
     return " ".join(sentences)
+
+
+def _have_unlike_seeds(chosen: CurveRow, rows: Iterable[CurveRow], choice: Choice) -> bool:
+    able = [row for row in rows if row.group == chosen.group and row not in choice.left_out]
+    return any(row.seeds != shared_seeds(able) for row in able)
 
 
 def _name_with_absent(rows: Iterable[CurveRow], everyone: set[int]) -> str:

@@ -129,10 +129,16 @@ class RunRecords:
         return [Trial.of(dataclasses.asdict(trial)) for trial in expand_trials(resolve(self.config))]
 
     @property
-    def unfinished(self) -> list[Trial]:
-        """The planned trials that have neither failed nor a curve on the test split."""
+    def done(self) -> set[Trial]:
+        """The trials that have failed or have a curve on the test split."""
         measured = {trial for trial, curves in self.curves.items() if any(split == "test" for split, _ in curves)}
-        return [trial for trial in self.planned if trial not in measured and trial not in self.failed]
+        return measured | set(self.failed)
+
+    @property
+    def unfinished(self) -> list[Trial]:
+        """The planned trials that are not done."""
+        done = self.done
+        return [trial for trial in self.planned if trial not in done]
 
     def told_values(self) -> dict[str, Any]:
         """Dotted config keys and values, without those in which runs may differ without a word."""

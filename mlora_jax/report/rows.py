@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from mlora_jax.core import POLICIES, summarize
-from mlora_jax.report.folders import RunRecords
+from mlora_jax.report.folders import RunRecords, Trial
 
 READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
 
@@ -41,12 +41,19 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A rank-accuracy curve over seeds: rank -> accuracy in 0..1, AURAC over either axis, and the plain mean."""
+    """A rank-accuracy curve over seeds.
+
+    Attributes:
+      accuracies: rank -> accuracy in 0..1.
+      linear, log2, mean: AURAC over either axis, and the plain mean.
+      areas: AURAC over log2 rank, of every seed.
+    """
 
     accuracies: dict[int, Spread]
     linear: Spread
     log2: Spread
     mean: Spread
+    areas: tuple[float, ...]
 
     @classmethod
     def of(cls, curves: Sequence[dict[int, float]]) -> Measured:
@@ -56,6 +63,7 @@ class Measured:
         return cls(
             {rank: Spread.of([curve[rank] for curve in curves]) for rank in ranks},
             *(Spread.of([getattr(area, name) for area in areas]) for name in ("linear", "log2", "mean")),
+            tuple(area.log2 for area in areas),
         )
 
 
@@ -70,6 +78,7 @@ class CurveRow:
       learning_rate: peak.
       seeds: the seeds that finished.
       failed: the seeds whose loss became infinite or NaN.
+      unfinished: the other seeds that a run's config plans.
       measured: split -> what was measured on it; "validation" only if every seed has it.
     """
 
@@ -79,11 +88,17 @@ class CurveRow:
     learning_rate: float
     seeds: tuple[int, ...]
     failed: tuple[int, ...]
+    unfinished: tuple[int, ...]
     measured: dict[str, Measured]
 
     @property
     def test(self) -> Measured:
         return self.measured["test"]
+
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """The seeds that there should be and are not."""
+        return *self.failed, *self.unfinished
 
     @property
     def label(self) -> str:
@@ -156,29 +171,37 @@ def _merge(folders: list[RunRecords]) -> Experiment:
                     "leave one of the folders out, or write a table for each"
                 )
             holders[trial] = folder.path
+    done = {trial for folder in folders for trial in folder.done}
+    failed = _seeds(trial for folder in folders for trial in folder.failed)
+    unfinished = _seeds(trial for folder in folders for trial in folder.planned if trial not in done)
     # (setting, method, read-out) -> learning rate -> seed -> split -> curve
     curves: dict = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict)))
-    failed_seeds: dict = collections.defaultdict(set)
     for folder in folders:
         for trial, of_trial in folder.curves.items():
             for (split, readout), curve in of_trial.items():
                 setting = Setting(trial.scaling, trial.rank, trial.weights, tuple(curve))
                 curves[setting, trial.method, readout][trial.learning_rate][trial.seed][split] = curve
-        for trial in folder.failed:
-            key = (trial.scaling, trial.rank, trial.weights, trial.method, trial.learning_rate)
-            failed_seeds[key].add(trial.seed)
     rows = []
     for (setting, method, readout), rates in curves.items():
         for rate, by_seed in rates.items():
             finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
             if not finished:
                 continue
-            failed = failed_seeds[setting.scaling, setting.rank, setting.weights, method, rate]
+            key = method, rate, setting.scaling, setting.rank, setting.weights
             splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
             measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
-            rows.append(CurveRow(setting, method, readout, rate, tuple(finished), tuple(sorted(failed)), measured))
+            seeds = tuple(finished), tuple(sorted(failed[key])), tuple(sorted(unfinished[key]))
+            rows.append(CurveRow(setting, method, readout, rate, *seeds, measured))
     rows.sort(key=_order)
     return Experiment(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
+
+
+def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:
+    """The seeds of the trials that have all else in common."""
+    found: dict[tuple, set[int]] = collections.defaultdict(set)
+    for trial in trials:
+        found[trial.method, trial.learning_rate, trial.scaling, trial.rank, trial.weights].add(trial.seed)
+    return found
 
 
 def _order(row: CurveRow) -> tuple:

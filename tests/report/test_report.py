@@ -121,7 +121,7 @@ def test_survivors_alone_do_not_win(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "Failed, the loss is not finite: lora-lr0.2-seed2." in text
-    assert "fewer of their seeds finished than at another learning rate: lora at 0.2 (seed 2 failed)." in text
+    assert "they lack more seeds than another learning rate: lora at 0.2 (seed 2 failed)." in text
     assert [row["failed_seeds"] for row in read_csv(tmp_path / "table.csv")] == ["", "2"]
 
 
@@ -130,13 +130,44 @@ def test_where_no_learning_rate_has_all_seeds_the_caption_names_what_is_missing(
         ("lora", "prefix", 0.1): {"test": {1: (0.2, 0.2, 0.2)}},
         ("lora", "prefix", 0.2): {"test": {2: (0.9, 0.9, 0.9)}},
     }
-    write_run(tmp_path, curves, failed=[("lora", 0.2, 1)], report={"choose_on": "test"})
+    trials = {"method": ["lora"], "learning_rate": [0.1], "seed": [1, 2], "rank": [4]}
+    write_run(tmp_path, curves, failed=[("lora", 0.2, 1)], report={"choose_on": "test"}, trials=trials)
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert (
         "Means over the seeds that finished: lora at 0.1 (seed 2 missing), lora at 0.2 (seed 1 failed)." in text
         and "Not chosen among" not in text
     )
+    assert "compared by the seeds that all of them have, if there are any: lora." in text
+    (row,) = choose_rows(rows_of(tmp_path).values(), "test").shown
+    assert row.learning_rate == 0.2
+
+
+SEEDS = {
+    ("lora", "prefix", 0.1): {"test": {1: (0.2,) * 3, 2: (0.2,) * 3, 3: (0.95,) * 3}},
+    ("lora", "prefix", 0.2): {"test": {1: (0.4,) * 3, 2: (0.4,) * 3}},
+}
+
+
+def test_more_seeds_at_one_learning_rate_do_not_decide(tmp_path):
+    """0.1 has the greater number of seeds and the greater mean; 0.2 is better on the seeds that both have."""
+    write_run(tmp_path, SEEDS, report={"choose_on": "test"})
+    choice = choose_rows(rows_of(tmp_path).values(), "test")
+    assert rates(choice.shown) == {("lora", "prefix"): 0.2} and choice.left_out == []
+    write_report(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "unlike seeds were compared by the seeds that all of them have, if there are any: lora." in text
+
+
+def test_a_learning_rate_that_is_not_finished_is_not_chosen(tmp_path):
+    trials = {"method": ["lora"], "learning_rate": [0.2], "seed": [1, 2, 3], "rank": [4]}
+    write_run(tmp_path, SEEDS, report={"choose_on": "test"}, trials=trials)
+    choice = choose_rows(rows_of(tmp_path).values(), "test")
+    assert rates(choice.shown) == {("lora", "prefix"): 0.1} and rates(choice.left_out) == {("lora", "prefix"): 0.2}
+    write_report(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "they lack more seeds than another learning rate: lora at 0.2 (seed 3 missing)." in text
+    assert "unlike seeds" not in text
 
 
 def test_report_of_one_run(run):
