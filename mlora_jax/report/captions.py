@@ -18,12 +18,15 @@ UNDECIDED = {
 }
 
 
+def name_runs(experiment: Experiment) -> str:
+    """Where the runs are."""
+    return f"Runs: {', '.join(str(folder.path) for folder in experiment.folders)}."
+
+
 def describe_runs(experiment: Experiment) -> list[str]:
-    """Sentences about the runs as a whole: which they are, how they differ, what was cut, failed or is not finished."""
+    """Sentences about the runs as a whole: how they differ, what was cut, failed or is not finished."""
     folders = experiment.folders
     notes = []
-    if len(folders) > 1:
-        notes.append(f"Runs: {', '.join(str(folder.path) for folder in folders)}.")
     differences = config_differences(folders)
     if differences:
         told = "; ".join(f"{name}: {', '.join(values)}" for name, values in differences.items())
@@ -61,10 +64,7 @@ def describe_setting(setting: Setting, experiment: Experiment, choice: Choice) -
         + ("; mean ± standard deviation over seeds." if len(seeds) > 1 else ".")
     ]
     if chosen:
-        sentences.append(
-            "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
-            f"{CHOSEN_ON[choice.split]}."
-        )
+        sentences.append(describe_choice(choice))
         if unlike := [row.label for row in chosen if _have_unlike_seeds(row, rows, choice)]:
             sentences.append(
                 "Learning rates with unlike seeds were compared by the seeds that all of them have, if there are any: "
@@ -82,6 +82,14 @@ def describe_setting(setting: Setting, experiment: Experiment, choice: Choice) -
     if short:
         sentences.append(f"Means over the seeds that finished: {_name_with_absent(short, everyone)}.")
     return " ".join(sentences)
+
+
+def describe_choice(choice: Choice) -> str:
+    """On what the learning rates were chosen."""
+    return (
+        "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
+        f"{CHOSEN_ON[choice.split]}."
+    )
 
 
 def describe_differences(rows: Iterable[CurveRow]) -> str:

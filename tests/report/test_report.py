@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -299,7 +301,13 @@ def test_csv_leaves_empty_what_was_not_measured(tmp_path):
     assert float(lora["validation_aurac_log2"]) == pytest.approx(0.6)
 
 
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "/": r"/\allowbreak{}",
+}
 
 
 def test_latex_characters_are_escaped():
@@ -308,31 +316,52 @@ def test_latex_characters_are_escaped():
         assert escape_latex(f"a{character}b") == f"a{written}b"
 
 
-@pytest.mark.parametrize("name", ["table.tex", "differences.tex"])
-def test_latex_is_one_whole_tabular(run, name):
-    curves = {(*key[:1], "squeeze", *key[2:]): splits for key, splits in BOTH_SPLITS.items()}
+@pytest.fixture(scope="module")
+def two_settings(tmp_path_factory):
+    """A run of two settings, chosen on the test split, with a name and a number of columns that LaTeX minds."""
+    curves = {("dylora_frozen", "squeeze", *key[2:]): splits for key, splits in BOTH_SPLITS.items() if key[0] == "lora"}
+    curves["sandwich", "prefix", 0.1] = curves["dylora_frozen", "squeeze", 0.1]
+    run = write_run(tmp_path_factory.mktemp("run"), BOTH_SPLITS, base=BOTH_BASES)
     records = (run / "curves.jsonl").read_text()
-    other = write_run(run.parent / "other", curves, scaling="sqrt").joinpath("curves.jsonl").read_text()
-    (run / "curves.jsonl").write_text(records + other.replace('"lora"', '"dylora_frozen"'))
+    other = write_run(tmp_path_factory.mktemp("other"), curves, base=BOTH_BASES, scaling="sqrt", truncated=3)
+    (run / "curves.jsonl").write_text(records + (other / "curves.jsonl").read_text())
+    config = {"data": {"task": "trec"}, "model": {"path": "some/folder/a_base"}, "report": {"choose_on": "test"}}
+    (run / "config.json").write_text(json.dumps(config))
     write_report(run)
-    lines = (run / name).read_text().splitlines()
-    comments = [line for line in lines if line.startswith("%")]
-    body = lines[len(comments) :]
-    assert r"% Needs \usepackage{booktabs}." in comments and not any(line.startswith("%") for line in body)
-    assert [line for line in body if line.startswith((r"\begin", r"\end"))] == [body[0], body[-1]]
-    columns = re.fullmatch(r"\\begin\{tabular\}\{(l(r+))\}", body[0])[1]
-    rules = [line for line in body[1:-1] if line.endswith("rule")]
-    assert rules == [r"\toprule", *[r"\midrule"] * 4, r"\bottomrule"]
-    titles = [line for line in body if line.startswith(r"\multicolumn")]
-    assert titles == [
-        rf"\multicolumn{{{len(columns)}}}{{l}}{{R = 4, scaling {scaling}}} \\" for scaling in ("none", "sqrt")
-    ]
-    cells = [line for line in body[1:-1] if line not in rules and line not in titles]
-    assert len(cells) == 1 + 2 + 2
+    return run
+
+
+@pytest.mark.parametrize("name", ["table.tex", "differences.tex"])
+def test_latex_is_a_table_with_a_caption_per_setting(two_settings, name):
+    lines = (two_settings / name).read_text().splitlines()
+    assert r"% Needs \usepackage{booktabs,graphicx}." in lines
+    captions = [line for line in lines if line.startswith(r"\caption{")]
+    for caption, scaling in zip(captions, ("none", "sqrt"), strict=True):
+        assert caption.startswith(rf"\caption{{trec on a\_base, R = 4, scaling {scaling}. ") and caption.endswith("}")
+        assert "on this same test split, which flatters it." in caption and "±" not in caption
+        assert ("3 of 12 test items" in caption) == (name == "table.tex")
+        assert ("Bold: clear, " in caption and "row less column" in caption) == (name == "differences.tex")
+    environments = [line for line in lines if line.startswith((r"\begin", r"\end"))]
+    assert len(environments) == 8 and len(set(environments)) == 4
+    columns = len(re.search(r"\\begin\{tabular\}\{(l(r+))\}", "\n".join(lines))[1])
+    cells = [line for line in lines if line.endswith(r" \\")]
+    assert len(cells) == 2 * (1 + 2)
     for line in cells:
-        assert line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+        assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
         assert line.count("$") % 2 == 0 and not re.search(r"(?<!\\)[_#%]", line) and "±" not in line
     assert any(r"dylora\_frozen + squeeze" in line for line in cells)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_a_document_takes_the_latex(two_settings):
+    body = r"\begin{document}\input{table.tex}\input{differences.tex}\end{document}"
+    (two_settings / "paper.tex").write_text(rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}{body}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=two_settings, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+    captions = (two_settings / "paper.aux").read_text()
+    assert captions.count("which flatters it.") == 4 and captions.count("Bold: clear") == 2
 
 
 def test_latex_numbers(run):
