@@ -24,9 +24,11 @@ def name_runs(experiment: Experiment) -> str:
 
 
 def describe_runs(experiment: Experiment) -> list[str]:
-    """Sentences about the runs as a whole: how they differ, what was cut, failed or is not finished."""
+    """Sentences about the runs as a whole: of what, how they differ, what was cut, failed or is not finished."""
     folders = experiment.folders
     notes = []
+    if experiment.number:
+        notes.append(f"{'; '.join(f'{name}: {path}' for name, path in folders[0].sources.items())}.")
     differences = config_differences(folders)
     if differences:
         told = "; ".join(f"{name}: {', '.join(values)}" for name, values in differences.items())
@@ -38,7 +40,7 @@ def describe_runs(experiment: Experiment) -> list[str]:
     for folder in folders:
         where = f" of {folder.path}" if len(folders) > 1 else ""
         if folder.truncated:
-            cut = ", ".join(f"{cut} of {items} {split} items" for split, (cut, items) in folder.truncated.items())
+            cut = ", ".join(f"{cut} of {folder.items[split]} {split} items" for split, cut in folder.truncated.items())
             notes.append(f"Prompts cut on the left to fit config.data.max_length or the context: {cut}{where}.")
         if folder.unfinished:
             notes.append(f"{len(folder.unfinished)} of {len(folder.planned)} trials{where} are not finished.")

@@ -18,7 +18,7 @@ TRIAL_FIELDS = ("method", "learning_rate", "seed", "scaling", "rank", "weights")
 ACCURACY_FIELDS = ("split", "readout", "at_rank", "of_ranks", "accuracy")
 # Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
 UNTOLD = (*CHANGEABLE, "train.log_every")
-PLACES = ("model.path", "data.file", "data.evaluation_file")  # the last part of the path counts
+SOURCES = ("model.path", "data.file", "data.evaluation_file")
 
 
 class Trial(NamedTuple):
@@ -51,18 +51,20 @@ class RunRecords:
       config: what config.json holds.
       task: its name; of another task also the number of examples in its prompts, as in "arc_challenge, 25 shots".
       base: split -> accuracy of the model without an adapter; always has "test".
+      items: split -> how many there are; None if the records do not say.
       curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
       failed: the trials whose loss became infinite or NaN -> their names.
-      truncated: split -> (items whose prompt was cut to fit, all items), of the splits that have such items.
+      truncated: split -> items whose prompt was cut to fit, of the splits that have such items.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     task: str
     base: dict[str, float]
+    items: dict[str, int | None]
     curves: dict[Trial, dict[tuple[str, str], dict[int, float]]]
     failed: dict[Trial, str]
-    truncated: dict[str, tuple[int, int]]
+    truncated: dict[str, int]
 
     @classmethod
     def read(cls, path) -> list[RunRecords]:
@@ -99,14 +101,15 @@ class RunRecords:
     @classmethod
     def _of(cls, path: pathlib.Path, config: dict[str, Any], task: str, records: list[dict[str, Any]]) -> RunRecords:
         base: dict[str, float] = {}
+        items: dict[str, int | None] = {}
         curves: dict[Trial, dict] = collections.defaultdict(lambda: collections.defaultdict(dict))
         failed: dict[Trial, str] = {}
-        truncated: dict[str, tuple[int, int]] = {}
+        truncated: dict[str, int] = {}
         for record in records:
             if record["trial"] == "base":
-                base[record["split"]] = record["accuracy"]
+                base[record["split"]], items[record["split"]] = record["accuracy"], record.get("items")
                 if record.get("truncated"):
-                    truncated[record["split"]] = record["truncated"], record["items"]
+                    truncated[record["split"]] = record["truncated"]
             elif record.get("failed"):
                 failed[Trial.of(record)] = record["trial"]
             else:
@@ -114,12 +117,25 @@ class RunRecords:
                 curve[record["at_rank"]] = record
         if "test" not in base:
             raise ValueError(f"{path} holds no accuracy of the base model on the test split of {task}")
-        return cls(path, config, task, base, _whole(curves), failed, truncated)
+        return cls(path, config, task, base, items, _whole(curves), failed, truncated)
 
     @property
     def base_model(self) -> str:
         """The last part of the base model's path."""
         return pathlib.PurePath(self.config["model"]["path"]).name
+
+    @property
+    def sources(self) -> dict[str, pathlib.PurePath]:
+        """Dotted config key -> path of the base model and of own data, of the keys that are set."""
+        values = dict(_flat(self.config))
+        return {name: pathlib.PurePath(values[name]) for name in SOURCES if values.get(name)}
+
+    def is_like(self, other: RunRecords) -> bool:
+        """Whether both measured one task on one base: by their paths, or by names and the base's accuracy."""
+        names = [{key: path.name for key, path in each.sources.items()} for each in (self, other)]
+        bases = [(each.base["test"], each.items["test"]) for each in (self, other)]
+        same = self.sources == other.sources or (names[0] == names[1] and bases[0] == bases[1])
+        return self.task == other.task and same
 
     @property
     def planned(self) -> list[Trial]:
@@ -145,7 +161,7 @@ class RunRecords:
         told = {}
         for name, value in _flat(self.config):
             if not any(name == key or name.startswith(f"{key}.") for key in UNTOLD):
-                told[name] = pathlib.PurePath(value).name if name in PLACES else value
+                told[name] = value
         return told
 
 

@@ -121,11 +121,13 @@ class Experiment:
       folders: of the runs.
       rows: one per (setting, method, read-out, learning rate), in the table's order.
       failed: names of the trials whose loss became infinite or NaN.
+      number: tells it from others of the same title; 0 if there are none.
     """
 
     folders: tuple[RunRecords, ...]
     rows: list[CurveRow]
     failed: list[str]
+    number: int = 0
 
     @property
     def task(self) -> str:
@@ -137,7 +139,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        return f"{self.task} on {self.base_model}"
+        return f"{self.task} on {self.base_model}" + (f" ({self.number})" if self.number else "")
 
     @property
     def base(self) -> dict[str, float]:
@@ -148,17 +150,29 @@ class Experiment:
 def read_experiments(folders: Iterable) -> list[Experiment]:
     """Reads runs, and merges those of one task and base model; what they measured on other tasks follows.
 
+    Runs of other paths that end in the same names are merged if the base has the same accuracy in them.
+
     Args:
       folders: paths of run folders.
 
     Raises:
       FileNotFoundError, ValueError: a folder without records, unreadable ones, or a trial that two folders hold.
     """
-    groups: dict[tuple[str, str], list[RunRecords]] = collections.defaultdict(list)
-    for of_task in map(RunRecords.read, folders):
-        for records in of_task:
-            groups[records.task, records.base_model].append(records)
-    return [_merge(members) for members in groups.values()]
+    groups: list[list[RunRecords]] = []
+    for records in (records for path in folders for records in RunRecords.read(path)):
+        alike = next((group for group in groups if records.is_like(group[0])), None)
+        if alike is None:
+            groups.append([records])
+        else:
+            alike.append(records)
+    merged: dict[str, list[Experiment]] = collections.defaultdict(list)
+    for experiment in map(_merge, groups):
+        merged[experiment.title].append(experiment)
+    return [
+        dataclasses.replace(experiment, number=number if len(same) > 1 else 0)
+        for same in merged.values()
+        for number, experiment in enumerate(same, start=1)
+    ]
 
 
 def _merge(folders: list[RunRecords]) -> Experiment:

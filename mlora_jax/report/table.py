@@ -46,7 +46,8 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
 
     Args:
       folders: of runs.
-      out: folder for the files of `write_report`; with several pairs their names end in "-TASK-MODEL".
+      out: folder for the files of `write_report`; with several pairs their names end in "-TASK-MODEL", and in
+        "-TASK-MODEL-NUMBER" where models or data of one name differ.
       choose_on: the split on which learning rates are chosen, "validation" or "test"; None is what the runs' configs
         say, and "validation" where they do not agree.
 
@@ -74,7 +75,8 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for experiment, choice in zip(experiments, choices, strict=True):
-        suffix = f"-{_file_name(experiment.task)}-{experiment.base_model}" if len(experiments) > 1 else ""
+        number = f"-{experiment.number}" if experiment.number else ""
+        suffix = f"-{_file_name(experiment.task)}-{experiment.base_model}{number}" if len(experiments) > 1 else ""
         written.append(_write(experiment, choice, out, suffix))
     return written
 
@@ -138,7 +140,7 @@ def _comparable(choice: Choice) -> dict[Setting, list[CurveRow]]:
 
 
 def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparable) -> str:
-    runs = [name_runs(experiment)] if len(experiment.folders) > 1 else []
+    runs = [name_runs(experiment)] if len(experiment.folders) > 1 or experiment.number else []
     parts = [f"# {experiment.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
     base = experiment.base["test"]
     for setting, caption in captions.items():
