@@ -53,6 +53,7 @@ def _plan(config) -> None:
     console.print(table)
     console.print(
         f"{found.trials} trials of {found.steps} steps; adapters: {found.adapter_bytes:,} bytes\n"
+        f"{found.validations} validations while training: {duration(found.validation_seconds)}\n"
         f"{found.curves} rank-accuracy curves: {duration(found.evaluation_seconds)}\n"
         f"projected in all: {duration(found.seconds)}",
         highlight=False,

@@ -350,6 +350,8 @@ def _check(config: dict) -> None:
             f"config.train.accumulation {config['train']['accumulation']}"
         )
     for method, readouts in config["evaluation"]["readouts"].items():
+        if len(set(readouts)) != len(readouts):
+            raise ValueError(f"config.evaluation.readouts.{method} repeats a value: {readouts}")
         for readout in readouts:
             if readout not in READOUT_NAMES:
                 raise ValueError(

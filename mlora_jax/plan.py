@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +60,10 @@ class Plan:
       groups: what trains together.
       adapter_bytes: of all trained adapters, float32 (or float64).
       curves: rank-accuracy curves to measure, over splits and read-outs.
-      evaluation_seconds: projected for them, from one timed batch of requests for each rank and split.
+      evaluation_seconds: projected for them and for the base, from one timed batch of requests for each rank and
+        split; the tasks of `config.evaluation.tasks` are not counted.
+      validations: while training, over all trials; fewer if some stop early.
+      validation_seconds: projected for them.
     """
 
     trials: int
@@ -66,11 +72,13 @@ class Plan:
     adapter_bytes: int
     curves: int
     evaluation_seconds: float
+    validations: int
+    validation_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Projected for training and evaluation."""
-        return sum(group.training_seconds for group in self.groups) + self.evaluation_seconds
+        """Projected for training, validation and evaluation."""
+        return sum(group.training_seconds for group in self.groups) + self.validation_seconds + self.evaluation_seconds
 
 
 def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
@@ -91,14 +99,18 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
         kind = (members[0].rank, experiment.profiles(members[0]), slots)
         groups[kind].append(TrialBatch(f"batch-{number:04d}", members, slots))
     per_rank = {trial.rank: jax.tree.leaves(experiment.adapted(trial.rank).adapter) for trial in trials}
-    curves, seconds = _evaluation(experiment, trials)
+    timed = functools.cache(functools.partial(_time_evaluation, experiment))
+    curves, evaluation_seconds = _evaluation(experiment, trials, timed)
+    validations, validation_seconds = _validation(experiment, trials, timed)
     return Plan(
         trials=len(trials),
         steps=experiment.steps,
         groups=tuple(_group(experiment, *kind, batches, timed_steps) for kind, batches in groups.items()),
         adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in per_rank[trial.rank]),
         curves=curves,
-        evaluation_seconds=seconds,
+        evaluation_seconds=evaluation_seconds,
+        validations=validations,
+        validation_seconds=validation_seconds,
     )
 
 
@@ -141,25 +153,50 @@ def _shapes(experiment: Experiment, batch: TrialBatch) -> tuple[set[tuple[int, i
     return shapes, real, positions
 
 
-def _evaluation(experiment: Experiment, trials: list[Trial]) -> tuple[int, float]:
-    curves, seconds, timed = 0, 0.0, {}
+def _evaluation(experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]) -> tuple[int, float]:
+    """Curves at the end, and seconds for them and the base."""
+    curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
     for trial in trials:
         readouts = experiment.config.evaluation.readouts.get(trial.method, ("prefix",))
         for split in experiment.rows:
-            if (trial.rank, split) not in timed:
-                timed[trial.rank, split] = _time_evaluation(experiment, trial.rank, split)
             curves += len(readouts)
-            seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed[trial.rank, split]
+            seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed(trial.rank, split)
     return curves, seconds
+
+
+def _validation(experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]) -> tuple[int, float]:
+    """Validations while training, and seconds for them."""
+    options = experiment.config.validation
+    if not options.every:
+        return 0, 0.0
+    each = -(-experiment.steps // options.every)
+    if options.measure == "loss":
+        loss = functools.cache(functools.partial(_time_loss, experiment))
+        one_rank = lambda trial: loss(trial.rank)  # noqa: E731
+    else:
+        one_rank = lambda trial: timed(trial.rank, "validation")  # noqa: E731
+    seconds = sum(each * len(experiment.hierarchy(trial).ranks) * one_rank(trial) for trial in trials)
+    return each * len(trials), seconds
 
 
 def _time_evaluation(experiment: Experiment, rank: int, split: str) -> float:
     """Seconds for one rank on one split, from its middle batch of requests."""
     adapted = experiment.adapted(rank)
     evaluator = adapted.evaluators[split]
-    seconds = []
-    for _ in range(2):
-        start = time.monotonic()
-        evaluator.run_batch(len(evaluator) // 2, adapted.adapter, jnp.zeros(rank))
-        seconds.append(time.monotonic() - start)
-    return seconds[-1] * len(evaluator)
+    middle = len(evaluator) // 2
+    return _time_second(lambda: evaluator.run_batch(middle, adapted.adapter, jnp.zeros(rank))) * len(evaluator)
+
+
+def _time_loss(experiment: Experiment, rank: int) -> float:
+    """Seconds for the loss at one rank on the validation split."""
+    adapted = experiment.adapted(rank)
+    loss = adapted.validation_loss()
+    return _time_second(lambda: loss(adapted.adapter, jnp.zeros(rank)))
+
+
+def _time_second(run: Callable[[], Any]) -> float:
+    """Seconds of a second call; the first one compiles."""
+    run()
+    start = time.monotonic()
+    run()
+    return time.monotonic() - start

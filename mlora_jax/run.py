@@ -234,6 +234,8 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
         )
         checkpoints.wait()
         _save_adapters(run, batch, state, memory)
+    for tracker in run.trackers:
+        tracker.finish([trial.name for trial in batch.trials])
     run.folder.finish(batch)
     run.progress.expect({trial.name: 0 for trial in batch.trials})
 

@@ -251,6 +251,10 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
             {"evaluation": {"readouts": {"lora": ("suffix",)}}},
             "unknown read-out 'suffix' in config.evaluation.readouts.lora; known: prefix, nested, masked, squeeze",
         ),
+        (
+            {"evaluation": {"readouts": {"lora": ("prefix", "squeeze", "prefix")}}},
+            r"config.evaluation.readouts.lora repeats a value: \('prefix', 'squeeze', 'prefix'\)",
+        ),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused(config, message):

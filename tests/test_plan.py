@@ -3,15 +3,16 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from experiments.plan import duration
-from mlora_jax.config import resolve
+from mlora_jax.config import expand_trials, resolve
 from mlora_jax.experiment import Experiment
-from mlora_jax.plan import plan
+from mlora_jax.plan import Plan, _evaluation, _time_loss, _validation, plan
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
 from tests.tiny import write_checkpoint, write_trec
@@ -49,6 +50,7 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     experiment = Experiment.load(resolve(config))
     tokens = 2 * sum(len(example.tokens) for example in experiment.examples.examples)
     assert [group.tokens for group in found.groups] == [4 * tokens, 2 * tokens]
+    assert _time_loss(experiment, 6) > 0
     for group in found.groups:
         assert group.padded_tokens % (6 * 4 * group.profiles) == 0
         assert group.padded_tokens >= group.tokens * group.profiles
@@ -59,7 +61,33 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     assert found.adapter_bytes == sum(np.asarray(array).nbytes for file in files for array in file.values())
     curves = {(r["trial"], r["split"], r["readout"]) for r in read_json_lines(tmp_path / "curves.jsonl")}
     assert found.curves == len([key for key in curves if key[0] != "base"]) == 2 * (2 * 2 + 2 + 2)
+    assert found.validations == found.validation_seconds == 0
     assert found.seconds == pytest.approx(sum(g.training_seconds for g in found.groups) + found.evaluation_seconds)
+
+
+@pytest.mark.parametrize(("every", "measure", "one"), [(0, "aurac", 0), (4, "aurac", 10), (4, "loss", 1000)])
+def test_validations_and_the_base_are_counted(monkeypatch, every, measure, one):
+    """10 steps, S = (1, 2, 4), read-outs by prefix and squeeze; seconds for one rank are given."""
+    config = resolve(
+        {
+            "trials": {"method": ("lora",), "rank": (4,), "learning_rate": (0.1, 0.2)},
+            "validation": {"every": every, "measure": measure},
+        }
+    )
+    trials = expand_trials(config)
+    experiment = types.SimpleNamespace(
+        config=config, steps=10, rows={"test": [], "validation": []}, hierarchy=lambda trial: trial.hierarchy(())
+    )
+    monkeypatch.setattr("mlora_jax.plan._time_loss", lambda experiment, rank: 1000)
+    timed = {(4, "test"): 1, (4, "validation"): 10}
+    curves = 2 * 2 * 2
+    assert _evaluation(experiment, trials, lambda *key: timed[key]) == (curves, 11 + 2 * 2 * 3 * 11)
+    validations = 2 * 3 if every else 0  # after 4, 8 and 10 steps
+    assert _validation(experiment, trials, lambda *key: timed[key]) == (validations, validations * 3 * one)
+
+
+def test_the_seconds_of_a_plan_are_those_of_its_parts():
+    assert Plan(1, 1, (), 0, 1, 20.0, 1, 3.0).seconds == 23.0
 
 
 def test_the_command(config, tmp_path, request):
@@ -67,7 +95,15 @@ def test_the_command(config, tmp_path, request):
         f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config!r})\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.plan", "--config", tmp_path / "planned.py", "--timed_steps=1"],
+        [
+            sys.executable,
+            "-m",
+            "experiments.plan",
+            "--config",
+            tmp_path / "planned.py",
+            "--timed_steps=1",
+            "--config.validation.every=2",
+        ],
         cwd=request.config.rootpath,
         capture_output=True,
         text=True,
@@ -75,6 +111,7 @@ def test_the_command(config, tmp_path, request):
     )
     assert done.returncode == 0, done.stderr
     assert "6 trials of 3 steps; adapters: " in done.stdout and "projected in all: " in done.stdout
+    assert "12 validations while training: " in done.stdout
     assert not list(tmp_path.glob("*/"))  # nothing is left behind
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlora_jax.report.choice import Choice
+from mlora_jax.report.choice import Choice, shared_seeds
 from mlora_jax.report.folders import config_differences
 from mlora_jax.report.rows import CurveRow, Experiment, Setting
 
@@ -18,12 +18,17 @@ UNDECIDED = {
 }
 
 
+def name_runs(experiment: Experiment) -> str:
+    """Where the runs are."""
+    return f"Runs: {', '.join(str(folder.path) for folder in experiment.folders)}."
+
+
 def describe_runs(experiment: Experiment) -> list[str]:
-    """Sentences about the runs as a whole: which they are, how they differ, what was cut, failed or is not finished."""
+    """Sentences about the runs as a whole: of what, how they differ, what was cut, failed or is not finished."""
     folders = experiment.folders
     notes = []
-    if len(folders) > 1:
-        notes.append(f"Runs: {', '.join(str(folder.path) for folder in folders)}.")
+    if experiment.number:
+        notes.append(f"{'; '.join(f'{name}: {path}' for name, path in folders[0].sources.items())}.")
     differences = config_differences(folders)
     if differences:
         told = "; ".join(f"{name}: {', '.join(values)}" for name, values in differences.items())
@@ -35,7 +40,7 @@ def describe_runs(experiment: Experiment) -> list[str]:
     for folder in folders:
         where = f" of {folder.path}" if len(folders) > 1 else ""
         if folder.truncated:
-            cut = ", ".join(f"{cut} of {items} {split} items" for split, (cut, items) in folder.truncated.items())
+            cut = ", ".join(f"{cut} of {folder.items[split]} {split} items" for split, cut in folder.truncated.items())
             notes.append(f"Prompts cut on the left to fit config.data.max_length or the context: {cut}{where}.")
         if folder.unfinished:
             notes.append(f"{len(folder.unfinished)} of {len(folder.planned)} trials{where} are not finished.")
@@ -61,22 +66,32 @@ def describe_setting(setting: Setting, experiment: Experiment, choice: Choice) -
         + ("; mean ± standard deviation over seeds." if len(seeds) > 1 else ".")
     ]
     if chosen:
-        sentences.append(
-            "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
-            f"{CHOSEN_ON[choice.split]}."
-        )
+        sentences.append(describe_choice(choice))
+        if unlike := [row.label for row in chosen if _have_unlike_seeds(row, rows, choice)]:
+            sentences.append(
+                "Learning rates with unlike seeds were compared by the seeds that all of them have, if there are any: "
+                f"{', '.join(unlike)}."
+            )
     if undecided:
         sentences.append(f"{UNDECIDED[choice.split]}: {', '.join(dict.fromkeys(row.label for row in undecided))}.")
-    everyone = {*seeds, *(seed for row in rows for seed in row.failed)}
+    everyone = {*seeds, *(seed for row in rows for seed in row.absent)}
     if left_out:
         sentences.append(
-            "Not chosen among, since fewer of their seeds finished than at another learning rate: "
+            "Not chosen among, since they lack more seeds than another learning rate: "
             f"{_name_with_absent(left_out, everyone)}."
         )
     short = [row for row in rows if set(row.seeds) != everyone and row not in left_out]
     if short:
         sentences.append(f"Means over the seeds that finished: {_name_with_absent(short, everyone)}.")
     return " ".join(sentences)
+
+
+def describe_choice(choice: Choice) -> str:
+    """On what the learning rates were chosen."""
+    return (
+        "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
+        f"{CHOSEN_ON[choice.split]}."
+    )
 
 
 def describe_differences(rows: Iterable[CurveRow]) -> str:
@@ -90,6 +105,11 @@ def describe_differences(rows: Iterable[CurveRow]) -> str:
     if alone:
         sentences.append(f"In brackets: a row of one seed has no spread, so nothing can be said: {', '.join(alone)}.")
     return " ".join(sentences)
+
+
+def _have_unlike_seeds(chosen: CurveRow, rows: Iterable[CurveRow], choice: Choice) -> bool:
+    able = [row for row in rows if row.group == chosen.group and row not in choice.left_out]
+    return any(row.seeds != shared_seeds(able) for row in able)
 
 
 def _name_with_absent(rows: Iterable[CurveRow], everyone: set[int]) -> str:

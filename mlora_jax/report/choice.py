@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import statistics
 from collections.abc import Iterable
 
 from mlora_jax.report.rows import CurveRow
@@ -18,7 +19,7 @@ class Choice:
       shown: the rows that stand for their method: the chosen ones, those without an alternative, and all of the
         undecided.
       chosen: those of several learning rates that were chosen.
-      left_out: rows that could not be chosen, since another learning rate of theirs has more seeds that finished.
+      left_out: rows that could not be chosen, since another learning rate of theirs lacks fewer seeds.
       undecided: rows of several learning rates without accuracies on that split.
     """
 
@@ -33,7 +34,8 @@ def choose_rows(rows: Iterable[CurveRow], split: str) -> Choice:
     """Per (setting, method, read-out) the learning rate with the highest mean AURAC over log2 rank.
 
     A mean over the seeds that survived says little of a learning rate at which others diverged: only the learning
-    rates with the most finished seeds can be chosen. Of equal ones the smallest is chosen.
+    rates that lack the fewest seeds, failed or planned and not finished, can be chosen. Their means are over the seeds
+    that all of them have, or over all seeds where they share none. Of equal ones the smallest is chosen.
 
     Args:
       rows: of any settings.
@@ -50,13 +52,24 @@ def choose_rows(rows: Iterable[CurveRow], split: str) -> Choice:
             choice.shown.extend(rates)
             choice.undecided.extend(rates)
         else:
-            most = max(len(row.seeds) for row in rates)
-            able = sorted((row for row in rates if len(row.seeds) == most), key=lambda row: row.learning_rate)
-            best = max(able, key=lambda row: row.measured[split].log2.mean)
+            fewest = min(len(row.absent) for row in rates)
+            able = sorted((row for row in rates if len(row.absent) == fewest), key=lambda row: row.learning_rate)
+            shared = shared_seeds(able)
+            best = max(able, key=lambda row: _mean(row, split, shared or row.seeds))
             choice.shown.append(best)
             choice.chosen.append(best)
-            choice.left_out.extend(row for row in rates if len(row.seeds) < most)
+            choice.left_out.extend(row for row in rates if len(row.absent) > fewest)
     return choice
+
+
+def shared_seeds(rows: Iterable[CurveRow]) -> tuple[int, ...]:
+    """The seeds that finished in every row, sorted."""
+    return tuple(sorted(set.intersection(*(set(row.seeds) for row in rows))))
+
+
+def _mean(row: CurveRow, split: str, seeds: Iterable[int]) -> float:
+    by_seed = dict(zip(row.seeds, row.measured[split].areas, strict=True))
+    return statistics.fmean(by_seed[seed] for seed in seeds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ from mlora_jax.train.records import read_json_lines
 SPLITS = ("validation", "test")
 # What a record says of every trial, and beyond that of every accuracy.
 TRIAL_FIELDS = ("method", "learning_rate", "seed", "scaling", "rank", "weights")
-ACCURACY_FIELDS = ("split", "readout", "at_rank", "accuracy")
+ACCURACY_FIELDS = ("split", "readout", "at_rank", "of_ranks", "accuracy")
 # Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
 UNTOLD = (*CHANGEABLE, "train.log_every")
-PLACES = ("model.path", "data.file", "data.evaluation_file")  # the last part of the path counts
+SOURCES = ("model.path", "data.file", "data.evaluation_file")
 
 
 class Trial(NamedTuple):
@@ -51,18 +51,20 @@ class RunRecords:
       config: what config.json holds.
       task: its name; of another task also the number of examples in its prompts, as in "arc_challenge, 25 shots".
       base: split -> accuracy of the model without an adapter; always has "test".
+      items: split -> how many there are; None if the records do not say.
       curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
       failed: the trials whose loss became infinite or NaN -> their names.
-      truncated: split -> (items whose prompt was cut to fit, all items), of the splits that have such items.
+      truncated: split -> items whose prompt was cut to fit, of the splits that have such items.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     task: str
     base: dict[str, float]
+    items: dict[str, int | None]
     curves: dict[Trial, dict[tuple[str, str], dict[int, float]]]
     failed: dict[Trial, str]
-    truncated: dict[str, tuple[int, int]]
+    truncated: dict[str, int]
 
     @classmethod
     def read(cls, path) -> list[RunRecords]:
@@ -99,27 +101,41 @@ class RunRecords:
     @classmethod
     def _of(cls, path: pathlib.Path, config: dict[str, Any], task: str, records: list[dict[str, Any]]) -> RunRecords:
         base: dict[str, float] = {}
+        items: dict[str, int | None] = {}
         curves: dict[Trial, dict] = collections.defaultdict(lambda: collections.defaultdict(dict))
         failed: dict[Trial, str] = {}
-        truncated: dict[str, tuple[int, int]] = {}
+        truncated: dict[str, int] = {}
         for record in records:
             if record["trial"] == "base":
-                base[record["split"]] = record["accuracy"]
+                base[record["split"]], items[record["split"]] = record["accuracy"], record.get("items")
                 if record.get("truncated"):
-                    truncated[record["split"]] = record["truncated"], record["items"]
+                    truncated[record["split"]] = record["truncated"]
             elif record.get("failed"):
                 failed[Trial.of(record)] = record["trial"]
             else:
                 curve = curves[Trial.of(record)][record["split"], record["readout"]]
-                curve[record["at_rank"]] = record["accuracy"]
+                curve[record["at_rank"]] = record
         if "test" not in base:
             raise ValueError(f"{path} holds no accuracy of the base model on the test split of {task}")
-        return cls(path, config, task, base, _whole(curves), failed, truncated)
+        return cls(path, config, task, base, items, _whole(curves), failed, truncated)
 
     @property
     def base_model(self) -> str:
         """The last part of the base model's path."""
         return pathlib.PurePath(self.config["model"]["path"]).name
+
+    @property
+    def sources(self) -> dict[str, pathlib.PurePath]:
+        """Dotted config key -> path of the base model and of own data, of the keys that are set."""
+        values = dict(_flat(self.config))
+        return {name: pathlib.PurePath(values[name]) for name in SOURCES if values.get(name)}
+
+    def is_like(self, other: RunRecords) -> bool:
+        """Whether both measured one task on one base: by their paths, or by names and the base's accuracy."""
+        names = [{key: path.name for key, path in each.sources.items()} for each in (self, other)]
+        bases = [(each.base["test"], each.items["test"]) for each in (self, other)]
+        same = self.sources == other.sources or (names[0] == names[1] and bases[0] == bases[1])
+        return self.task == other.task and same
 
     @property
     def planned(self) -> list[Trial]:
@@ -129,17 +145,23 @@ class RunRecords:
         return [Trial.of(dataclasses.asdict(trial)) for trial in expand_trials(resolve(self.config))]
 
     @property
-    def unfinished(self) -> list[Trial]:
-        """The planned trials that have neither failed nor a curve on the test split."""
+    def done(self) -> set[Trial]:
+        """The trials that have failed or have a curve on the test split."""
         measured = {trial for trial, curves in self.curves.items() if any(split == "test" for split, _ in curves)}
-        return [trial for trial in self.planned if trial not in measured and trial not in self.failed]
+        return measured | set(self.failed)
+
+    @property
+    def unfinished(self) -> list[Trial]:
+        """The planned trials that are not done."""
+        done = self.done
+        return [trial for trial in self.planned if trial not in done]
 
     def told_values(self) -> dict[str, Any]:
         """Dotted config keys and values, without those in which runs may differ without a word."""
         told = {}
         for name, value in _flat(self.config):
             if not any(name == key or name.startswith(f"{key}.") for key in UNTOLD):
-                told[name] = pathlib.PurePath(value).name if name in PLACES else value
+                told[name] = value
         return told
 
 
@@ -173,16 +195,12 @@ def _checked(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _whole(curves: dict[Trial, dict]) -> dict[Trial, dict]:
-    """Drops the curves that a killed run left short of a rank which other curves of that R and read-out have."""
-    ranks = collections.defaultdict(set)
-    for trial, of_trial in curves.items():
-        for (_, readout), curve in of_trial.items():
-            ranks[trial.rank, readout] |= set(curve)
+    """The accuracies of every curve's records, by rank, without the curves that a killed run left half written."""
     whole: dict[Trial, dict] = collections.defaultdict(dict)
     for trial, of_trial in curves.items():
-        for (split, readout), curve in of_trial.items():
-            if set(curve) == ranks[trial.rank, readout]:
-                whole[trial][split, readout] = dict(sorted(curve.items()))
+        for key, curve in of_trial.items():
+            if all(record["of_ranks"] == len(curve) for record in curve.values()):
+                whole[trial][key] = {rank: curve[rank]["accuracy"] for rank in sorted(curve)}
     return dict(whole)
 
 

@@ -16,12 +16,10 @@ class Table:
     """A table; the cells of its first column are text.
 
     Attributes:
-      title: of the table within a larger one.
       header: [columns].
       rows: [rows][columns].
     """
 
-    title: str
     header: list[str]
     rows: list[list[Cell]]
 
@@ -33,22 +31,26 @@ def to_markdown(table: Table) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def to_latex(tables: Sequence[Table], comments: Sequence[str]) -> str:
-    r"""One LaTeX tabular, a titled block per table if there are several; needs \usepackage{booktabs}.
-
-    Args:
-      tables: all with the same header.
-      comments: lines above it, as LaTeX comments.
-    """
-    header = tables[0].header
-    lines = [f"% {line}" for comment in (*comments, r"Needs \usepackage{booktabs}.") for line in comment.splitlines()]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", _latex_row(header)]
-    for table in tables:
-        lines.append(r"\midrule")
-        if len(tables) > 1:
-            lines += [rf"\multicolumn{{{len(header)}}}{{l}}{{{escape_latex(table.title)}}} \\", r"\midrule"]
-        lines += [_latex_row(row) for row in table.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+def to_latex(table: Table, caption: str) -> str:
+    r"""A LaTeX table, no wider than the text; needs \usepackage{booktabs,graphicx}."""
+    return "\n".join(
+        [
+            r"\begin{table}[htbp]",
+            r"\centering\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{escape_latex(caption)}}}",
+            r"\medskip",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+            r"\toprule",
+            _latex_row(table.header),
+            r"\midrule",
+            *map(_latex_row, table.rows),
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 _LATEX_SPECIAL = str.maketrans(
@@ -60,6 +62,7 @@ _LATEX_SPECIAL = str.maketrans(
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
         "±": r"$\pm$",
+        "/": r"/\allowbreak{}",  # a path in a caption
         **{character: f"\\{character}" for character in "&%$#_{}"},
     }
 )

@@ -170,7 +170,7 @@ def _markdown(report: RankReport) -> str:
 
 def _curve_table(report: RankReport) -> Table:
     lines = [[str(row.rank), f"{row.parameters:,}", _cell(row.chosen_on), _cell(row.test)] for row in report.rows]
-    return Table("", ["rank", "adapter parameters", "chosen on", "accuracy"], lines)
+    return Table(["rank", "adapter parameters", "chosen on", "accuracy"], lines)
 
 
 def _budget_table(report: RankReport) -> Table:
@@ -190,13 +190,13 @@ def _budget_table(report: RankReport) -> Table:
         ]
         for row in report.budgets
     ]
-    return Table("", [*header, f"uniform {report.measure}", f"allocated {report.measure}", "evaluations"], lines)
+    return Table([*header, f"uniform {report.measure}", f"allocated {report.measure}", "evaluations"], lines)
 
 
 def _ranks_table(row: BudgetRow) -> Table:
     layers = max(map(len, row.ranks.values()))
     lines = [[path, *map(str, ranks), *[""] * (layers - len(ranks))] for path, ranks in row.ranks.items()]
-    return Table("", [f"for uniform rank {row.rank}", *(f"layer {layer}" for layer in range(layers))], lines)
+    return Table([f"for uniform rank {row.rank}", *(f"layer {layer}" for layer in range(layers))], lines)
 
 
 def _cell(estimate: Estimate) -> str:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from mlora_jax.core import POLICIES, summarize
-from mlora_jax.report.folders import RunRecords
+from mlora_jax.report.folders import RunRecords, Trial
 
 READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
 
@@ -41,12 +41,19 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A rank-accuracy curve over seeds: rank -> accuracy in 0..1, AURAC over either axis, and the plain mean."""
+    """A rank-accuracy curve over seeds.
+
+    Attributes:
+      accuracies: rank -> accuracy in 0..1.
+      linear, log2, mean: AURAC over either axis, and the plain mean.
+      areas: AURAC over log2 rank, of every seed.
+    """
 
     accuracies: dict[int, Spread]
     linear: Spread
     log2: Spread
     mean: Spread
+    areas: tuple[float, ...]
 
     @classmethod
     def of(cls, curves: Sequence[dict[int, float]]) -> Measured:
@@ -56,6 +63,7 @@ class Measured:
         return cls(
             {rank: Spread.of([curve[rank] for curve in curves]) for rank in ranks},
             *(Spread.of([getattr(area, name) for area in areas]) for name in ("linear", "log2", "mean")),
+            tuple(area.log2 for area in areas),
         )
 
 
@@ -70,6 +78,7 @@ class CurveRow:
       learning_rate: peak.
       seeds: the seeds that finished.
       failed: the seeds whose loss became infinite or NaN.
+      unfinished: the other seeds that a run's config plans.
       measured: split -> what was measured on it; "validation" only if every seed has it.
     """
 
@@ -79,11 +88,17 @@ class CurveRow:
     learning_rate: float
     seeds: tuple[int, ...]
     failed: tuple[int, ...]
+    unfinished: tuple[int, ...]
     measured: dict[str, Measured]
 
     @property
     def test(self) -> Measured:
         return self.measured["test"]
+
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """The seeds that there should be and are not."""
+        return *self.failed, *self.unfinished
 
     @property
     def label(self) -> str:
@@ -106,11 +121,13 @@ class Experiment:
       folders: of the runs.
       rows: one per (setting, method, read-out, learning rate), in the table's order.
       failed: names of the trials whose loss became infinite or NaN.
+      number: tells it from others of the same title; 0 if there are none.
     """
 
     folders: tuple[RunRecords, ...]
     rows: list[CurveRow]
     failed: list[str]
+    number: int = 0
 
     @property
     def task(self) -> str:
@@ -122,7 +139,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        return f"{self.task} on {self.base_model}"
+        return f"{self.task} on {self.base_model}" + (f" ({self.number})" if self.number else "")
 
     @property
     def base(self) -> dict[str, float]:
@@ -133,17 +150,29 @@ class Experiment:
 def read_experiments(folders: Iterable) -> list[Experiment]:
     """Reads runs, and merges those of one task and base model; what they measured on other tasks follows.
 
+    Runs of other paths that end in the same names are merged if the base has the same accuracy in them.
+
     Args:
       folders: paths of run folders.
 
     Raises:
       FileNotFoundError, ValueError: a folder without records, unreadable ones, or a trial that two folders hold.
     """
-    groups: dict[tuple[str, str], list[RunRecords]] = collections.defaultdict(list)
-    for of_task in map(RunRecords.read, folders):
-        for records in of_task:
-            groups[records.task, records.base_model].append(records)
-    return [_merge(members) for members in groups.values()]
+    groups: list[list[RunRecords]] = []
+    for records in (records for path in folders for records in RunRecords.read(path)):
+        alike = next((group for group in groups if records.is_like(group[0])), None)
+        if alike is None:
+            groups.append([records])
+        else:
+            alike.append(records)
+    merged: dict[str, list[Experiment]] = collections.defaultdict(list)
+    for experiment in map(_merge, groups):
+        merged[experiment.title].append(experiment)
+    return [
+        dataclasses.replace(experiment, number=number if len(same) > 1 else 0)
+        for same in merged.values()
+        for number, experiment in enumerate(same, start=1)
+    ]
 
 
 def _merge(folders: list[RunRecords]) -> Experiment:
@@ -156,29 +185,37 @@ def _merge(folders: list[RunRecords]) -> Experiment:
                     "leave one of the folders out, or write a table for each"
                 )
             holders[trial] = folder.path
+    done = {trial for folder in folders for trial in folder.done}
+    failed = _seeds(trial for folder in folders for trial in folder.failed)
+    unfinished = _seeds(trial for folder in folders for trial in folder.planned if trial not in done)
     # (setting, method, read-out) -> learning rate -> seed -> split -> curve
     curves: dict = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict)))
-    failed_seeds: dict = collections.defaultdict(set)
     for folder in folders:
         for trial, of_trial in folder.curves.items():
             for (split, readout), curve in of_trial.items():
                 setting = Setting(trial.scaling, trial.rank, trial.weights, tuple(curve))
                 curves[setting, trial.method, readout][trial.learning_rate][trial.seed][split] = curve
-        for trial in folder.failed:
-            key = (trial.scaling, trial.rank, trial.weights, trial.method, trial.learning_rate)
-            failed_seeds[key].add(trial.seed)
     rows = []
     for (setting, method, readout), rates in curves.items():
         for rate, by_seed in rates.items():
             finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
             if not finished:
                 continue
-            failed = failed_seeds[setting.scaling, setting.rank, setting.weights, method, rate]
+            key = method, rate, setting.scaling, setting.rank, setting.weights
             splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
             measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
-            rows.append(CurveRow(setting, method, readout, rate, tuple(finished), tuple(sorted(failed)), measured))
+            seeds = tuple(finished), tuple(sorted(failed[key])), tuple(sorted(unfinished[key]))
+            rows.append(CurveRow(setting, method, readout, rate, *seeds, measured))
     rows.sort(key=_order)
     return Experiment(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
+
+
+def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:
+    """The seeds of the trials that have all else in common."""
+    found: dict[tuple, set[int]] = collections.defaultdict(set)
+    for trial in trials:
+        found[trial.method, trial.learning_rate, trial.scaling, trial.rank, trial.weights].add(trial.seed)
+    return found
 
 
 def _order(row: CurveRow) -> tuple:

@@ -7,7 +7,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlora_jax.report.captions import describe_differences, describe_runs, describe_setting
+from mlora_jax.report.captions import (
+    describe_choice,
+    describe_differences,
+    describe_runs,
+    describe_setting,
+    name_runs,
+)
 from mlora_jax.report.choice import Choice, choose_rows, compare
 from mlora_jax.report.figure import draw_curves, draw_learning_rates
 from mlora_jax.report.folders import SPLITS
@@ -40,7 +46,8 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
 
     Args:
       folders: of runs.
-      out: folder for the files of `write_report`; with several pairs their names end in "-TASK-MODEL".
+      out: folder for the files of `write_report`; with several pairs their names end in "-TASK-MODEL", and in
+        "-TASK-MODEL-NUMBER" where models or data of one name differ.
       choose_on: the split on which learning rates are chosen, "validation" or "test"; None is what the runs' configs
         say, and "validation" where they do not agree.
 
@@ -68,7 +75,8 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for experiment, choice in zip(experiments, choices, strict=True):
-        suffix = f"-{_file_name(experiment.task)}-{experiment.base_model}" if len(experiments) > 1 else ""
+        number = f"-{experiment.number}" if experiment.number else ""
+        suffix = f"-{_file_name(experiment.task)}-{experiment.base_model}{number}" if len(experiments) > 1 else ""
         written.append(_write(experiment, choice, out, suffix))
     return written
 
@@ -93,7 +101,7 @@ def _write(experiment: Experiment, choice: Choice, out: pathlib.Path, suffix: st
         "table.tex": _latex(experiment, choice, notes, captions),
     }
     if comparable:
-        texts["differences.tex"] = _latex_differences(experiment, comparable)
+        texts["differences.tex"] = _latex_differences(experiment, choice, comparable)
     records = {"table.csv": _csv_rows(experiment, choice), "differences.csv": _csv_differences(comparable)}
     figures = {"curves.png": bool(choice.shown), "learning_rates.png": bool(choice.chosen or choice.undecided)}
     # An earlier report may have had a file that this one has not.
@@ -132,14 +140,15 @@ def _comparable(choice: Choice) -> dict[Setting, list[CurveRow]]:
 
 
 def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparable) -> str:
-    parts = [f"# {experiment.title}\n", *(f"{note}\n" for note in notes)]
+    runs = [name_runs(experiment)] if len(experiment.folders) > 1 or experiment.number else []
+    parts = [f"# {experiment.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
     base = experiment.base["test"]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
         parts += [f"{caption}\n", to_markdown(_curve_table(base, shown, setting.ranks))]
         if setting in comparable:
             rows = comparable[setting]
-            parts += [f"{describe_differences(rows)}\n", to_markdown(_difference_table(rows, len(rows)))]
+            parts += [f"{describe_differences(rows)}\n", to_markdown(_difference_table(rows))]
         every = [row for row in experiment.rows if row.setting == setting]
         if len(every) > len(shown):
             extra = choice.split if choice.split != "test" else ""
@@ -156,34 +165,42 @@ def _curve_table(base: float, rows: list[CurveRow], ranks: Sequence[int], extra:
         if extra:
             values.append(row.measured[extra].log2 if extra in row.measured else "")
         lines.append([row.label, f"{row.learning_rate:g}", f"{base:.3f}", *values])
-    return Table(str(rows[0].setting), [*header, f"AURAC log2, {extra}"] if extra else header, lines)
+    return Table([*header, f"AURAC log2, {extra}"] if extra else header, lines)
 
 
-def _difference_table(rows: list[CurveRow], columns: int) -> Table:
-    header = ["", *(str(number) for number in range(1, columns + 1))]
+def _difference_table(rows: list[CurveRow]) -> Table:
+    header = ["", *(str(number) for number in range(1, len(rows) + 1))]
     lines = []
     for number, first in enumerate(rows, start=1):
         cells = ["" if first is second else compare(first, second) for second in rows]
-        lines.append([f"{number} {first.label}", *cells, *[""] * (columns - len(rows))])
-    return Table(str(rows[0].setting), header, lines)
+        lines.append([f"{number} {first.label}", *cells])
+    return Table(header, lines)
 
 
 def _latex(experiment: Experiment, choice: Choice, notes, captions) -> str:
-    comments = [experiment.title, *notes, *captions.values()]
     if not choice.shown:
-        return "".join(f"% {comment}\n" for comment in comments)
-    ranks = sorted({rank for setting in captions for rank in setting.ranks})
-    tables = [
-        _curve_table(experiment.base["test"], [row for row in choice.shown if row.setting == setting], ranks)
-        for setting in captions
-    ]
-    return to_latex(tables, comments)
+        return _latex_file(experiment, [f"% {note}\n" for note in notes])
+    tables = []
+    for setting, caption in captions.items():
+        shown = [row for row in choice.shown if row.setting == setting]
+        table = _curve_table(experiment.base["test"], shown, setting.ranks)
+        tables.append(to_latex(table, " ".join([f"{experiment.title}, {caption}", *notes])))
+    return _latex_file(experiment, tables)
 
 
-def _latex_differences(experiment: Experiment, comparable: dict[Setting, list[CurveRow]]) -> str:
-    columns = max(map(len, comparable.values()))
-    comments = [experiment.title, *(f"{setting}. {describe_differences(rows)}" for setting, rows in comparable.items())]
-    return to_latex([_difference_table(rows, columns) for rows in comparable.values()], comments)
+def _latex_differences(experiment: Experiment, choice: Choice, comparable: dict[Setting, list[CurveRow]]) -> str:
+    tables = []
+    for setting, rows in comparable.items():
+        sentences = [f"{experiment.title}, {setting}.", describe_differences(rows)]
+        if any(row in choice.chosen for row in rows):
+            sentences.append(describe_choice(choice))
+        tables.append(to_latex(_difference_table(rows), " ".join(sentences)))
+    return _latex_file(experiment, tables)
+
+
+def _latex_file(experiment: Experiment, tables: Sequence[str]) -> str:
+    comments = experiment.title, name_runs(experiment), r"Needs \usepackage{booktabs,graphicx}."
+    return "\n".join(["".join(f"% {comment}\n" for comment in comments), *tables])
 
 
 def _csv_rows(experiment: Experiment, choice: Choice) -> list[dict[str, Any]]:

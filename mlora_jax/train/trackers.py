@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import pathlib
+import secrets
 from typing import Any, Protocol
 
+from mlora_jax.models.hugging_face import write_aside
+
 STEP_FIELDS = ("trial", "step", "time")
+WANDB_ID = "wandb_id"
 
 
 class Tracker(Protocol):
@@ -19,8 +23,11 @@ class Tracker(Protocol):
     def go_back(self, trials: list[str], step: int) -> None:
         """Training of these trials goes on from a step: what came after it comes again."""
 
+    def finish(self, trials: list[str]) -> None:
+        """No more records of these trials will come; those that came are on their way."""
+
     def close(self) -> None:
-        """Everything written is on its way."""
+        """The same of all trials."""
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
@@ -56,9 +63,13 @@ class TensorBoard:
             if (self._folder / trial).is_dir():
                 self._writer(trial, purge_step=step + 1)
 
+    def finish(self, trials: list[str]) -> None:
+        for trial in trials:
+            if trial in self._writers:
+                self._writers.pop(trial).close()
+
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        self.finish(list(self._writers))
 
 
 class WeightsAndBiases:
@@ -66,19 +77,23 @@ class WeightsAndBiases:
 
     Args:
       project: of Weights & Biases.
-      group: name of the run folder.
+      workdir: the run folder; its name is the group's. It keeps the random part of the runs' ids in a file.
 
     Raises:
       ModuleNotFoundError: wandb is not installed.
     """
 
-    def __init__(self, project: str, group: str):
+    def __init__(self, project: str, workdir: pathlib.Path):
         try:
             self._wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             message = f"config.records.wandb_project={project!r} needs wandb: pip install 'mlora_jax[wandb]'"
             raise ModuleNotFoundError(message, name="wandb") from error
-        self._project, self._group = project, group
+        self._project, self._group, file = project, workdir.name, workdir / WANDB_ID
+        if not file.is_file():
+            with write_aside(file) as aside:
+                aside.write_text(secrets.token_hex(8), encoding="utf-8")
+        self._id = file.read_text(encoding="utf-8")
         self._runs: dict[str, Any] = {}
 
     def write(self, record: dict[str, Any]) -> None:
@@ -88,7 +103,7 @@ class WeightsAndBiases:
                 project=self._project,
                 group=self._group,
                 name=trial,
-                id=f"{self._group}-{trial}",
+                id=f"{self._id}-{trial}",
                 resume="allow",
                 reinit="create_new",
             )
@@ -97,13 +112,17 @@ class WeightsAndBiases:
     def go_back(self, trials: list[str], step: int) -> None:
         """Nothing to do: Weights & Biases drops what is logged a second time for a step, and it is the same."""
 
+    def finish(self, trials: list[str]) -> None:
+        for trial in trials:
+            if trial in self._runs:
+                self._runs.pop(trial).finish()
+
     def close(self) -> None:
-        for run in self._runs.values():
-            run.finish()
+        self.finish(list(self._runs))
 
 
 def make_trackers(workdir, *, tensorboard: bool, wandb_project: str) -> list[Tracker]:
     """The trackers that `config.records` asks for."""
     workdir = pathlib.Path(workdir).absolute()
     found: list[Tracker] = [TensorBoard(workdir / "tensorboard")] if tensorboard else []
-    return [*found, *([WeightsAndBiases(wandb_project, workdir.name)] if wandb_project else [])]
+    return [*found, *([WeightsAndBiases(wandb_project, workdir)] if wandb_project else [])]

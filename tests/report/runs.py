@@ -25,7 +25,8 @@ def write_run(
 
     Args:
       path: of the folder.
-      curves: (method, read-out, learning rate) -> split -> seed -> accuracies at the ranks 1, 2, 4.
+      curves: (method, read-out, learning rate) -> split -> seed -> accuracies at the ranks 1, 2, 4; those of fewer
+        ranks than others have are half written.
       failed: (method, learning rate, seed) of the trials that failed.
       base: (split, accuracy) of the base.
       task, model: of the config.
@@ -45,16 +46,20 @@ def write_run(
                     split=split,
                     readout="base",
                     at_rank=0,
+                    of_ranks=1,
                     accuracy=accuracy,
                     items=12,
                     truncated=truncated,
                 )
             )
+        each = (accuracies for splits in curves.values() for seeds in splits.values() for accuracies in seeds.values())
+        whole = max(map(len, each), default=0)
         for (method, readout, rate), splits in curves.items():
             for split, seeds in splits.items():
                 for seed, accuracies in seeds.items():
                     for rank, accuracy in zip(RANKS, accuracies, strict=False):
-                        where = {"split": split, "readout": readout, "at_rank": rank, "accuracy": accuracy}
+                        where = {"split": split, "readout": readout, "at_rank": rank, "of_ranks": whole}
+                        where["accuracy"] = accuracy
                         records.write(dict(**_trial(method, rate, seed, scaling, weights), **where))
         for method, rate, seed in failed:
             records.write(dict(**_trial(method, rate, seed, scaling, weights), failed=True))

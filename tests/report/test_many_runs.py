@@ -39,7 +39,7 @@ def test_runs_of_one_task_and_base_are_merged(pair, tmp_path):
     text = (out / "table.md").read_text()
     assert text.startswith("# trec on base\n") and f"Runs: {pair[0]}, {pair[1]}." in text
     assert "| lora | 0.1 | 0.250 | 0.200 ± 0.141 |" in text and "| dylora | 0.1 | 0.250 | 0.500 ± 0.000 |" in text
-    assert "Runs differ in train.epochs: 1, 3." in text
+    assert "Runs differ in model.path: /here/base, /there/base/; train.epochs: 1, 3." in text
     assert sorted(path.name for path in out.iterdir()) == [
         "curves.png",
         "differences.csv",
@@ -50,11 +50,11 @@ def test_runs_of_one_task_and_base_are_merged(pair, tmp_path):
     ]
 
 
-def test_trials_places_and_log_cadence_are_no_difference(tmp_path):
+def test_trials_raw_data_and_log_cadence_are_no_difference(tmp_path):
     runs = []
     for seed in (1, 2):
         trials = {**TRIALS, "seed": [seed]}
-        places = {"task": "trec", "raw_dir": f"raw/{seed}", "file": f"/rows/{seed}/train.jsonl"}
+        places = {"task": "trec", "raw_dir": f"raw/{seed}"}
         train = {"epochs": 1, "log_every": seed}
         curves = {("lora", "prefix", 0.1): curve(seed)}
         runs.append(write_run(tmp_path / str(seed), curves, trials=trials, data=places, train=train))
@@ -87,6 +87,40 @@ def test_other_tasks_and_bases_get_their_own_files(tmp_path):
             assert (out / name.format(suffix)).is_file()
 
 
+def test_bases_of_one_name_and_unlike_accuracy_are_kept_apart(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{at}{seed}", {("lora", "prefix", 0.1): curve(seed)}, model=f"/{at}/last", base=base)
+        for at, seed, base in (("a", 1, (("test", 0.25),)), ("b", 1, (("test", 0.5),)), ("a", 2, (("test", 0.25),)))
+    ]
+    out = tmp_path / "out"
+    written = write_tables(runs, out)
+    assert written == [out / "table-trec-last-1.md", out / "table-trec-last-2.md"]
+    first, second = (path.read_text() for path in written)
+    assert first.startswith(f"# trec on last (1)\n\nRuns: {runs[0]}, {runs[2]}.\n\nmodel.path: /a/last.\n")
+    assert second.startswith(f"# trec on last (2)\n\nRuns: {runs[1]}.\n\nmodel.path: /b/last.\n")
+    assert "trec on last (2), R = 4" in (out / "table-trec-last-2.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "apart"),
+    [
+        ("/a/rows.jsonl", "/a/rows.jsonl", False),
+        ("/a/rows.jsonl", "/b/rows.jsonl", False),  # the base is as accurate on both
+        ("/a/rows.jsonl", "/a/others.jsonl", True),
+    ],
+)
+def test_own_data_of_other_files_is_kept_apart(tmp_path, first, second, apart):
+    runs = [
+        write_run(tmp_path / str(n), {("lora", "prefix", 0.1): curve(n)}, data={"task": "jsonl", "file": file})
+        for n, file in enumerate((first, second))
+    ]
+    written = write_tables(runs, tmp_path / "out")
+    assert len(written) == 1 + apart
+    text = written[0].read_text()
+    assert (f"Runs differ in data.file: {first}, {second}." in text) == (first != second and not apart)
+    assert (f"data.file: {first}." in text) == apart
+
+
 def test_one_trial_in_two_folders_is_an_error_that_names_both(tmp_path):
     first = write_run(tmp_path / "first", {("lora", "prefix", 0.1): curve(1, 2)})
     second = write_run(tmp_path / "second", {}, failed=[("lora", 0.1, 2)])
@@ -108,7 +142,7 @@ def test_other_ranks_of_read_outs_are_another_table(tmp_path):
     assert "R = 4, scaling none, S = 1, 2. " in text and "R = 4, scaling none, S = 1, 2, 4. " in text
     assert "| lora | 0.1 | 0.250 | 0.400 | 0.600 |" in text and "| lora | 0.1 | 0.250 | 0.500 | 0.500 | 0.500 |" in text
     tex = (tmp_path / "out/table.tex").read_text()
-    assert r"lora & 0.1 & 0.250 & $0.400$ & $0.600$ &  & " in tex
+    assert r"lora & 0.1 & 0.250 & $0.400$ & $0.600$ & " in tex and tex.count(r"\begin{table}") == 2
 
 
 def test_unlike_bases_are_told(tmp_path):

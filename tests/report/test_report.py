@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def test_survivors_alone_do_not_win(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "Failed, the loss is not finite: lora-lr0.2-seed2." in text
-    assert "fewer of their seeds finished than at another learning rate: lora at 0.2 (seed 2 failed)." in text
+    assert "they lack more seeds than another learning rate: lora at 0.2 (seed 2 failed)." in text
     assert [row["failed_seeds"] for row in read_csv(tmp_path / "table.csv")] == ["", "2"]
 
 
@@ -130,13 +132,44 @@ def test_where_no_learning_rate_has_all_seeds_the_caption_names_what_is_missing(
         ("lora", "prefix", 0.1): {"test": {1: (0.2, 0.2, 0.2)}},
         ("lora", "prefix", 0.2): {"test": {2: (0.9, 0.9, 0.9)}},
     }
-    write_run(tmp_path, curves, failed=[("lora", 0.2, 1)], report={"choose_on": "test"})
+    trials = {"method": ["lora"], "learning_rate": [0.1], "seed": [1, 2], "rank": [4]}
+    write_run(tmp_path, curves, failed=[("lora", 0.2, 1)], report={"choose_on": "test"}, trials=trials)
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert (
         "Means over the seeds that finished: lora at 0.1 (seed 2 missing), lora at 0.2 (seed 1 failed)." in text
         and "Not chosen among" not in text
     )
+    assert "compared by the seeds that all of them have, if there are any: lora." in text
+    (row,) = choose_rows(rows_of(tmp_path).values(), "test").shown
+    assert row.learning_rate == 0.2
+
+
+SEEDS = {
+    ("lora", "prefix", 0.1): {"test": {1: (0.2,) * 3, 2: (0.2,) * 3, 3: (0.95,) * 3}},
+    ("lora", "prefix", 0.2): {"test": {1: (0.4,) * 3, 2: (0.4,) * 3}},
+}
+
+
+def test_more_seeds_at_one_learning_rate_do_not_decide(tmp_path):
+    """0.1 has the greater number of seeds and the greater mean; 0.2 is better on the seeds that both have."""
+    write_run(tmp_path, SEEDS, report={"choose_on": "test"})
+    choice = choose_rows(rows_of(tmp_path).values(), "test")
+    assert rates(choice.shown) == {("lora", "prefix"): 0.2} and choice.left_out == []
+    write_report(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "unlike seeds were compared by the seeds that all of them have, if there are any: lora." in text
+
+
+def test_a_learning_rate_that_is_not_finished_is_not_chosen(tmp_path):
+    trials = {"method": ["lora"], "learning_rate": [0.2], "seed": [1, 2, 3], "rank": [4]}
+    write_run(tmp_path, SEEDS, report={"choose_on": "test"}, trials=trials)
+    choice = choose_rows(rows_of(tmp_path).values(), "test")
+    assert rates(choice.shown) == {("lora", "prefix"): 0.1} and rates(choice.left_out) == {("lora", "prefix"): 0.2}
+    write_report(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "they lack more seeds than another learning rate: lora at 0.2 (seed 3 missing)." in text
+    assert "unlike seeds" not in text
 
 
 def test_report_of_one_run(run):
@@ -268,7 +301,13 @@ def test_csv_leaves_empty_what_was_not_measured(tmp_path):
     assert float(lora["validation_aurac_log2"]) == pytest.approx(0.6)
 
 
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "/": r"/\allowbreak{}",
+}
 
 
 def test_latex_characters_are_escaped():
@@ -277,31 +316,52 @@ def test_latex_characters_are_escaped():
         assert escape_latex(f"a{character}b") == f"a{written}b"
 
 
-@pytest.mark.parametrize("name", ["table.tex", "differences.tex"])
-def test_latex_is_one_whole_tabular(run, name):
-    curves = {(*key[:1], "squeeze", *key[2:]): splits for key, splits in BOTH_SPLITS.items()}
+@pytest.fixture(scope="module")
+def two_settings(tmp_path_factory):
+    """A run of two settings, chosen on the test split, with a name and a number of columns that LaTeX minds."""
+    curves = {("dylora_frozen", "squeeze", *key[2:]): splits for key, splits in BOTH_SPLITS.items() if key[0] == "lora"}
+    curves["sandwich", "prefix", 0.1] = curves["dylora_frozen", "squeeze", 0.1]
+    run = write_run(tmp_path_factory.mktemp("run"), BOTH_SPLITS, base=BOTH_BASES)
     records = (run / "curves.jsonl").read_text()
-    other = write_run(run.parent / "other", curves, scaling="sqrt").joinpath("curves.jsonl").read_text()
-    (run / "curves.jsonl").write_text(records + other.replace('"lora"', '"dylora_frozen"'))
+    other = write_run(tmp_path_factory.mktemp("other"), curves, base=BOTH_BASES, scaling="sqrt", truncated=3)
+    (run / "curves.jsonl").write_text(records + (other / "curves.jsonl").read_text())
+    config = {"data": {"task": "trec"}, "model": {"path": "some/folder/a_base"}, "report": {"choose_on": "test"}}
+    (run / "config.json").write_text(json.dumps(config))
     write_report(run)
-    lines = (run / name).read_text().splitlines()
-    comments = [line for line in lines if line.startswith("%")]
-    body = lines[len(comments) :]
-    assert r"% Needs \usepackage{booktabs}." in comments and not any(line.startswith("%") for line in body)
-    assert [line for line in body if line.startswith((r"\begin", r"\end"))] == [body[0], body[-1]]
-    columns = re.fullmatch(r"\\begin\{tabular\}\{(l(r+))\}", body[0])[1]
-    rules = [line for line in body[1:-1] if line.endswith("rule")]
-    assert rules == [r"\toprule", *[r"\midrule"] * 4, r"\bottomrule"]
-    titles = [line for line in body if line.startswith(r"\multicolumn")]
-    assert titles == [
-        rf"\multicolumn{{{len(columns)}}}{{l}}{{R = 4, scaling {scaling}}} \\" for scaling in ("none", "sqrt")
-    ]
-    cells = [line for line in body[1:-1] if line not in rules and line not in titles]
-    assert len(cells) == 1 + 2 + 2
+    return run
+
+
+@pytest.mark.parametrize("name", ["table.tex", "differences.tex"])
+def test_latex_is_a_table_with_a_caption_per_setting(two_settings, name):
+    lines = (two_settings / name).read_text().splitlines()
+    assert r"% Needs \usepackage{booktabs,graphicx}." in lines
+    captions = [line for line in lines if line.startswith(r"\caption{")]
+    for caption, scaling in zip(captions, ("none", "sqrt"), strict=True):
+        assert caption.startswith(rf"\caption{{trec on a\_base, R = 4, scaling {scaling}. ") and caption.endswith("}")
+        assert "on this same test split, which flatters it." in caption and "±" not in caption
+        assert ("3 of 12 test items" in caption) == (name == "table.tex")
+        assert ("Bold: clear, " in caption and "row less column" in caption) == (name == "differences.tex")
+    environments = [line for line in lines if line.startswith((r"\begin", r"\end"))]
+    assert len(environments) == 8 and len(set(environments)) == 4
+    columns = len(re.search(r"\\begin\{tabular\}\{(l(r+))\}", "\n".join(lines))[1])
+    cells = [line for line in lines if line.endswith(r" \\")]
+    assert len(cells) == 2 * (1 + 2)
     for line in cells:
-        assert line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+        assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
         assert line.count("$") % 2 == 0 and not re.search(r"(?<!\\)[_#%]", line) and "±" not in line
     assert any(r"dylora\_frozen + squeeze" in line for line in cells)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_a_document_takes_the_latex(two_settings):
+    body = r"\begin{document}\input{table.tex}\input{differences.tex}\end{document}"
+    (two_settings / "paper.tex").write_text(rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}{body}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=two_settings, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+    captions = (two_settings / "paper.aux").read_text()
+    assert captions.count("which flatters it.") == 4 and captions.count("Bold: clear") == 2
 
 
 def test_latex_numbers(run):
@@ -341,20 +401,28 @@ def test_unfinished_trials_are_counted_and_half_written_curves_left_out(tmp_path
     assert "2 of 4 trials are not finished." in text and "| lora | 0.1 | 0.250 | 0.200 | 0.200 | 0.200 |" in text
 
 
+def test_a_curve_without_its_last_ranks_is_left_out_though_no_other_has_them(run):
+    lines = (run / "curves.jsonl").read_text().splitlines(keepends=True)
+    (run / "curves.jsonl").write_text("".join(line for line in lines if '"at_rank": 4' not in line))
+    (experiment,) = read_experiments([run])
+    assert experiment.rows == [] and experiment.base["test"] == 0.25
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"schema": 1, "trial"\n', r"curves\.jsonl:33: "),
         ('{"schema": 7}\n', r"curves\.jsonl:33: not a record of schema 1"),
         ('{"schema": 1, "trial": "x", "failed": true}\n', r"curves\.jsonl: record 33 has no method, learning_rate"),
-        ('{"schema": 1, "trial": "base"}\n', r"curves\.jsonl: record 33 has no split, readout, at_rank, accuracy"),
+        ('{"schema": 1, "trial": "base"}\n', r"record 33 has no split, readout, at_rank, of_ranks, accuracy"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, line, message):
     write_run(tmp_path, TEST_ONLY)
     assert len(read_json_lines(tmp_path / "curves.jsonl")) == 31
     with (tmp_path / "curves.jsonl").open("a") as file:
-        file.write('{"schema": 1, "trial": "base", "split": "x", "readout": "", "at_rank": 0, "accuracy": 0}\n' + line)
+        shared = '"schema": 1, "trial": "base", "split": "x", "readout": "", "at_rank": 0, "of_ranks": 1'
+        file.write(f'{{{shared}, "accuracy": 0}}\n{line}')
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path)
 
