@@ -75,7 +75,9 @@ def _run(config: ConfigDict) -> None:
         # The last bits depend on how XLA divides its work; it reads this when it starts.
         os.environ.setdefault("NPROC", str(threads))
     results = train(config, WORKDIR.value)
-    print(f"\n{(results.workdir / 'table.md').read_text(encoding='utf-8')}\nresults in {results.workdir}")
+    compiled = ", ".join(f"{count} for {use}" for use, count in results.compilations.items())
+    print(f"\n{(results.workdir / 'table.md').read_text(encoding='utf-8')}")
+    print(f"executables compiled: {compiled}\nresults in {results.workdir}")
 
 
 if __name__ == "__main__":
