@@ -160,10 +160,9 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     """One record per prompt and rank, in this order."""
     import numpy as np
 
-    from mlora_jax.adapt import set_profile
-    from mlora_jax.core import get_policy, readout_profile, squeeze
+    from mlora_jax.core import get_policy, readout_profile
     from mlora_jax.core.hierarchy import check_rank
-    from mlora_jax.evaluate import Generator, StopStrings
+    from mlora_jax.evaluate import Generator, StopStrings, read_out
     from mlora_jax.train.adapter_file import load_adapted, read_description
 
     description = read_description(folder)
@@ -173,12 +172,12 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     context = model.config.max_position_embeddings
     encoded = _encode(prompts, tokenizer, context)
     graphdef, base, adapter, profile, hierarchy, _ = load_adapted(folder, model)
-    readout, ends = READOUT.value, StopStrings(tokenizer, STOP.value)
-    if readout == "squeeze":
-        method = description.get("trial", {}).get("method", "lora")
-        function = set_profile(profile, get_policy(method).function(hierarchy))
-        adapter, hierarchy = squeeze(adapter, function, ranks=hierarchy.ranks)
-        readout = "prefix"
+    ends = StopStrings(tokenizer, STOP.value)
+    method = (description.get("trial") or {}).get("method")
+    function = get_policy(method).function(hierarchy) if method else None
+    adapter, hierarchy, readout = read_out(adapter, profile, hierarchy, READOUT.value, function)
+    if not description.get("finite", True):
+        logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
     generator = Generator(
         graphdef,
         base,

@@ -201,8 +201,10 @@ def harness_tasks(entries: Iterable) -> list[tuple[str, int | None]]:
             raise ValueError(
                 f"an entry of config.evaluation.tasks must be a name or a pair like ('gsm8k', 8), got {entry!r}"
             )
-        if (name, shots) in found:
-            raise ValueError(f"config.evaluation.tasks repeats {entry!r}")
+        if any(name == other and (shots == theirs or None in (shots, theirs)) for other, theirs in found):
+            raise ValueError(
+                f"config.evaluation.tasks repeats {name!r}: name it once, or several times with numbers of examples"
+            )
         found.append((name, shots))
     return found
 

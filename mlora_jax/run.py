@@ -23,7 +23,7 @@ from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.experiment import Experiment
 from mlora_jax.report import write_report
 from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run
-from mlora_jax.run_tasks import measure_tasks, readouts_of, wanted_curves
+from mlora_jax.run_tasks import measure_tasks, readouts_of, unavailable_tasks, wanted_curves
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from mlora_jax.train.checkpoint import Checkpoints
 from mlora_jax.train.grid import TrialBatch
@@ -40,7 +40,7 @@ class TrialResult:
     """A finished trial: its adapter's folder and its curves by split, one per read-out.
 
     `failed` if its loss became infinite or NaN; then there are no curves, and the adapter is the last finite one.
-    `task_curves` are those on `config.evaluation.tasks`, by task and number of examples.
+    `task_curves` are those on `config.evaluation.tasks`, by task and number of examples, with per-item results.
     """
 
     trial: Trial
@@ -111,6 +111,7 @@ def train(config: ConfigDict | dict, workdir) -> Results:
     trials = expand_trials(config)
     with only_one_run(workdir):
         folder = RunFolder(workdir, config)
+        folder.list_not_compared(unavailable_tasks(config))
         compilations = {"train": 0, "evaluation": 0}
         if not _all_done(config, folder, trials):
             compilations = _run_what_is_missing(config, folder, trials)
@@ -400,7 +401,10 @@ def _results(config, folder: RunFolder, trials: Sequence[Trial], compilations: d
         for (name, _, task, _), records in folder.harness_curves().items():
             if name == trial.name:
                 key = task, records[0]["shots"]
-                by_task[key] = (*by_task.get(key, ()), _curve(records))
+                curve = _curve(records)
+                verdicts = folder.verdicts(trial.name, curve.readout, *key)
+                curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
+                by_task[key] = (*by_task.get(key, ()), curve)
         results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed, by_task))
     return Results(folder.path, base, tuple(results), compilations)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jaxlib
+import numpy as np
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LEDGER, CONFIG, METRICS, CURVES = "batches.json", "config.json", "metrics.jsonl", "curves.jsonl"
 ADAPTERS = "adapters"
+NOT_COMPARED = "not_compared.json"
 SCHEMA = 1
 
 
@@ -212,6 +214,34 @@ class RunFolder:
                 if not record.get("failed"):
                     found.setdefault(_key(record), []).append(record)
         return {key: records for key, records in found.items() if len(records) == records[0]["of_ranks"]}
+
+    def save_verdicts(self, trial: str, readout: str, task: str, shots: int, verdicts: np.ndarray) -> None:
+        """Keeps the per-item results [ranks, items] bool behind a harness curve."""
+        path = self._verdicts(trial, readout, task, shots)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(path) as aside, aside.open("wb") as file:
+            np.save(file, verdicts)
+
+    def verdicts(self, trial: str, readout: str, task: str, shots: int) -> np.ndarray | None:
+        """What `save_verdicts` kept, or None."""
+        path = self._verdicts(trial, readout, task, shots)
+        return np.load(path) if path.is_file() else None
+
+    def _verdicts(self, trial: str, readout: str, task: str, shots: int) -> pathlib.Path:
+        return self.path / "verdicts" / f"{task}-{shots}" / f"{trial}-{readout}.npy"
+
+    def list_not_compared(self, reasons: dict[str, str]) -> None:
+        """Notes the tasks that cannot be measured, and why; the report says so."""
+        if reasons:
+            with write_aside(self.path / NOT_COMPARED) as aside:
+                aside.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
+        else:
+            (self.path / NOT_COMPARED).unlink(missing_ok=True)
+
+    def not_compared(self) -> dict[str, str]:
+        """The tasks that `list_not_compared` noted, and the reasons."""
+        file = self.path / NOT_COMPARED
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def failed(self) -> set[str]:
         """Names of the trials whose loss was not finite."""

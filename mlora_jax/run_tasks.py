@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error,
 from mlora_jax.experiment import Experiment
 from mlora_jax.run_folder import RunFolder
 from mlora_jax.train.adapter_file import load_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class TaskCurve(NamedTuple):
@@ -32,14 +35,27 @@ def readouts_of(config: ConfigDict, trial: Trial) -> tuple[str, ...]:
     return config.evaluation.readouts.get(trial.method, ("prefix",))
 
 
+def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
+    """The tasks of the config that local data do not hold, and what is missing; needs `config.evaluation.raw_dir`."""
+    names = list(dict.fromkeys(name for name, _ in harness_tasks(config.evaluation.tasks)))
+    if not names or not config.evaluation.raw_dir:
+        return {}
+    from mlora_jax.evaluate.task_files import gather_local  # slow to import
+
+    return gather_local(names, raw_dir=config.evaluation.raw_dir, cache_dir=config.data.cache_dir)[1]
+
+
 def wanted_curves(config: ConfigDict, folder: RunFolder, trials: Sequence[Trial]) -> list[tuple]:
-    """The (trial name, read-out, task, shots) that the config asks for and the folder does not have."""
-    measured, failed = folder.harness_curves(), folder.failed()
+    """The (trial name, read-out, task, shots) that the config asks for and the folder does not have.
+
+    Tasks that `folder.not_compared` lists are left out.
+    """
+    measured, failed, left_out = folder.harness_curves(), folder.failed(), folder.not_compared()
     keys = [
         (trial.name, readout, *task)
         for task in harness_tasks(config.evaluation.tasks)
         for trial in trials
-        if trial.name not in failed
+        if trial.name not in failed and task[0] not in left_out
         for readout in readouts_of(config, trial)
     ]
     return [key for key in keys if key not in measured]
@@ -47,6 +63,8 @@ def wanted_curves(config: ConfigDict, folder: RunFolder, trials: Sequence[Trial]
 
 def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Trial]) -> Iterator[TaskCurve]:
     """Measures what `wanted_curves` names: one pass over a task's requests for all trials of one rank.
+
+    Per-item results are saved in the folder too, for paired comparisons and intervals.
 
     Args:
       experiment: loaded.
@@ -57,7 +75,7 @@ def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Tr
       One curve each; the base model's, of one point, where it is not on record yet.
 
     Raises:
-      ValueError: a task that the harness does not know or that local data do not hold.
+      ValueError: a task that the harness does not know.
     """
     wanted = wanted_curves(experiment.config, folder, trials)
     for rank in dict.fromkeys(trial.rank for trial in trials):
@@ -72,19 +90,21 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
     from mlora_jax.evaluate.harness import NestedLM, Variant, evaluate_all, item_verdicts  # slow to import
 
     config, adapted = experiment.config, experiment.adapted(rank)
-    base = ("base", "base", name, shots)
-    variants, curves = {}, {}
-    if base not in folder.harness_curves():
-        variants["base"] = Variant(adapted.adapter, jnp.zeros(rank))
+    base = Variant(adapted.adapter, jnp.zeros(rank))
+    variants = {} if ("base", "base", name, shots) in folder.harness_curves() else {"base": base}
+    loaded: dict[Trial, tuple] = {}
+    curves: dict[tuple[Trial, str], tuple] = {}
     for trial, readout in missing:
-        adapter, hierarchy, _ = load_adapter(folder.adapter(trial), adapted.adapter)
+        if trial not in loaded:
+            loaded[trial] = load_adapter(folder.adapter(trial), adapted.adapter)
+        adapter, hierarchy, _ = loaded[trial]
         function = get_policy(trial.method).function(hierarchy)
         adapter, hierarchy, how = read_out(adapter, adapted.profile, hierarchy, readout, function)
         names = [f"{trial.name} {readout} {at}" for at in hierarchy.ranks]
         profiles = (readout_profile(hierarchy, how, at) for at in hierarchy.ranks)
         variants |= {each: Variant(adapter, p) for each, p in zip(names, profiles, strict=True)}
         curves[trial, readout] = hierarchy.ranks, names
-    lm = _language_model(experiment, rank, NestedLM, Variant(adapted.adapter, jnp.zeros(rank)))
+    lm = _language_model(experiment, rank, NestedLM, base)
     results = evaluate_all(
         lm,
         variants,
@@ -93,26 +113,29 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
         cache_dir=config.data.cache_dir,
         num_fewshot=shots,
         limit=config.evaluation.limit or None,
+        keep=lambda found: (*item_verdicts(found), max(found["n-shot"].values())),
     )
-    first = next(iter(results.values()))
+    _, metric, used = next(iter(results.values()))
+    if shots is not None and used != shots:
+        logger.warning("%s is defined with %d examples and was not given %d", name, used, shots)
     common = {
         "harness": _harness_version(),
         "task": name,
-        "shots": max(first["n-shot"].values()),
+        "shots": used,
         "asked_shots": shots,
-        "metric": item_verdicts(first)[1],
+        "metric": metric,
         "split": "test",
-        "truncated": lm.truncated,
+        "truncated_requests": lm.truncated,
     }
     if "base" in results:
-        verdicts, _ = item_verdicts(results["base"])
+        verdicts = results["base"][0]
         curve = RankCurve("base", (0,), *([value] for value in accuracy_and_error(verdicts)), len(verdicts), 0, 0, 0)
         yield TaskCurve("base", name, curve, _records(curve, {"trial": "base", **common}))
     for (trial, readout), (ranks, names) in curves.items():
-        curve = RankCurve.of(readout, ranks, [item_verdicts(results[each])[0] for each in names])
-        yield TaskCurve(
-            trial.name, name, curve, _records(curve, {"trial": trial.name, **dataclasses.asdict(trial), **common})
-        )
+        curve = RankCurve.of(readout, ranks, [results[each][0] for each in names])
+        folder.save_verdicts(trial.name, readout, name, used, curve.verdicts)
+        records = _records(curve, {"trial": trial.name, **dataclasses.asdict(trial), **common})
+        yield TaskCurve(trial.name, name, curve, records)
 
 
 def _language_model(experiment: Experiment, rank: int, make, variant):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mlora_jax.config import harness_tasks, resolve
+from mlora_jax.evaluate import bootstrap_aurac, compare
+from mlora_jax.evaluate.harness import item_verdicts
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
 from tests.evaluate.raw_data import write_raw
@@ -88,9 +90,8 @@ def test_half_written_curves_are_measured_again(root, first):
     last = max(n for n, line in enumerate(whole) if json.loads(line).get("harness"))
     path.write_text("".join(whole[:last]))
     config = config_of(root)
-    config["evaluation"]["tasks"] = tuple({json.loads(line)["task"]: 0 for line in whole if '"harness"' in line})
-    if "arc_challenge" in config["evaluation"]["tasks"]:
-        config["evaluation"]["tasks"] = ("trec", ("arc_challenge", 2))
+    measured = {json.loads(line)["task"] for line in whole}
+    config["evaluation"]["tasks"] = ("trec", ("arc_challenge", 2))[: len(measured)]
     train(config, first.workdir)
     assert sorted(path.read_text().splitlines(keepends=True)) == sorted(whole)
 
@@ -103,12 +104,43 @@ def test_unusable_entries(entry):
 
 def test_entries():
     assert harness_tasks(("a", ("b", 2), ["b", 3])) == [("a", None), ("b", 2), ("b", 3)]
-    with pytest.raises(ValueError, match="repeats 'a'"):
-        harness_tasks(("a", "a"))
+    for twice in (("a", "a"), ("a", ("a", 2)), (("a", 2), ["a", 2])):
+        with pytest.raises(ValueError, match="repeats 'a'"):
+            harness_tasks(twice)
 
 
-def test_a_task_without_local_data_is_told(root, tmp_path):
+def test_a_task_without_local_data_is_told(root, first):
+    """And the others are measured."""
     config = config_of(root)
-    config["evaluation"]["tasks"] = ("winogrande",)
-    with pytest.raises(ValueError, match="winogrande: no folder winogrande"):
-        train(config, tmp_path)
+    config["evaluation"]["tasks"] = ("winogrande", "trec")
+    results = train(config, first.workdir)
+    assert ("trec", 0) in results.trials[0].task_curves
+    table = (first.workdir / "table.md").read_text()
+    assert "Not compared: winogrande: no folder winogrande" in table
+    train(config_of(root), first.workdir)
+    assert "Not compared" not in (first.workdir / "table.md").read_text()
+
+
+def test_items_of_two_adapters_can_be_compared(first):
+    """The per-item results of a finished run give paired differences and intervals."""
+    lora, matryoshka = (next(iter(result.task_curves.values())) for result in first.trials)
+    found = compare(lora[0], matryoshka[0])
+    assert found.differences == pytest.approx(np.subtract(lora[0].accuracies, matryoshka[0].accuracies))
+    assert bootstrap_aurac(lora[1].verdicts, lora[1].ranks).value == pytest.approx(lora[1].log2)
+
+
+def sample(doc, value, metric="acc", name="none"):
+    return {"doc_id": doc, "filter": name, "metrics": [metric], metric: value}
+
+
+def test_verdicts_of_groups_and_filters():
+    tasks = {"b": [sample(1, 1.0), sample(0, 0.0)], "a": [sample(0, 1.0)]}
+    verdicts, metric = item_verdicts({"samples": tasks})
+    assert verdicts.tolist() == [True, False, True] and metric == "acc"
+    filters = [sample(0, value, "exact_match", name) for name, value in (("flexible", 1.0), ("strict-match", 0.0))]
+    verdicts, metric = item_verdicts({"samples": {"gsm8k": filters}})
+    assert verdicts.tolist() == [False] and metric == "exact_match, strict-match"
+    with pytest.raises(ValueError, match="x has bleu, but none of acc, exact_match"):
+        item_verdicts({"samples": {"x": [sample(0, 1.0, "bleu")]}})
+    with pytest.raises(ValueError, match="acc of x is not 0 or 1"):
+        item_verdicts({"samples": {"x": [sample(0, 0.5)]}})

@@ -301,10 +301,10 @@ class StopStrings:
         self._tokenizer, self._strings = tokenizer, tuple(strings)
 
     def __call__(self, tokens: list[int]) -> bool:
-        """Whether one of the strings is in the text of these tokens."""
+        """Whether one of the strings is in the text of these tokens; special tokens are part of it."""
         if not self._strings:
             return False
-        text = self._tokenizer.decode(tokens)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return any(string in text for string in self._strings)
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -76,7 +76,8 @@ def evaluate_all(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
     fewshot_as_multiturn: bool = False,
-) -> dict[str, dict[str, Any]]:
+    keep: Callable[[dict[str, Any]], Any] = lambda results: results,
+) -> dict[str, Any]:
     """The harness's results of many adapters and ranks on the same tasks, from one pass over the requests.
 
     Every request is computed for all variants when the harness asks for it first: the requests are tokenized and
@@ -93,9 +94,11 @@ def evaluate_all(
       limit: so many items of each task (below 1: a fraction of them); None: all.
       bootstrap_iters, log_samples, apply_chat_template, system_instruction, fewshot_as_multiturn: of
         `lm_eval.evaluator.evaluate`.
+      keep: what to keep of each variant's results, so that the samples of many need not be in memory at once.
 
     Returns:
-      name -> what `lm_eval.evaluator.evaluate` returns: "results", "samples" (if logged), "n-shot" and so on.
+      name -> what `lm_eval.evaluator.evaluate` returns, or what is kept of it: "results", "samples" (if logged),
+      "n-shot" and so on.
 
     Raises:
       ValueError: no variants, or a task that local data do not hold.
@@ -113,7 +116,7 @@ def evaluate_all(
             stack.enter_context(_requests_built_once(task))
         for name in variants:
             answers.answering = name
-            results[name] = evaluate(
+            found = evaluate(
                 answers,
                 loaded,
                 limit=limit,
@@ -123,6 +126,7 @@ def evaluate_all(
                 system_instruction=system_instruction,
                 fewshot_as_multiturn=fewshot_as_multiturn,
             )
+            results[name] = keep(found)
     lm.truncated += answers.truncated
     return results
 

@@ -7,6 +7,7 @@ them, without torch or transformers.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,12 @@ from mlora_jax.evaluate.loading import Loaded, load_adapted
 from mlora_jax.evaluate.scoring import Request, Scorer
 from mlora_jax.models import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 MODEL_NAME = "mlora_jax"
 MAX_GEN_TOKS = 256  # where a task does not say, as in the Hugging Face backend
+# Options that change nothing when the likeliest token is taken.
+SAMPLING_ONLY = ("top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 CONTINUED = "MLORA_JAX_CONTINUES_HERE "  # put behind a message that is to be continued, to find its end
 
 # (the request's texts or None, context, continuation)
@@ -199,6 +204,8 @@ class NestedLM(TemplateLM):
         answers = []
         for variant in self._variants:
             scores = self.scorer.score(prepared, *variant)
+            if broken := int(np.sum(~np.isfinite(scores.log_likelihoods))):
+                logger.warning("%d of %d log-likelihoods are not finite", broken, len(requests))
             pairs = zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True)
             answers.append([*pairs])
         return answers
@@ -242,8 +249,9 @@ class NestedLM(TemplateLM):
         until = handle_stop_sequences(options.pop("until", None), eos=eos)
         count, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
         sampling = {key: options.pop(key) for key in ("temperature", "top_p") if key in options}
-        if options and sampled:
-            raise ValueError(f"generation options {', '.join(options)} are not supported; temperature and top_p are")
+        unknown = [name for name in options if sampled or name not in SAMPLING_ONLY]
+        if unknown:
+            raise ValueError(f"generation options {', '.join(unknown)} are not supported; temperature and top_p are")
         room = self.max_length - count
         if room < 1:
             raise ValueError(
@@ -254,7 +262,7 @@ class NestedLM(TemplateLM):
         prompts = [ids[-room:] for ids in encoded]
 
         def ends(ids: list[int]) -> bool:
-            text = self.tokenizer.decode(ids)
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
             return any(term and term in text for term in until)
 
         settings = {"max_new_tokens": count, "stop": ends}

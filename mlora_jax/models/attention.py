@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-QUERIES = 96  # of a row that a CPU attends from at once
+QUERIES, BLOCKS = 96, 16  # of a row that a CPU attends from at once, more where that would be too many blocks
 LITTLE = 2**17  # scores of a whole batch below which a CPU is not worth other means
 
 
@@ -68,9 +68,10 @@ def _attend_row(causal: bool, query, key, value, mask=None):
     groups = key.shape[1]
     query = query.transpose(1, 0, 2).reshape(groups, -1, length, features)  # [KV, H / KV, T, Hd]
     key, value = key.transpose(1, 2, 0), value.transpose(1, 0, 2)  # [KV, Hd, S], [KV, S, Hd]
+    size = max(QUERIES, -(-length // BLOCKS))
     mixed = []
-    for start in range(0, length, QUERIES):
-        end = min(start + QUERIES, length)
+    for start in range(0, length, size):
+        end = min(start + size, length)
         seen = end if causal else key.shape[2]
         visible = jnp.tri(end - start, seen, start, dtype=bool) if causal else jnp.ones((end - start, seen), bool)
         if mask is not None:

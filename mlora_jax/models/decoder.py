@@ -202,25 +202,24 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """A Llama-family language model whose blocks are one module with a leading layer axis.
 
-        Args:
-            config: shape of the model.
-            dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
-            rngs: keys for fresh weights (normal with `config.initializer_range`).
+    Args:
+        config: shape of the model.
+        dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
+        rngs: keys for fresh weights (normal with `config.initializer_range`).
 
-        Attributes:
-            remat: recompute each layer in the backward pass instead of keeping what is inside it.
+    Attributes:
+        remat: recompute each layer in the backward pass instead of keeping what is inside it.
 
-        Example:
-            >>> from flax import nnx
-            >>> import jax.numpy as jnp
-            >>> from mlora_jax.models.attention import attend
-    from mlora_jax.models.config import DecoderConfig
-            >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-            >>> model = Decoder(config, rngs=nnx.Rngs(0))
-            >>> model(jnp.array([[1, 2, 3]])).shape
-            (1, 3, 11)
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from mlora_jax.models.config import DecoderConfig
+        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 11)
 
-        Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
+    Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):

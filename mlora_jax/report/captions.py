@@ -42,6 +42,8 @@ def describe_runs(experiment: Experiment) -> list[str]:
         if folder.truncated:
             cut = ", ".join(f"{cut} of {folder.items[split]} {split} items" for split, cut in folder.truncated.items())
             notes.append(f"Prompts cut on the left to fit config.data.max_length or the context: {cut}{where}.")
+        if folder.not_compared and folder.task == folder.config["data"]["task"]:
+            notes.append(f"Not compared{where}: {'; '.join(folder.not_compared.values())}.")
         if folder.unfinished:
             notes.append(f"{len(folder.unfinished)} of {len(folder.planned)} trials{where} are not finished.")
     if experiment.failed:

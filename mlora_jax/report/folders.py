@@ -55,6 +55,7 @@ class RunRecords:
       curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
       failed: the trials whose loss became infinite or NaN -> their names.
       truncated: split -> items whose prompt was cut to fit, of the splits that have such items.
+      not_compared: task of the config that could not be measured for want of local data -> the reason.
     """
 
     path: pathlib.Path
@@ -65,6 +66,7 @@ class RunRecords:
     curves: dict[Trial, dict[tuple[str, str], dict[int, float]]]
     failed: dict[Trial, str]
     truncated: dict[str, int]
+    not_compared: dict[str, str]
 
     @classmethod
     def read(cls, path) -> list[RunRecords]:
@@ -117,7 +119,9 @@ class RunRecords:
                 curve[record["at_rank"]] = record
         if "test" not in base:
             raise ValueError(f"{path} holds no accuracy of the base model on the test split of {task}")
-        return cls(path, config, task, base, items, _whole(curves), failed, truncated)
+        not_compared = path / "not_compared.json"
+        lacking = json.loads(not_compared.read_text(encoding="utf-8")) if not_compared.is_file() else {}
+        return cls(path, config, task, base, items, _whole(curves), failed, truncated, lacking)
 
     @property
     def base_model(self) -> str:

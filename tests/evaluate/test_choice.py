@@ -13,15 +13,15 @@ from mlora_jax import truncate
 from mlora_jax.adapt import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import (
-    ChoiceEvaluator,
     RankCurve,
+    Scorer,
     adapter_parameters,
     allocate_ranks,
     allocation_curve,
     layer_profiles,
-    prepare_choices,
     smallest_rank,
 )
+from mlora_jax.evaluate.requests import choice_items
 from mlora_jax.models import Tokenizer, load_decoder
 from tests.tiny import write_checkpoint
 
@@ -257,7 +257,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """An evaluator, and an adapter of which one layer of one module does all there is."""
+    """A scorer, and an adapter of which one layer of one module does all there is."""
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("model"), num_layers=3)
     model = adapt(load_decoder(checkpoint), 4, ("v_proj", "down_proj"), key=jax.random.key(0))
     model.eval()
@@ -267,28 +267,27 @@ def tiny(tmp_path_factory):
         .at[1]
         .set(2 * jax.random.normal(jax.random.key(1), (4, 16)))
     )
-    options = {"seam": "joint", "max_length": 128, "batch_size": 24, "pad_multiple": 64}
-    requests = prepare_choices(ROWS, Tokenizer.load(checkpoint), **options)
-    return ChoiceEvaluator(graphdef, base, profile, requests), requests, adapter, profile
+    scorer = Scorer(graphdef, base, profile, max_length=128, batch_size=24, pad_multiple=64)
+    prepared = scorer.prepare(choice_items(ROWS, Tokenizer.load(checkpoint), seam="joint").requests)
+    return scorer, prepared, adapter, profile
 
 
 def test_the_layer_that_matters_gets_the_rank_and_nothing_is_compiled_again(tiny):
-    evaluator, requests, adapter, profile = tiny
+    scorer, prepared, adapter, profile = tiny
 
     def distance(adapter, p):
         """How near an adapter comes to its function at full rank; any smooth objective would do."""
         return -float(np.mean((scores(p) - target) ** 2))
 
     def scores(p):
-        batches = [evaluator.run_batch(number, adapter, p) for number in range(len(evaluator))]
-        return requests.choice_log_likelihoods(batches)
+        return scorer.score(prepared, adapter, p).log_likelihoods
 
     modules = {"layers.self_attn.v_proj": (4,) * 3, "layers.mlp.down_proj": (4,) * 3}
     target = scores(layer_profiles(adapter, modules, HIERARCHY))
-    before = evaluator.compiled._cache_size()
+    before = scorer.compiled._cache_size()
     one_rank = adapter_parameters(adapter, 1)
     found = allocate_ranks(distance, adapter, HIERARCHY, one_rank, start="full")
-    assert evaluator.compiled._cache_size() == before and found.evaluations > 10
+    assert scorer.compiled._cache_size() == before and found.evaluations > 10
     assert found.ranks == {"layers.self_attn.v_proj": (0, 0, 0), "layers.mlp.down_proj": (0, 4, 0)}
     assert found.score == pytest.approx(0, abs=1e-10) and found.history[0].score < -1e-4
     assert found.parameters == 4 * 40 <= one_rank == sum(x.size for x in jax.tree.leaves(truncate(adapter, 1)))
@@ -296,9 +295,7 @@ def test_the_layer_that_matters_gets_the_rank_and_nothing_is_compiled_again(tiny
     # One rank everywhere is one rank everywhere, however it is said.
     for rank in (0, 1, 3):
         uniform = layer_profiles(adapter, {path: (rank,) * 3 for path in modules}, HIERARCHY)
-        np.testing.assert_array_equal(
-            evaluator.run_batch(0, adapter, uniform), evaluator.run_batch(0, adapter, HIERARCHY.prefix(rank))
-        )
+        np.testing.assert_array_equal(scores(uniform), scores(HIERARCHY.prefix(rank)))
         assert jax.tree.all(
             jax.tree.map(jnp.array_equal, set_profile(profile, uniform), set_profile(profile, HIERARCHY.prefix(rank)))
         )
