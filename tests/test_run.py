@@ -280,13 +280,14 @@ def program(config, tmp_path, monkeypatch):
             return super().__call__(*arguments)
 
     monkeypatch.setattr(experiment, "TrialsStep", Spy)
-    evaluator = experiment.ChoiceEvaluator
 
-    def spy_evaluator(graphdef, base, profile, requests, **kwargs):
-        seen["evaluation"] = [batch["tokens"].shape for batch in requests.batches]
-        return evaluator(graphdef, base, profile, requests, **kwargs)
+    class SpyScorer(experiment.Scorer):
+        def prepare(self, requests):
+            prepared = super().prepare(requests)
+            seen["evaluation"] = [batch["tokens"].shape for batch in prepared.batches]
+            return prepared
 
-    monkeypatch.setattr(experiment, "ChoiceEvaluator", spy_evaluator)
+    monkeypatch.setattr(experiment, "Scorer", SpyScorer)
     train(config, tmp_path)
     return seen
 

@@ -199,7 +199,8 @@ def _latex_differences(experiment: Experiment, choice: Choice, comparable: dict[
 
 
 def _latex_file(experiment: Experiment, tables: Sequence[str]) -> str:
-    comments = experiment.title, name_runs(experiment), r"Needs \usepackage{booktabs,graphicx}."
+    several = len(experiment.folders) > 1
+    comments = experiment.title, *([name_runs(experiment)] if several else []), r"Needs \usepackage{booktabs,graphicx}."
     return "\n".join(["".join(f"% {comment}\n" for comment in comments), *tables])
 
 
