@@ -117,8 +117,8 @@ def test_a_context_is_run_once(adapted):
 
 
 def test_shared_and_plain_computation_agree(adapted):
-    requests = requests_of(330, seed=3)
-    scorer = scorer_of(adapted)
+    requests = requests_of(330, seed=3, contexts=4)
+    scorer = scorer_of(adapted, pad_multiple=128)
     shared = scorer.score(scorer.prepare(requests), adapted[2], jnp.ones(6))
     alone = [scorer.score(scorer.prepare([request]), adapted[2], jnp.ones(6)) for request in requests]
     np.testing.assert_allclose(shared.log_likelihoods, [s.log_likelihoods[0] for s in alone], atol=1e-5)
