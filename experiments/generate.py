@@ -12,92 +12,29 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
-from mlora_jax.config import READOUT_NAMES
+from experiments import adapter_flags
+from experiments.adapter_flags import READOUT, TRIAL
 
-FLAGS = flags.FlagValues()  # its own, so that several commands can be imported into one process
-RUN = flags.DEFINE_string(
-    "run",
-    None,
-    "Folder of a run, its --workdir.",
-    flag_values=FLAGS,
-)
-TRIAL = flags.DEFINE_string(
-    "trial", None, "Name of the trial in it; not needed where there is one only.", flag_values=FLAGS
-)
-ADAPTER = flags.DEFINE_string(
-    "adapter",
-    None,
-    "Folder of an adapter, in place of --run.",
-    flag_values=FLAGS,
-)
-MODEL = flags.DEFINE_string(
-    "model", None, "Folder of the base model, where it is not where the adapter says.", flag_values=FLAGS
-)
-RANK = flags.DEFINE_list(
-    "rank",
-    None,
-    "Ranks in 0..R, with commas between them.",
-    flag_values=FLAGS,
-)
-READOUT = flags.DEFINE_enum(
-    "readout",
-    "prefix",
-    list(READOUT_NAMES),
-    "How a rank is read out.",
-    flag_values=FLAGS,
-)
-PROMPT = flags.DEFINE_string(
-    "prompt",
-    None,
-    "What to answer.",
-    flag_values=FLAGS,
-)
-PROMPTS = flags.DEFINE_string(
-    "prompts",
-    None,
-    "File of prompts, in place of --prompt.",
-    flag_values=FLAGS,
-)
-MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1, flag_values=FLAGS
-)
-TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "Of the draws; 0 takes the likeliest token.", lower_bound=0.0, flag_values=FLAGS
-)
-TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Draws from the likeliest tokens of this probability.", upper_bound=1.0, flag_values=FLAGS
-)
-SEED = flags.DEFINE_integer(
-    "seed",
-    0,
-    "Of the draws.",
-    lower_bound=0,
-    flag_values=FLAGS,
-)
-STOP = flags.DEFINE_multi_string(
-    "stop", [], "String that ends an answer; may be given several times.", flag_values=FLAGS
-)
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size",
-    32,
-    "Answers made at once at most.",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "JSONL file for the answers, in place of the screen.",
-    flag_values=FLAGS,
-)
+flags.adopt_module_key_flags(adapter_flags)
+RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
+ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
+MODEL = flags.DEFINE_string("model", None, "Folder of the base model, where it is not where the adapter says.")
+RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.")
+PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.", upper_bound=1.0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Answers made at once at most.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers, in place of the screen.")
 
 PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
 
 
 def main() -> None:
     """Parses the command line and answers; bad input ends in one line."""
-    flags.FLAGS.append_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
     flags.mark_flag_as_required("rank")
     try:
         app.run(_run)

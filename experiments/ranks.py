@@ -9,64 +9,25 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from mlora_jax.config import READOUT_NAMES
+from experiments import adapter_flags
+from experiments.adapter_flags import READOUT, TRIAL
 from mlora_jax.report import SPLITS
 
-FLAGS = flags.FlagValues()  # its own, so that several commands can be imported into one process
-TRIAL = flags.DEFINE_string(
-    "trial",
-    "",
-    "Name of the trial: that of its folder in RUN/adapters.",
-    flag_values=FLAGS,
-)
-READOUT = flags.DEFINE_enum(
-    "readout",
-    "prefix",
-    list(READOUT_NAMES),
-    "How the adapter is read out.",
-    flag_values=FLAGS,
-)
-WITHIN = flags.DEFINE_float(
-    "within", 0.01, "Accuracy, in 0..1, that the smallest rank may lack of the best.", flag_values=FLAGS
-)
-BUDGET = flags.DEFINE_list(
-    "budget", [], "Average ranks per layer to allocate; all of S but R if not given.", flag_values=FLAGS
-)
+flags.adopt_module_key_flags(adapter_flags)
+WITHIN = flags.DEFINE_float("within", 0.01, "Accuracy, in 0..1, that the smallest rank may lack of the best.")
+BUDGET = flags.DEFINE_list("budget", [], "Average ranks per layer to allocate; all of S but R if not given.")
 CHOOSE_ON = flags.DEFINE_enum(
     "choose_on",
     "validation",
     list(SPLITS),
     "Items to choose ranks on; of test every other one, and the rest is reported on.",
-    flag_values=FLAGS,
 )
-MEASURE = flags.DEFINE_enum(
-    "measure", "likelihood", ["likelihood", "accuracy"], "What the allocation is to raise.", flag_values=FLAGS
-)
-BY = flags.DEFINE_enum(
-    "by",
-    "both",
-    ["both", "layer", "module"],
-    "What gets a rank of its own.",
-    flag_values=FLAGS,
-)
-START = flags.DEFINE_enum(
-    "start", "both", ["uniform", "full", "both"], "Allocation that the search begins with.", flag_values=FLAGS
-)
-LEVELS = flags.DEFINE_list(
-    "levels",
-    [],
-    "Ranks that a layer may have; 0, S and R if not given.",
-    flag_values=FLAGS,
-)
-LIMIT = flags.DEFINE_integer(
-    "limit", 500, "The most allocations that are tried for one budget.", lower_bound=1, flag_values=FLAGS
-)
-OUT = flags.DEFINE_string(
-    "out",
-    None,
-    "Folder for the files; RUN if not given.",
-    flag_values=FLAGS,
-)
+MEASURE = flags.DEFINE_enum("measure", "likelihood", ["likelihood", "accuracy"], "What the allocation is to raise.")
+BY = flags.DEFINE_enum("by", "both", ["both", "layer", "module"], "What gets a rank of its own.")
+START = flags.DEFINE_enum("start", "both", ["uniform", "full", "both"], "Allocation that the search begins with.")
+LEVELS = flags.DEFINE_list("levels", [], "Ranks that a layer may have; 0, S and R if not given.")
+LIMIT = flags.DEFINE_integer("limit", 500, "The most allocations that are tried for one budget.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "Folder for the files; RUN if not given.")
 
 
 def integers(name: str, values: Sequence[str]) -> list[int]:
@@ -81,8 +42,6 @@ def integers(name: str, values: Sequence[str]) -> list[int]:
 
 def main() -> None:
     """Parses the command line, measures and writes the report."""
-    flags.FLAGS.append_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
     try:
         app.run(report)
     except (ValueError, OSError) as error:
@@ -105,7 +64,7 @@ def report(arguments: Sequence[str]) -> None:
         os.environ.setdefault("NPROC", str(threads))
     found = choose_ranks(
         run,
-        TRIAL.value,
+        TRIAL.value or "",
         readout=READOUT.value,
         within=WITHIN.value,
         budgets=integers("budget", BUDGET.value) or None,

@@ -10,6 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from experiments import generate
 from mlora_jax.adapt import adapt, split
@@ -67,15 +69,10 @@ def expected(run, trial, p, prompts=PROMPTS, new=10):
 
 def answered(capsys, **values):
     """What the command prints with these flags, in this process."""
-    generate.FLAGS.mark_as_parsed()
-    before = generate.FLAGS.flag_values_dict()
-    try:
-        for name, value in {"max_new_tokens": 10, **values}.items():
-            setattr(generate.FLAGS, name, value)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**{"max_new_tokens": 10, **values}):
         generate._run(["generate"])
-    finally:
-        for name, value in before.items():
-            setattr(generate.FLAGS, name, value)
     return capsys.readouterr().out
 
 
