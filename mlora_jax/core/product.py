@@ -7,6 +7,7 @@ The functions on trees take `jax` pytrees in which a pair of factors sits under 
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlora_jax.core.hierarchy import RankHierarchy, check_rank, powers_of_two
+from mlora_jax.core.hierarchy import check_rank
 
 Tree = Any
 
@@ -53,8 +54,32 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array) -> 
     if p.ndim > 1:
         p = p.reshape(*p.shape[:-1], *(1,) * (x.ndim - p.ndim), p.shape[-1])
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=accumulate)  # [..., R]
-    return (hidden * p.astype(accumulate)).astype(x.dtype) @ b.astype(x.dtype)  # [..., F]
+    hidden = _matmul(x, a.astype(x.dtype), accumulate)  # [..., R]
+    return _matmul((hidden * p.astype(accumulate)).astype(x.dtype), b.astype(x.dtype), x.dtype)  # [..., F]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, w: jax.Array, dtype) -> jax.Array:
+    """x [..., D] times w [D, F] as `dtype`.
+
+    The gradient of w is one product of two matrices: left to itself a CPU's compiler transposes the large cotangent in
+    memory first, which takes longer than the product.
+    """
+    return jnp.matmul(x, w, preferred_element_type=dtype)
+
+
+def _matmul_forward(x, w, dtype):
+    return _matmul(x, w, dtype), (x, w)
+
+
+def _matmul_backward(dtype, operands, g):
+    x, w = operands
+    g = g.astype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return g @ w.T, jnp.matmul(rows[0].T, rows[1], preferred_element_type=w.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def initialize_factors(
@@ -148,7 +173,7 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
     Raises:
       ValueError: a pair has no kernel in `base`, or a profile is per example.
     """
-    factors, profiles = _by_parent(adapter), _by_parent(profile)
+    factors, profiles = by_parent(adapter), by_parent(profile)
     pending = set(factors)
 
     def add(path, leaf):
@@ -157,7 +182,7 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
         if keys[-2:] != ("base", "kernel") or parent not in factors:
             return leaf
         pending.discard(parent)
-        a, b, p = _pair_with_profile(parent, factors, profiles)
+        a, b, p = pair_with_profile(parent, factors, profiles)
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
         delta = jnp.matmul(a.astype(wide) * p[..., None, :], b.astype(wide), precision="highest")
         return (leaf.astype(wide) + delta).astype(leaf.dtype)
@@ -166,78 +191,6 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
     if pending:
         raise ValueError(f"no base/kernel beside the factors of {', '.join(sorted('.'.join(k) for k in pending))}")
     return folded
-
-
-def squeeze(
-    adapter: Tree, profile: Tree, *, ranks: tuple[int, ...] | None = None, key: jax.Array | None = None
-) -> tuple[Tree, RankHierarchy]:
-    """The same function with its factors ordered by singular value.
-
-    For every pair ``A diag(p) B = U diag(s) V^T`` becomes ``A' = U sqrt(s)``, ``B' = sqrt(s) V^T``, so each prefix of
-    the new adapter is the best approximation of its rank (Eckart-Young). A D x F product is never formed: QR of
-    ``A diag(p)`` and of ``B^T``, then the SVD of an R x R matrix. Where the product has a lower rank than R, the
-    left-over columns of A are drawn afresh and the rows of B are zero; rounding noise is never kept as a direction.
-
-    Args:
-      adapter: tree of factors.
-      profile: tree of profiles [..., R]; the function to keep. The scale ends up inside the factors.
-      ranks: S of the new hierarchy; None means the powers of two up to R.
-      key: `jax.random.key` for the fresh columns; None means `jax.random.key(0)`.
-
-    Returns:
-      The new adapter (dtypes and shapes as before) and its hierarchy, whose scaling is "none".
-
-    Raises:
-      ValueError: a profile is per example; `ranks` is no valid S.
-    """
-    factors, profiles = _by_parent(adapter), _by_parent(profile)
-    key = jax.random.key(0) if key is None else key
-    done = {}
-    for parent in factors:
-        a, b, p = _pair_with_profile(parent, factors, profiles)
-        done[parent] = _squeeze_pair(a, b, p, jax.random.fold_in(key, path_hash(".".join(parent))))
-    max_rank = {a.shape[-1] for a, _ in done.values()}
-    if len(max_rank) != 1:
-        raise ValueError(f"squeeze needs one R for the whole adapter, got {sorted(max_rank)}")
-    (rank,) = max_rank
-    hierarchy = RankHierarchy(ranks or powers_of_two(rank), max_rank=rank)
-    pick = {"a": 0, "b": 1}
-    squeezed = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: done[_parent(path)][pick[_role(path)]].astype(leaf.dtype), adapter
-    )
-    return squeezed, hierarchy
-
-
-def _squeeze_pair(a: jax.Array, b: jax.Array, p: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    leading, rank = a.shape[:-2], a.shape[-1]
-    count = math.prod(leading)
-    # One matrix at a time: on a CPU of few cores, batched factorisations that run side by side wait for each other's
-    # threads for ever (each splits its batch over the pool whose threads they all occupy).
-    rows = (a.reshape(count, *a.shape[-2:]), b.reshape(count, *b.shape[-2:]), p.reshape(count, rank))
-    left, right = jax.lax.map(lambda row: _squeeze_one(*row), (*rows, jax.random.split(key, count)))
-    return left.reshape(a.shape), right.reshape(b.shape)
-
-
-def _squeeze_one(a: jax.Array, b: jax.Array, p: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    features_in, rank = a.shape
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    scaled, b = a.astype(wide) * p.astype(wide), b.astype(wide)
-    with jax.default_matmul_precision("highest"):
-        q_left, r_left = jnp.linalg.qr(scaled)  # [D, min(D, R)]
-        q_right, r_right = jnp.linalg.qr(b.T)  # [F, min(F, R)]
-        u, s, vt = jnp.linalg.svd(r_left @ r_right.T, full_matrices=False)
-        left, right = q_left @ u, vt @ q_right.T  # [D, K], [K, F]
-    # The QRs round every column relative to its own length, so the noise in their product is of the size of eps times
-    # these products and not eps times the largest singular value. Measured up to R = 256 it stays below 3 of them; a
-    # wider margin would throw real directions away.
-    lengths = jnp.linalg.norm(r_left, axis=0) * jnp.linalg.norm(r_right, axis=0)  # [R]
-    real = s > 8 * jnp.finfo(wide).eps * jnp.linalg.norm(lengths)  # [K]
-    root = jnp.sqrt(jnp.where(real, s, 0.0))
-    missing = rank - len(s)  # R above D or F: the product cannot have rank R
-    left = jnp.pad(left * root, [(0, 0), (0, missing)])
-    right = jnp.pad(right * root[:, None], [(0, missing), (0, 0)])
-    fresh, _ = initialize_factors(key, features_in, 1, rank, dtype=wide)
-    return jnp.where(jnp.pad(real, (0, missing)), left, fresh), right
 
 
 def path_hash(path: str) -> int:
@@ -266,7 +219,7 @@ def _role(path) -> str:
     return name
 
 
-def _by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, jax.Array]]:
+def by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     grouped: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         *parent, name = path_names(path)
@@ -274,7 +227,7 @@ def _by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     return grouped
 
 
-def _pair_with_profile(parent, factors, profiles):
+def pair_with_profile(parent, factors, profiles):
     name = ".".join(parent) or "the adapter"
     missing = [k for k in ("a", "b") if k not in factors[parent]]
     if missing or "p" not in profiles.get(parent, {}):
