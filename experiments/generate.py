@@ -160,10 +160,10 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     """One record per prompt and rank, in this order."""
     import numpy as np
 
-    from mlora_jax.core import get_policy, readout_profile
+    from mlora_jax.core import readout_profile
     from mlora_jax.core.hierarchy import check_rank
     from mlora_jax.evaluate import Generator, StopStrings, read_out
-    from mlora_jax.train.adapter_file import load_adapted, read_description
+    from mlora_jax.train.adapter_file import load_adapted, read_description, trained_function
 
     description = read_description(folder)
     for rank in ranks:
@@ -173,8 +173,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     encoded = _encode(prompts, tokenizer, context)
     graphdef, base, adapter, profile, hierarchy, _ = load_adapted(folder, model)
     ends = StopStrings(tokenizer, STOP.value)
-    method = (description.get("trial") or {}).get("method")
-    function = get_policy(method).function(hierarchy) if method else None
+    function = trained_function(description, hierarchy)
     adapter, hierarchy, readout = read_out(adapter, profile, hierarchy, READOUT.value, function)
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)

@@ -11,17 +11,30 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlora_jax.core import INITIALIZERS, POLICIES, READOUTS, RankHierarchy, get_policy, powers_of_two
+from mlora_jax.core import (
+    INITIALIZERS,
+    METHODS,
+    READOUTS,
+    Method,
+    Phase,
+    RankHierarchy,
+    get_method,
+    powers_of_two,
+)
 
+# Groups whose keys are names of methods.
+NAMED = ("config.methods", "config.evaluation.readouts")
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
 MAX_SEED = 2**32
-READOUT_NAMES = (*READOUTS, "squeeze")
+FACTOR_READOUTS = (*READOUTS, "squeeze")  # those that take nothing but the adapter
+READOUT_NAMES = (*FACTOR_READOUTS, "squeeze_inputs", "calibrated")
 # Keys that a run may change when it is continued: they do not touch a trial that is trained already.
 CHANGEABLE = (
     "trials",
     "report",
     "records",
+    "study",
     "checkpoint",
     "train.trials_at_once",
     "train.memory_gib",
@@ -47,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
         "file": "",  # task "jsonl": own data, one JSON object a line
         "evaluation_file": "",  # task "jsonl": own test rows; "" holds rows of `file` out
         "holdout": 0.1,  # share of `file` that is held out when there is no evaluation_file
+        "limit": 0,  # at most so many training rows, always the same ones; 0 is all
         "max_length": 512,  # tokens of prompt, answer and end together; at most the model's context
         "overflow": "error",  # what becomes of a longer example: error | drop | truncate
         "pad_multiple": 32,  # batches are padded to a multiple of this many tokens
@@ -68,6 +82,10 @@ DEFAULTS: dict[str, Any] = {
         # tuple of values each, and stands for its own product; the keys that it leaves out are taken from above.
         "list": (),
     },
+    # Methods of one's own, besides those of mlora_jax.core.METHODS: a name and its phases in order, each a policy and
+    # its share of the steps, with a squeeze in between: {"name": (("lora", 0.7), ("per_example", 0.3))}. "rotate" as
+    # one more entry takes the optimizer's moments through the squeeze, which otherwise starts them anew.
+    "methods": {},
     "train": {
         "epochs": 3,
         "batch_size": 32,  # sequences per optimizer step
@@ -103,6 +121,18 @@ DEFAULTS: dict[str, Any] = {
     "report": {
         "choose_on": "validation",  # the split on which the best learning rate is chosen: validation | test
     },
+    "calibration": {  # of the read-outs that look at training data
+        "steps": 200,  # optimizer steps of "calibrated"
+        "learning_rate": 0.1,  # of the factors on each column, which begin at 1
+        "batches": 8,  # of optimizer steps, of which "squeeze_inputs" takes the inputs
+    },
+    "study": {  # what experiments.study trains in place of the trials above
+        "groups": ("leading", "separate"),  # | matryoshka | further | variants, see mlora_jax.study.rivals
+        "rank": 32,  # R
+        "rates": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),  # the learning rates that there are
+        "start": (1e-3, 3e-3, 1e-2),  # those tried first; others follow while the best is at the edge
+        "seeds": (42, 666, 2408),  # the first one screens the learning rates
+    },
     "evaluation": {
         # Tasks of lm-evaluation-harness on which every adapter is measured besides the run's own test rows: a name with
         # the number of examples that the task itself says, or a pair like ("gsm8k", 8).
@@ -112,7 +142,8 @@ DEFAULTS: dict[str, Any] = {
         "batch_size": 64,  # rows per forward pass
         "max_new_tokens": 256,  # tasks that generate; a prompt is cut on the left to leave so much of the context
         # Read-outs per method; a method that is not named here is read out by prefix. "squeeze" stands for the
-        # best low-rank approximations of the trained function.
+        # best low-rank approximations of the trained function, "squeeze_inputs" for those of what it makes of training
+        # data, "calibrated" for profiles fitted to training data.
         "readouts": {
             "lora": ("prefix", "squeeze"),
             "dylora": ("prefix",),
@@ -121,6 +152,9 @@ DEFAULTS: dict[str, Any] = {
             "matryoshka": ("prefix", "nested", "masked"),
             "matryoshka_exact": ("prefix",),
             "sandwich": ("prefix",),
+            "per_example": ("prefix",),
+            "renest": ("prefix",),
+            "renest_sandwich": ("prefix",),
         },
     },
 }
@@ -188,6 +222,34 @@ def expand_trials(config: ConfigDict) -> list[Trial]:
     return list(dict.fromkeys(trials))
 
 
+def further_methods(config: Mapping | ConfigDict) -> dict[str, Method]:
+    """The methods of `config.methods`.
+
+    Raises:
+      ValueError: one that the table of methods has already, or that cannot be; the message names it.
+    """
+    found = {}
+    for name, entries in config["methods"].items():
+        if name in METHODS:
+            raise ValueError(f"config.methods.{name} is a method of that name already: give yours another one")
+        *pairs, last = entries or ((),)
+        carry, pairs = (last, pairs) if isinstance(last, str) else ("reset", [*pairs, last])
+        try:
+            phases = tuple(Phase(policy, float(fraction)) for policy, fraction in pairs)
+            found[name] = Method(phases=phases, summary=_summary(phases, carry), carry=carry)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"config.methods.{name} must be phases like (('lora', 0.7), ('per_example', 0.3)), got {entries!r}: "
+                f"{error}"
+            ) from None
+    return found
+
+
+def _summary(phases: tuple[Phase, ...], carry: str) -> str:
+    parts = ", squeezed, ".join(f"{phase.policy} for {phase.fraction:.0%} of the steps" for phase in phases)
+    return f"{parts}; optimizer moments {carry}" if len(phases) > 1 else parts
+
+
 def harness_tasks(entries: Iterable) -> list[tuple[str, int | None]]:
     """The tasks of `config.evaluation.tasks` and their numbers of examples; None is the task's own.
 
@@ -222,7 +284,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
     found = []
     for key in dict.fromkeys((*old, *new)):
         name, before, after = f"{path}{key}", old.get(key), new.get(key)
-        if name in CHANGEABLE or before == after:
+        if name in CHANGEABLE or before == after or (path == "methods." and key not in old):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += changed_keys(before, after, f"{name}.")
@@ -244,7 +306,7 @@ def check_key(name: str) -> None:
 
 def _check_keys(defaults: Mapping, given: Iterable[str], path: str) -> None:
     for key in given:
-        if key not in defaults:
+        if key not in defaults and path not in NAMED:
             near = difflib.get_close_matches(str(key), defaults, n=1)
             hint = f"; did you mean {path}.{near[0]}?" if near else "."
             raise ValueError(f"unknown config key {path}.{key}{hint} Keys of {path}: {', '.join(defaults)}")
@@ -257,11 +319,13 @@ def _merge(defaults: Mapping, given: Mapping, path: str) -> dict:
         name = f"{path}.{key}"
         value = given.get(key, default)
         if isinstance(default, Mapping):
-            if not isinstance(value, Mapping):
+            if not isinstance(value, (Mapping, ConfigDict)):
                 raise ValueError(f"{name} must be a group of keys, got {value!r}")
             merged[key] = _merge(default, value, name)
         else:
             merged[key] = _typed(value, default, name)
+    if path in NAMED:
+        merged |= {key: _typed(value, (), f"{path}.{key}") for key, value in given.items() if key not in defaults}
     return merged
 
 
@@ -303,9 +367,13 @@ RANGES = (
     ("validation.every", 0, None),
     ("validation.patience", 0, None),
     ("checkpoint.every", 0, None),
+    ("calibration.steps", 1, None),
+    ("calibration.batches", 1, None),
+    ("study.rank", 1, None),
     ("checkpoint.keep", 1, None),
     ("train.trials_at_once", 0, None),
     ("train.memory_gib", 0.0, None),
+    ("data.limit", 0, None),
     ("data.max_length", 2, None),
     ("data.pad_multiple", 1, None),
     ("adapter.dropout", 0.0, 0.999),
@@ -351,7 +419,9 @@ def _check(config: dict) -> None:
             f"config.train.batch_size {config['train']['batch_size']} is no multiple of "
             f"config.train.accumulation {config['train']['accumulation']}"
         )
+    methods = further_methods(config)
     for method, readouts in config["evaluation"]["readouts"].items():
+        get_method(method, methods)
         if len(set(readouts)) != len(readouts):
             raise ValueError(f"config.evaluation.readouts.{method} repeats a value: {readouts}")
         for readout in readouts:
@@ -361,17 +431,18 @@ def _check(config: dict) -> None:
                     f"known: {', '.join(READOUT_NAMES)}"
                 )
     harness_tasks(config["evaluation"]["tasks"])
+    _check_study(config["study"])
     axes = {key: values for key, values in config["trials"].items() if key != "list"}
-    _check_axes(axes, "config.trials")
+    _check_axes(axes, "config.trials", methods)
     for number, entry in enumerate(config["trials"]["list"]):
-        _check_axes(entry, f"config.trials.list[{number}]")
+        _check_axes(entry, f"config.trials.list[{number}]", methods)
     for trial in expand_trials(ConfigDict(config)):
         try:
             trial.hierarchy(config["adapter"]["ranks"])
         except ValueError as error:
             raise ValueError(f"config.trials cannot make {trial}: {error}") from None
-        if trial.weights and not get_policy(trial.method).uses_weights:
-            users = ", ".join(name for name, policy in POLICIES.items() if policy.uses_weights)
+        if trial.weights and not get_method(trial.method, methods).uses_weights:
+            users = ", ".join(name for name, method in {**METHODS, **methods}.items() if method.uses_weights)
             raise ValueError(
                 f"config.trials.weights {trial.weights} would change nothing for {trial.method!r}; methods with "
                 f"weights: {users}. config.trials.list can give them weights of their own"
@@ -384,14 +455,25 @@ def _check(config: dict) -> None:
                 )
 
 
-def _check_axes(axes: Mapping, path: str) -> None:
+def _check_study(study: Mapping) -> None:
+    for name in ("rates", "start", "seeds"):
+        if not study[name] or len(set(study[name])) != len(study[name]):
+            raise ValueError(f"config.study.{name} must name at least one value and none twice, got {study[name]}")
+    if list(study["rates"]) != sorted(study["rates"]) or not set(study["start"]) <= set(study["rates"]):
+        raise ValueError(
+            f"config.study.rates must be in rising order and hold those of config.study.start {study['start']}, "
+            f"got {study['rates']}"
+        )
+
+
+def _check_axes(axes: Mapping, path: str, methods: Mapping[str, Method]) -> None:
     for axis, values in axes.items():
         if not values:
             raise ValueError(f"{path}.{axis} must name at least one value, got ()")
         if len(set(values)) != len(values):
             raise ValueError(f"{path}.{axis} repeats a value: {values}")
     for method in axes.get("method", ()):
-        get_policy(method)
+        get_method(method, methods)
     if any(not 0 < rate < math.inf for rate in axes.get("learning_rate", ())):
         raise ValueError(f"{path}.learning_rate must be positive and finite, got {axes['learning_rate']}")
     if any(not 0 <= seed < MAX_SEED for seed in axes.get("seed", ())):

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mlora_jax.adapt import adapt, set_profile, split
 from mlora_jax.config import Trial
-from mlora_jax.core import get_policy
+from mlora_jax.core import RankHierarchy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, load_task, make_trials_pipeline
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
@@ -27,8 +27,9 @@ from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
 from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
-from mlora_jax.train.loop import TrialKeys, TrialsStep, compile_draws, stack_trees, trial_keys
+from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
+from mlora_jax.train.phases import TrialPhases, squeeze_trials
 from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
 
 
@@ -93,6 +94,9 @@ class Experiment:
         check_context(config, model, generates=data.task.metric == "exact_match")
         train, validation = hold_out_validation(data, config.validation.holdout, config.validation.limit)
         options = config.data
+        if 0 < options.limit < len(train):
+            kept = hold_out(len(train), options.limit / len(train), limit=options.limit, name="data.limit")
+            train = [train[row] for row in sorted(kept)]
         examples = tokenize(train, tokenizer, seam=data.seam, max_length=options.max_length, overflow=options.overflow)
         rows = {"test": list(itertools.islice(data.test, config.evaluation.limit or None))}
         if validation:
@@ -175,14 +179,27 @@ class Experiment:
         rates = jnp.array([trial.learning_rate for trial in trials], float)
         return Schedule(rates, jnp.full(count, warmup, float), jnp.full(count, self.steps, float))
 
-    def draws(self, trials: Sequence[Trial], keys: TrialKeys):
-        """step -> the draws of these trials, with a leading K."""
-        drawn_by = [(get_policy(trial.method), self.hierarchy(trial)) for trial in trials]
-        return compile_draws(drawn_by, keys.draws, accumulation=self.config.train.accumulation)
+    @functools.cached_property
+    def phases(self) -> TrialPhases:
+        """Which policy trains a trial when."""
+        return TrialPhases(self.config, self.steps)
 
-    def hierarchy(self, trial: Trial):
-        """S, scales and weights of a trial."""
-        return trial.hierarchy(self.config.adapter.ranks)
+    def turns(self, trials: Sequence[Trial], keys: TrialKeys) -> list[Turn]:
+        """What happens between the phases of trials that train together."""
+        starts = self.phases.method(trials[0]).starts(self.steps)
+        squeezed = functools.partial(self._squeeze, trials, keys)
+        return [Turn(step, functools.partial(squeezed, phase)) for phase, step in enumerate(starts[1:])]
+
+    def _squeeze(self, trials: Sequence[Trial], keys: TrialKeys, phase: int, state: TrialState) -> TrialState:
+        """The state at the end of a phase as that at the beginning of the next one."""
+        adapted, carry = self.adapted(trials[0].rank), self.phases.method(trials[0]).carry
+        functions = jnp.stack([self.phases.function(trial, phase) for trial in trials])
+        fresh = jax.vmap(lambda key: jax.random.fold_in(key, phase))(keys.adapter)
+        return squeeze_trials(adapted.optimizer, carry, adapted.profile, state, functions, fresh)
+
+    def hierarchy(self, trial: Trial) -> RankHierarchy:
+        """S, scales and weights that a trained trial is read out with."""
+        return self.phases.hierarchy(trial)
 
     def plan(
         self, trials: Sequence[Trial], *, before_each: Callable[[], None] = lambda: None
@@ -196,21 +213,21 @@ class Experiment:
         Raises:
           ValueError: not even one trial fits in memory.
         """
-        groups = group_trials(trials, lambda trial: (trial.rank, self.profiles(trial)))
+        groups = group_trials(trials, lambda trial: (trial.rank, self.phases.shape(trial)))
         batches = []
         for group in groups:
             before_each()
             batches += cut_evenly(group, min(self.config.train.trials_at_once or self._fitting(group), len(group)))
         return batches
 
-    def profiles(self, trial: Trial) -> int:
-        """N, the profiles of a step: its cost in LoRA steps."""
-        return get_policy(trial.method).count(self.hierarchy(trial))
-
     def _fitting(self, group: Sequence[Trial]) -> int:
         base, beside = bytes_of(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
         limit = memory_limit(self.config.train.memory_gib)
-        needed = lambda count: memory_of(self.compile_largest(group[0], count)) + count * beside  # noqa: E731
+        phases = range(len(self.phases.shape(group[0])))
+
+        def needed(count):
+            return max(memory_of(self.compile_largest(group[0], count, phase)) for phase in phases) + count * beside
+
         most = largest_batch(needed, base, len(group), limit)
         if most == 1 or jax.default_backend() != "cpu":
             return most
@@ -227,11 +244,11 @@ class Experiment:
         adapted = self.adapted(rank)
         return jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
 
-    def time_steps(self, trials: Sequence[Trial], steps: int) -> StepTiming:
-        """Trains trials of one group for a few steps and forgets them."""
+    def time_steps(self, trials: Sequence[Trial], steps: int, phase: int = 0) -> StepTiming:
+        """Trains trials of one group for a few steps as in one of their phases, and forgets them."""
         adapted, schedules = self.adapted(trials[0].rank), self.schedules(trials)
         state, keys = self.start(trials)
-        arrays, draws = next(iter(self.pipeline(trials))), self.draws(trials, keys)
+        arrays, draws = next(iter(self.pipeline(trials))), self.phases.draws_in(phase, trials, keys)
         seconds = []
         for number in range(steps + 1):
             start = time.monotonic()
@@ -242,8 +259,8 @@ class Experiment:
             seconds.append(time.monotonic() - start)
         return StepTiming(arrays["tokens"].size, float(np.median(seconds[1:])))  # the first one compiles
 
-    def compile_largest(self, trial: Trial, count: int) -> jax.stages.Compiled:
-        """The step of `count` trials like this one at the largest batch shape there is."""
+    def compile_largest(self, trial: Trial, count: int, phase: int) -> jax.stages.Compiled:
+        """The step of `count` trials like this one in one of its phases at the largest batch shape there is."""
         adapted, options = self.adapted(trial.rank), self.config.train
         one = self._one_state(trial.rank)
         rows = options.batch_size // options.accumulation
@@ -257,7 +274,7 @@ class Experiment:
             "weights": jax.ShapeDtypeStruct(positions.shape, jnp.float32),
         }
         keys = jax.eval_shape(lambda: trial_keys(0))
-        draw = jax.eval_shape(self.draws([trial], stack_trees([trial_keys(0)])), 0)
+        draw = jax.eval_shape(self.phases.draws_in(phase, [trial], stack_trees([trial_keys(0)])), 0)
         many = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)  # noqa: E731
         draw = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), draw)
         schedule = jax.eval_shape(lambda: self.schedules([trial] * count))

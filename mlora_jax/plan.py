@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -11,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, expand_trials, resolve
 from mlora_jax.data import batch_shape
 from mlora_jax.experiment import Experiment
 from mlora_jax.train.grid import TrialBatch
+from mlora_jax.train.phases import PhaseShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +28,11 @@ class GroupPlan:
 
     Attributes:
       rank: R.
-      profiles: N, profiles a step.
+      profiles: N, profiles a step; their mean where phases differ.
       trials: in all batches together.
       batches: of them.
       at_once: K, trials in a batch.
-      compilations: executables of the training step, one per batch shape.
+      compilations: executables of the training step, one per batch shape in every kind of phase.
       tokens: that are trained on, over all trials; padding is not counted.
       padded_tokens: that are computed, empty slots and every profile included.
       compile_seconds: for one executable, measured.
@@ -38,7 +41,7 @@ class GroupPlan:
     """
 
     rank: int
-    profiles: int
+    profiles: float
     trials: int
     batches: int
     at_once: int
@@ -94,9 +97,9 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
     config = resolve(config)
     trials, experiment = expand_trials(config), Experiment.load(config)
     cuts = experiment.plan(trials)
-    groups: dict[tuple[int, int, int], list[TrialBatch]] = collections.defaultdict(list)
+    groups: dict[tuple, list[TrialBatch]] = collections.defaultdict(list)
     for number, (members, slots) in enumerate(cuts):
-        kind = (members[0].rank, experiment.profiles(members[0]), slots)
+        kind = (members[0].rank, experiment.phases.shape(members[0]), slots)
         groups[kind].append(TrialBatch(f"batch-{number:04d}", members, slots))
     per_rank = {trial.rank: jax.tree.leaves(experiment.adapted(trial.rank).adapter) for trial in trials}
     timed = functools.cache(functools.partial(_time_evaluation, experiment))
@@ -114,42 +117,51 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
     )
 
 
-def _group(experiment: Experiment, rank: int, profiles: int, slots: int, batches, timed_steps: int) -> GroupPlan:
-    shapes: set[tuple[int, int]] = set()
-    tokens = positions = 0
+def _group(
+    experiment: Experiment, rank: int, phases: tuple[PhaseShape, ...], slots: int, batches, timed_steps: int
+) -> GroupPlan:
+    shapes: set[tuple] = set()
+    tokens, positions = 0, np.zeros(len(phases), int)
     for batch in batches:
-        found, real, computed = _shapes(experiment, batch)
+        found, real, computed = _shapes(experiment, batch, phases)
         shapes |= found
         tokens, positions = tokens + real, positions + computed
-    timing = experiment.time_steps(batches[0].slotted, timed_steps)
+    timings = [experiment.time_steps(batches[0].slotted, timed_steps, phase) for phase in range(len(phases))]
     compile_seconds = experiment.adapted(rank).step.compile_seconds
+    steps = np.diff([0, *(phase.end for phase in phases)])
+    profiles = [phase.profiles for phase in phases]
+    seconds = [timing.seconds for timing in timings]
+    training = sum(many / timing.tokens * timing.seconds for many, timing in zip(positions, timings, strict=True))
     return GroupPlan(
         rank=rank,
-        profiles=profiles,
+        profiles=float(np.average(profiles, weights=steps)),
         trials=sum(len(batch.trials) for batch in batches),
         batches=len(batches),
         at_once=slots,
         compilations=len(shapes),
         tokens=tokens,
-        padded_tokens=positions * profiles,
+        padded_tokens=int(positions @ profiles),
         compile_seconds=compile_seconds,
-        step_seconds=timing.seconds,
-        training_seconds=len(shapes) * compile_seconds + positions / timing.tokens * timing.seconds,
+        step_seconds=float(np.average(seconds, weights=steps)),
+        training_seconds=len(shapes) * compile_seconds + float(training),
     )
 
 
-def _shapes(experiment: Experiment, batch: TrialBatch) -> tuple[set[tuple[int, int]], int, int]:
-    """Batch shapes that come up, tokens of the trials, and positions computed with padding and empty slots."""
+def _shapes(
+    experiment: Experiment, batch: TrialBatch, phases: tuple[PhaseShape, ...]
+) -> tuple[set[tuple], int, np.ndarray]:
+    """Shapes that come up, tokens of the trials, and positions [phases] computed with padding and empty slots."""
     pipeline, rows = experiment.pipeline(batch.slotted), experiment.config.train.batch_size
-    shapes, real, positions = set(), 0, 0
+    shapes, real, positions = set(), 0, np.zeros(len(phases), int)
     for step in range(pipeline.steps):
         parts = [each.examples_at(step) for each in pipeline.pipelines]
         own = [batch_shape(part, experiment.config.data.pad_multiple) for part in parts]
         shape = tuple(max(axis) for axis in zip(*own, strict=True))
-        shapes.add(shape)
+        at = bisect.bisect_right([phase.end for phase in phases], step)
+        shapes.add((*shape, phases[at].profiles, phases[at].per_example))
         counts = [sum(len(example.tokens) for example in part) for part in parts]
         real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
-        positions += batch.slots * rows * shape[0]
+        positions[at] += batch.slots * rows * shape[0]
     return shapes, real, positions
 
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from mlora_jax.config import READOUT_NAMES
-from mlora_jax.core import get_policy
+from mlora_jax.config import FACTOR_READOUTS
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.evaluate import (
     AllocationRow,
@@ -72,7 +71,7 @@ def choose_ranks(
       FileNotFoundError, ValueError: a folder, trial, split or option that cannot be used; the message names it.
     """
     options = (("choose_on", choose_on, _NAMES), ("measure", measure, MEASURES), ("by", by, GROUPS))
-    for name, value, allowed in (*options, ("readout", readout, READOUT_NAMES), ("start", start, STARTS)):
+    for name, value, allowed in (*options, ("readout", readout, FACTOR_READOUTS), ("start", start, STARTS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if not 0 <= within <= 1:
@@ -85,7 +84,7 @@ def choose_ranks(
     adapter, hierarchy, description = load_adapter(folder, adapted.adapter)
     if not description["finite"]:
         raise ValueError(f"the trial {trial_name} failed: its loss was not finite")
-    function = get_policy(trial.method).function(hierarchy)
+    function = experiment.phases.function(trial)
     adapter, hierarchy, key = read_out(adapter, adapted.profile, hierarchy, readout, function)
     curves = {}
     for split in ("validation", "test"):

@@ -18,11 +18,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, expand_trials, resolve
-from mlora_jax.core import get_policy, summarize
+from mlora_jax.core import summarize
 from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.experiment import Experiment
+from mlora_jax.readouts import read_out_trial
 from mlora_jax.report import write_report
-from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run
+from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run, task_key
 from mlora_jax.run_tasks import measure_tasks, readouts_of, unavailable_tasks, wanted_curves
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
 from mlora_jax.train.checkpoint import Checkpoints
@@ -202,6 +203,7 @@ def _evaluate_base(run: _Run, rank: int) -> None:
             evaluator = adapted.evaluators[split]
             verdicts = _evaluate(run, evaluator, adapted.adapter, jnp.zeros(rank))
             accuracy, error = accuracy_and_error(verdicts)
+            run.folder.save_verdicts("base", "base", split, verdicts[None])
             values = _measured(run, split, "base", 0, accuracy, error, len(verdicts), 1, evaluator.truncated)
             run.curves.write({"trial": "base", **values})
             cut = f", {evaluator.truncated} of {len(verdicts)} items cut on the left to fit"
@@ -221,7 +223,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
                 adapted.base, adapted.profile, at, arrays, draw, schedules, keys.dropout
             ),
             batches,
-            experiment.draws(trials, keys),
+            experiment.phases.draws(trials, keys),
             state,
             memory,
             steps=experiment.steps,
@@ -232,6 +234,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
             validate=lambda step, adapters, slots: _validate(run, batch, step, adapters, slots),
             save=lambda state, memory: checkpoints.save(memory.step, state, _values(memory, batches)),
             interrupted=run.interrupted,
+            turns=experiment.turns(trials, keys),
         )
         checkpoints.wait()
         _save_adapters(run, batch, state, memory)
@@ -288,15 +291,15 @@ def _validate(run: _Run, batch: TrialBatch, step: int, adapters, slots: Sequence
     scores: list[float | None] = [None] * batch.slots
     for slot, trial in enumerate(batch.trials):
         if slots[slot]:
-            score = _score(run, trial, take_trial(adapters, slot))
+            score = _score(run, trial, step, take_trial(adapters, slot))
             scores[slot] = -score if run.config.validation.measure == "loss" else score
             measured = {f"validation_{run.config.validation.measure}": score}
             run.record(trial=trial.name, step=step, time=time.time(), **measured)
     return scores
 
 
-def _score(run: _Run, trial: Trial, adapter) -> float:
-    adapted, hierarchy = run.experiment.adapted(trial.rank), run.experiment.hierarchy(trial)
+def _score(run: _Run, trial: Trial, step: int, adapter) -> float:
+    adapted, hierarchy = run.experiment.adapted(trial.rank), run.experiment.phases.hierarchy_at(trial, step)
     if run.config.validation.measure == "loss":
         loss = adapted.validation_loss()
         return float(np.mean([loss(adapter, hierarchy.prefix(rank)) for rank in hierarchy.ranks]))
@@ -311,6 +314,7 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
     for slot, trial in enumerate(batch.trials):
         description = {
             "trial": dataclasses.asdict(trial),
+            "phases": [[phase.policy, phase.fraction] for phase in run.experiment.phases.method(trial).phases],
             "base_model": run.config.model.path,
             "task": run.experiment.data.task.name,
             "targets": list(run.config.adapter.targets),
@@ -335,21 +339,20 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
     ]
     if not missing or trial.name in run.folder.failed():
         return
-    adapted, function = experiment.adapted(trial.rank), get_policy(trial.method).function
+    adapted = experiment.adapted(trial.rank)
     adapter, hierarchy, description = load_adapter(run.folder.adapter(trial), adapted.adapter)
     fields = {"trial": trial.name, **dataclasses.asdict(trial)}
     if not description["finite"]:
         run.curves.write({**fields, "failed": True})
         return
+    read = functools.cache(
+        lambda readout: read_out_trial(experiment, trial, adapter, hierarchy, readout, run.folder.adapter(trial))
+    )
     for split, readout in missing:
-        curve = rank_curve(
-            functools.partial(_evaluate, run, adapted.evaluators[split]),
-            adapter,
-            adapted.profile,
-            hierarchy,
-            readout=readout,
-            function=function(hierarchy),
-        )
+        factors, profiles = read(readout)
+        evaluate = functools.partial(_evaluate, run, adapted.evaluators[split])
+        curve = RankCurve.of(readout, tuple(profiles), [evaluate(factors, p) for p in profiles.values()])
+        run.folder.save_verdicts(trial.name, readout, split, curve.verdicts)
         values = zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True)
         shared = curve.items, len(curve.ranks), adapted.evaluators[split].truncated
         run.curves.write(*({**fields, **_measured(run, split, readout, *at, *shared)} for at in values))
@@ -402,7 +405,7 @@ def _results(config, folder: RunFolder, trials: Sequence[Trial], compilations: d
             if name == trial.name:
                 key = task, records[0]["shots"]
                 curve = _curve(records)
-                verdicts = folder.verdicts(trial.name, curve.readout, *key)
+                verdicts = folder.verdicts(trial.name, curve.readout, task_key(*key))
                 curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
                 by_task[key] = (*by_task.get(key, ()), curve)
         results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed, by_task))

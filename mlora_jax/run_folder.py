@@ -89,6 +89,26 @@ def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
     return config, trials[name], folder
 
 
+def read_curves(path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
+    """The curves on the own task of a run, of which every rank is on record: what another process may read at any time.
+
+    Args:
+      path: the folder of a run; it may not exist yet.
+
+    Returns:
+      trial -> (read-out, split) -> one record per rank. A trial that failed has none.
+    """
+    file, found = pathlib.Path(path) / CURVES, {}
+    for record in read_json_lines(file) if file.is_file() else ():
+        curves = found.setdefault(record["trial"], {})
+        if not record.get("failed") and not record.get("harness"):
+            curves.setdefault((record["readout"], record["split"]), []).append(record)
+    return {
+        trial: {key: records for key, records in curves.items() if len(records) == records[0]["of_ranks"]}
+        for trial, curves in found.items()
+    }
+
+
 class RunFolder:
     """What a run has on disk.
 
@@ -215,20 +235,23 @@ class RunFolder:
                     found.setdefault(_key(record), []).append(record)
         return {key: records for key, records in found.items() if len(records) == records[0]["of_ranks"]}
 
-    def save_verdicts(self, trial: str, readout: str, task: str, shots: int, verdicts: np.ndarray) -> None:
-        """Keeps the per-item results [ranks, items] bool behind a harness curve."""
-        path = self._verdicts(trial, readout, task, shots)
+    def save_verdicts(self, trial: str, readout: str, measured_on: str, verdicts: np.ndarray) -> None:
+        """Keeps the per-item results [ranks, items] bool behind a curve.
+
+        Args:
+          trial: its name, or "base".
+          readout: of the curve.
+          measured_on: the split of the run's own task, or what `task_key` says of another one.
+          verdicts: one row per rank.
+        """
+        path = _verdicts(self.path, trial, readout, measured_on)
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_aside(path) as aside, aside.open("wb") as file:
             np.save(file, verdicts)
 
-    def verdicts(self, trial: str, readout: str, task: str, shots: int) -> np.ndarray | None:
+    def verdicts(self, trial: str, readout: str, measured_on: str) -> np.ndarray | None:
         """What `save_verdicts` kept, or None."""
-        path = self._verdicts(trial, readout, task, shots)
-        return np.load(path) if path.is_file() else None
-
-    def _verdicts(self, trial: str, readout: str, task: str, shots: int) -> pathlib.Path:
-        return self.path / "verdicts" / f"{task}-{shots}" / f"{trial}-{readout}.npy"
+        return load_verdicts(self.path, trial, readout, measured_on)
 
     def list_not_compared(self, reasons: dict[str, str]) -> None:
         """Notes the tasks that cannot be measured, and why; the report says so."""
@@ -259,6 +282,21 @@ def _machine() -> dict[str, Any]:
         "x64": jax.config.jax_enable_x64,
         "matmul_precision": jax.config.jax_default_matmul_precision,
     }
+
+
+def load_verdicts(path, trial: str, readout: str, measured_on: str) -> np.ndarray | None:
+    """The per-item results [ranks, items] bool that `RunFolder.save_verdicts` kept in a run's folder, or None."""
+    file = _verdicts(pathlib.Path(path), trial, readout, measured_on)
+    return np.load(file) if file.is_file() else None
+
+
+def _verdicts(path: pathlib.Path, trial: str, readout: str, measured_on: str) -> pathlib.Path:
+    return path / "verdicts" / measured_on / f"{trial}-{readout}.npy"
+
+
+def task_key(task: str, shots: int) -> str:
+    """What a harness task with so many examples is called in a folder of verdicts."""
+    return f"{task}-{shots}"
 
 
 def _key(record: dict[str, Any]) -> tuple:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, harness_tasks
-from mlora_jax.core import get_policy, readout_profile
-from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error, read_out
+from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
 from mlora_jax.experiment import Experiment
-from mlora_jax.run_folder import RunFolder
+from mlora_jax.readouts import read_out_trial
+from mlora_jax.run_folder import RunFolder, task_key
 from mlora_jax.train.adapter_file import load_adapter
 
 logger = logging.getLogger(__name__)
@@ -98,12 +98,10 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
         if trial not in loaded:
             loaded[trial] = load_adapter(folder.adapter(trial), adapted.adapter)
         adapter, hierarchy, _ = loaded[trial]
-        function = get_policy(trial.method).function(hierarchy)
-        adapter, hierarchy, how = read_out(adapter, adapted.profile, hierarchy, readout, function)
-        names = [f"{trial.name} {readout} {at}" for at in hierarchy.ranks]
-        profiles = (readout_profile(hierarchy, how, at) for at in hierarchy.ranks)
-        variants |= {each: Variant(adapter, p) for each, p in zip(names, profiles, strict=True)}
-        curves[trial, readout] = hierarchy.ranks, names
+        adapter, profiles = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder.adapter(trial))
+        names = [f"{trial.name} {readout} {at}" for at in profiles]
+        variants |= {each: Variant(adapter, p) for each, p in zip(names, profiles.values(), strict=True)}
+        curves[trial, readout] = tuple(profiles), names
     lm = _language_model(experiment, rank, NestedLM, base)
     results = evaluate_all(
         lm,
@@ -133,7 +131,7 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
         yield TaskCurve("base", name, curve, _records(curve, {"trial": "base", **common}))
     for (trial, readout), (ranks, names) in curves.items():
         curve = RankCurve.of(readout, ranks, [results[each][0] for each in names])
-        folder.save_verdicts(trial.name, readout, name, used, curve.verdicts)
+        folder.save_verdicts(trial.name, readout, task_key(name, used), curve.verdicts)
         records = _records(curve, {"trial": trial.name, **dataclasses.asdict(trial), **common})
         yield TaskCurve(trial.name, name, curve, records)
 

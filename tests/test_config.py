@@ -7,8 +7,18 @@ import pathlib
 import ml_collections
 import pytest
 
-from mlora_jax.config import CHOICES, DEFAULTS, RANGES, Trial, changed_keys, check_key, expand_trials, resolve
-from mlora_jax.core import POLICIES, RankHierarchy
+from mlora_jax.config import (
+    CHOICES,
+    DEFAULTS,
+    RANGES,
+    Trial,
+    changed_keys,
+    check_key,
+    expand_trials,
+    further_methods,
+    resolve,
+)
+from mlora_jax.core import METHODS, Method, Phase, RankHierarchy
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("__", "pretrain"))]
@@ -39,7 +49,7 @@ def test_an_empty_config_has_every_default():
     config = resolve({})
     assert config.to_dict() == DEFAULTS
     assert resolve(config) == config
-    assert DEFAULTS["evaluation"]["readouts"].keys() == POLICIES.keys()
+    assert DEFAULTS["evaluation"]["readouts"].keys() == METHODS.keys()
     with pytest.raises(AttributeError, match='Did you mean "epochs"'):
         config.train.epoch = 5
 
@@ -64,6 +74,7 @@ def test_a_key_can_be_set_and_changes_nothing_else(name):
             "adapter.ranks": (1, 4),
             "trials.weights": ((1.0,) * 6,),
             "trials.list": ({"method": ("lora",)},),
+            "study.rates": v[1:],
         }.get(name, v[:1]),
     }
     value = kinds[type(default)](default)
@@ -85,6 +96,61 @@ def test_every_experiment_file_is_valid(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert isinstance(config, ml_collections.ConfigDict)
     assert expand_trials(resolve(config))
+
+
+MINE = (("lora", 0.5), ("sandwich", 0.25), ("per_example", 0.25))
+
+
+def test_methods_of_ones_own():
+    config = resolve(
+        {
+            "methods": {"mine": MINE, "turned": (*MINE, "rotate")},
+            "trials": {"method": ("mine", "turned", "renest")},
+            "evaluation": {"readouts": {"mine": ("prefix", "squeeze")}},
+        }
+    )
+    phases = tuple(Phase(*pair) for pair in MINE)
+    found = further_methods(config)
+    assert found.keys() == {"mine", "turned"} and isinstance(found["mine"], Method)
+    assert (found["mine"].phases, found["mine"].carry) == (phases, "reset")
+    assert (found["turned"].phases, found["turned"].carry) == (phases, "rotate")
+    assert config.evaluation.readouts.mine == ("prefix", "squeeze")
+    assert [trial.method for trial in expand_trials(config)] == ["mine", "turned", "renest"]
+    assert json.loads(json.dumps(config.to_dict()))["methods"]["mine"][0] == ["lora", 0.5]
+    assert resolve(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": {"lora": MINE}}, "config.methods.lora is a method of that name already"),
+        ({"methods": {"mine": ()}}, r"config.methods.mine must be phases like .*, got \(\)"),
+        ({"methods": {"mine": (("lora", 0.5),)}}, r"config.methods.mine must be .*sum to 1, got \[0.5\]"),
+        ({"methods": {"mine": (("lroa", 1.0),)}}, "config.methods.mine .*unknown policy 'lroa'; did you mean 'lora'"),
+        ({"methods": {"mine": (("lora", 1.0), "turn")}}, "config.methods.mine .*unknown carry 'turn'"),
+        ({"methods": {"mine": "lora"}}, "config.methods.mine must be a tuple"),
+        ({"trials": {"method": ("mine",)}}, "unknown method 'mine'"),
+        (
+            {"evaluation": {"readouts": {"matroyshka": ("prefix",)}}},
+            "unknown method 'matroyshka'; did you mean 'matryo",
+        ),
+        ({"study": {"rates": ()}}, "config.study.rates must name at least one value and none twice"),
+        ({"study": {"seeds": (1, 1)}}, "config.study.seeds must name at least one value and none twice"),
+        ({"study": {"start": (5.0,)}}, r"config.study.rates must .* hold those of config.study.start \(5.0,\)"),
+        ({"study": {"rates": (1e-2, 1e-3, 3e-3)}}, "config.study.rates must be in rising order"),
+    ],
+)
+def test_methods_and_studies_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(values)
+
+
+def test_a_run_may_add_methods_but_not_change_them():
+    old, new = ({"methods": {"mine": [["lora", first], ["lora", 1 - first]]}} for first in (0.5, 0.25))
+    assert changed_keys({"methods": {}}, new) == []
+    assert changed_keys(old, new) == [
+        "config.methods.mine was [['lora', 0.5], ['lora', 0.5]] and is [['lora', 0.25], ['lora', 0.75]]"
+    ]
 
 
 def test_numbers_and_lists_are_taken_as_their_key_has_them():
@@ -143,7 +209,6 @@ UNKNOWN = {
     "train.epoch": "unknown config key config.train.epoch; did you mean config.train.epochs\\?",
     "trials.learningrate": "did you mean config.trials.learning_rate\\?",
     "adapter.rank": "did you mean config.adapter.ranks\\?",
-    "evaluation.readouts.matroyshka": "did you mean config.evaluation.readouts.matryoshka\\?",
     "data.zzz": r"unknown config key config.data.zzz\. Keys of config.data: task, raw_dir",
 }
 
@@ -226,7 +291,7 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
         ({"trials": {"weights": ((1.0,),)}}, r"weights \(1\.0,\) and ranks .* differ in length"),
         (
             {"trials": {"weights": ((3.0, 1.0),), "rank": (2,), "method": ("matryoshka", "sandwich")}},
-            r"weights \(3\.0, 1\.0\) would change nothing for 'sandwich'; .*: dylora, matryoshka, matryoshka_exact\. ",
+            r"weights \(3\.0, 1\.0\) would change nothing for 'sandwich'; .*: dylora, matryoshka, .*, renest\. ",
         ),
         ({"trials": {"weights": (("a",),)}}, "weights must be a sequence of numbers"),
         ({"trials": {"weights": ((0.0, 0.0),), "rank": (2,)}}, "not all zero"),

@@ -32,10 +32,12 @@ MAY_IMPORT = {
     "run_folder": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
     "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
-    "run_tasks": BELOW_EVALUATE | {"evaluate", "experiment", "run_folder"},
-    "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "run_folder", "run_tasks"},
+    "readouts": BELOW_EVALUATE | {"evaluate", "experiment"},
+    "run_tasks": BELOW_EVALUATE | {"evaluate", "experiment", "readouts", "run_folder"},
+    "study": BELOW_EVALUATE | {"evaluate", "report", "run", "run_folder"},
+    "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "readouts", "run_folder", "run_tasks"},
     "experiments": BELOW_EVALUATE
-    | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "ranks", "run"},
+    | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "ranks", "run", "study"},
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}

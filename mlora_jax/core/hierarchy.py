@@ -145,9 +145,30 @@ class RankHierarchy:
           key: a `jax.random.key`.
         """
         # Equal weights draw the same ranks as none; jax.random.choice draws others where it is given probabilities.
-        even = self.weights is None or len(set(self.weights)) == 1
-        shares = None if even else jnp.array(self.weights) / math.fsum(self.weights)
+        shares = None if self._even() else jnp.array(self.weights) / math.fsum(self.weights)
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
+
+    def spread(self, key: jax.Array, count: int) -> jax.Array:
+        """Ranks of S for `count` examples, int32 [count]: spread as evenly as whole numbers allow, then shuffled.
+
+        Every rank comes up as often as its share of the weights, rounded down or up; which are rounded up is random, so
+        that over many draws the shares are exact. Traceable.
+
+        Args:
+          key: a `jax.random.key`.
+          count: how many ranks, at least 1.
+
+        >>> sorted(RankHierarchy((1, 2, 4)).spread(jax.random.key(0), 6).tolist())
+        [1, 1, 2, 2, 4, 4]
+        """
+        start, order = jax.random.split(key)
+        if self._even():
+            index = (jax.random.randint(start, (), 0, len(self.ranks)) + jnp.arange(count)) % len(self.ranks)
+        else:  # systematic sampling
+            edges = np.cumsum(np.array(self.weights) / math.fsum(self.weights))[:-1]
+            points = (jax.random.uniform(start, dtype=float) + jnp.arange(count)) / count
+            index = jnp.searchsorted(jnp.asarray(edges, points.dtype), points, side="right")
+        return jax.random.permutation(order, jnp.array(self.ranks, jnp.int32)[index])
 
     def truncate(self, r: int) -> RankHierarchy:
         """The hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
@@ -174,6 +195,9 @@ class RankHierarchy:
         kept = {q: weight for q, weight in weights.items() if q <= r} | {r: weights.get(r, 1.0)}
         given = self.weights is not None and any(kept.values())
         return RankHierarchy(tuple(kept), self.scaling, tuple(kept.values()) if given else None, max_rank=r)
+
+    def _even(self) -> bool:
+        return self.weights is None or len(set(self.weights)) == 1
 
     def _index(self) -> np.ndarray:
         return np.arange(1, self.max_rank + 1)

@@ -1,6 +1,9 @@
 """Which profiles a training step uses: one table of policies.
 
 A policy only draws arrays, so every policy with the same number of profiles runs in the same executable.
+
+Axes: M micro-batches of a step, N profiles each, E examples of a micro-batch, R rank. E is 1 where all examples share
+a profile.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ class Draw(NamedTuple):
     """What one step trains with. The step's loss is the weighted mean of its losses under the N profiles.
 
     Attributes:
-      profiles: [N, R] rank profiles; [M, N, R] from `draw_step`, one row per micro-batch.
+      profiles: [N, E, R] rank profiles; [M, N, E, R] from `draw_step`, one row per micro-batch.
       update_mask: [R], 1 where column i of A and row i of B may move, else 0.
       loss_weights: [N], the share of each profile's loss in the step's; they sum to 1.
     """
@@ -36,15 +39,17 @@ class Policy:
     """A rule for drawing profiles.
 
     Attributes:
-      draw: (hierarchy, key) -> Draw; traceable, and random only through `key`.
+      draw: (hierarchy, key) -> Draw; traceable, and random only through `key`. With every="example" it is
+        (hierarchy, key, examples) -> Draw, E being the examples of the whole step.
       count: (hierarchy) -> N, the number of profiles a step uses: its cost in LoRA steps.
-      every: "micro_batch" draws anew for each micro-batch of a step, "step" once for the whole step.
+      every: "micro_batch" draws anew for each micro-batch of a step, "step" once for the whole step, "example" a
+        profile for each example of the step.
       function: (hierarchy) -> [R], the profile of the trained function at full rank: what `squeeze` keeps.
       uses_weights: whether training depends on the hierarchy's weights w_r.
       summary: one line for tables and errors.
     """
 
-    draw: Callable[[RankHierarchy, jax.Array], Draw]
+    draw: Callable[..., Draw]
     summary: str
     count: Callable[[RankHierarchy], int] = lambda hierarchy: 1
     every: str = "micro_batch"
@@ -53,8 +58,9 @@ class Policy:
 
 
 def _all_columns(hierarchy: RankHierarchy, profiles: jax.Array) -> Draw:
+    """Profiles [N, R] for all examples alike, of equal weight."""
     count = len(profiles)
-    return Draw(profiles, jnp.ones_like(profiles[0]), jnp.full(count, 1.0 / count, profiles.dtype))
+    return Draw(profiles[:, None], jnp.ones_like(profiles[0]), jnp.full(count, 1.0 / count, profiles.dtype))
 
 
 def _lora(hierarchy, key):
@@ -99,6 +105,11 @@ def _sandwich(hierarchy, key):
     return _all_columns(hierarchy, jnp.stack([*ends, middle]))
 
 
+def _per_example(hierarchy, key, examples):
+    profiles = jax.vmap(hierarchy.prefix_at)(hierarchy.spread(key, examples))  # [E, R]
+    return Draw(profiles[None], jnp.ones_like(profiles[0]), jnp.ones(1, profiles.dtype))
+
+
 # Adding a policy is adding a row. Sources: LoRA arXiv 2106.09685; DyLoRA arXiv 2210.07558, whose original code draws
 # b from 1..R once per step; MatryoshkaLoRA arXiv 2605.07850; the sandwich rule of slimmable networks, arXiv 1903.05134.
 POLICIES: dict[str, Policy] = {
@@ -126,6 +137,12 @@ POLICIES: dict[str, Policy] = {
         count=lambda hierarchy: 3,
         summary="the mean of the losses at the smallest, the largest and one random prefix between them",
     ),
+    "per_example": Policy(
+        draw=_per_example,
+        every="example",
+        uses_weights=True,
+        summary="a prefix of S for each example, spread evenly over the step's examples and shuffled",
+    ),
 }
 
 
@@ -138,11 +155,13 @@ def get_policy(name: str) -> Policy:
     if name not in POLICIES:
         near = difflib.get_close_matches(str(name), POLICIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown method {name!r}{hint} Known methods: {', '.join(POLICIES)}")
+        raise ValueError(f"unknown policy {name!r}{hint} Known policies: {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
-def draw_step(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *, accumulation: int) -> Draw:
+def draw_step(
+    policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *, accumulation: int, examples: int = 1
+) -> Draw:
     """The draw of one optimizer step.
 
     Args:
@@ -151,15 +170,24 @@ def draw_step(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *,
       key: the trial's `jax.random.key` for draws; the same key and step always give the same draw.
       step: int32 scalar, may be traced.
       accumulation: M, the number of micro-batches in the step.
+      examples: B, the examples of a micro-batch; only a policy that draws for every example needs it.
 
     Returns:
-      Draw with profiles [M, N, R], update_mask [R] and loss_weights [N].
+      Draw with profiles [M, N, E, R], update_mask [R] and loss_weights [N]; E is B for a policy that draws for every
+      example, else 1.
 
     >>> hierarchy = RankHierarchy((1, 2))
     >>> draw_step(get_policy("matryoshka_exact"), hierarchy, jax.random.key(0), 0, accumulation=3).profiles.shape
-    (3, 2, 2)
+    (3, 2, 1, 2)
+    >>> draw_step(get_policy("per_example"), hierarchy, jax.random.key(0), 0, accumulation=3, examples=4).profiles.shape
+    (3, 1, 4, 2)
     """
     step_key = jax.random.fold_in(key, step)
+    if policy.every == "example":
+        draw = policy.draw(hierarchy, step_key, accumulation * examples)
+        count, _, rank = draw.profiles.shape
+        profiles = draw.profiles.reshape(count, accumulation, examples, rank).swapaxes(0, 1)
+        return draw._replace(profiles=profiles)
     if policy.every == "step":
         draw = policy.draw(hierarchy, step_key)
         return draw._replace(profiles=jnp.broadcast_to(draw.profiles, (accumulation, *draw.profiles.shape)))

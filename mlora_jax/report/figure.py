@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mlora_jax.core import POLICIES
+from mlora_jax.core import METHODS
 from mlora_jax.report.choice import Choice
 from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread
 
@@ -149,7 +149,7 @@ def _grid(title: str, count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _style(row: CurveRow) -> dict[str, Any]:
-    methods = [*POLICIES, row.method]
+    methods = [*METHODS, row.method]
     linestyle, marker = STYLES.get(row.readout, OTHER_STYLE)
     return {
         "color": PALETTE[methods.index(row.method) % len(PALETTE)],

@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 
-from mlora_jax.core import POLICIES, summarize
+from mlora_jax.core import METHODS, summarize
 from mlora_jax.report.folders import RunRecords, Trial
 
 READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
@@ -73,7 +73,7 @@ class CurveRow:
 
     Attributes:
       setting: what the rows of one table share.
-      method: a key of `POLICIES`.
+      method: a key of `METHODS`.
       readout: "prefix", "nested", "masked" or "squeeze".
       learning_rate: peak.
       seeds: the seeds that finished.
@@ -219,6 +219,6 @@ def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:
 
 
 def _order(row: CurveRow) -> tuple:
-    methods = [*POLICIES, row.method]
+    methods = [*METHODS, row.method]
     readouts = [*READOUT_ORDER, row.readout]
     return row.setting, methods.index(row.method), row.method, readouts.index(row.readout), row.learning_rate

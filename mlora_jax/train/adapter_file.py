@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.core import RankHierarchy
+from mlora_jax.core import RankHierarchy, get_policy
 from mlora_jax.core.product import path_names
 from mlora_jax.models.hugging_face import write_aside
 
@@ -118,6 +119,18 @@ def read_description(folder) -> dict[str, Any]:
     if record.get("format") != FORMAT:
         raise ValueError(f"{folder / DESCRIPTION} has format {record.get('format')!r}; this version reads {FORMAT}")
     return record
+
+
+def trained_function(description: Mapping[str, Any], hierarchy: RankHierarchy) -> jax.Array | None:
+    """The profile [R] of the function that an adapter was trained as at full rank; None if its description is silent.
+
+    Args:
+      description: JSON values of an adapter that a run wrote.
+      hierarchy: of the adapter.
+    """
+    method = (description.get("trial") or {}).get("method")
+    policy = description["phases"][-1][0] if description.get("phases") else method
+    return get_policy(policy).function(hierarchy) if policy else None
 
 
 class AdaptedModel(NamedTuple):

@@ -74,20 +74,21 @@ class TrialsStep:
 
 
 def compile_draws(
-    drawn_by: Sequence[tuple[Policy, RankHierarchy]], keys: jax.Array, *, accumulation: int
+    drawn_by: Sequence[tuple[Policy, RankHierarchy]], keys: jax.Array, *, accumulation: int, examples: int
 ) -> Callable[[Any], Draw]:
-    """The draws of K trials as one function: step -> profiles [K, M, N, R], update_mask [K, R], loss_weights [K, N].
+    """The draws of K trials as one function: step -> profiles [K, M, N, E, R], update_mask [K, R], loss_weights [K, N].
 
     Args:
-      drawn_by: policy and hierarchy of every trial; as many profiles for each.
+      drawn_by: policy and hierarchy of every trial; profiles of one shape [N, E, R] for each.
       keys: [K] `jax.random.key`s for draws.
       accumulation: M.
+      examples: B, of a micro-batch.
     """
-    return functools.partial(_jitted_draws(tuple(drawn_by), accumulation), keys)
+    return functools.partial(_jitted_draws(tuple(drawn_by), accumulation, examples), keys)
 
 
 @functools.lru_cache(maxsize=256)
-def _jitted_draws(drawn_by: tuple[tuple[Policy, RankHierarchy], ...], accumulation: int) -> Callable:
+def _jitted_draws(drawn_by: tuple[tuple[Policy, RankHierarchy], ...], accumulation: int, examples: int) -> Callable:
     """Cached, so that a batch of the same methods as another one compiles nothing."""
     members: dict[tuple, list[int]] = {}
     for number, each in enumerate(drawn_by):
@@ -98,7 +99,8 @@ def _jitted_draws(drawn_by: tuple[tuple[Policy, RankHierarchy], ...], accumulati
     @jax.jit
     def draw(keys, step):
         def one_kind(policy, hierarchy, numbers):
-            one = functools.partial(draw_step, policy, hierarchy, step=step, accumulation=accumulation)
+            sizes = dict(accumulation=accumulation, examples=examples)
+            one = functools.partial(draw_step, policy, hierarchy, step=step, **sizes)
             return jax.vmap(lambda key: one(key=key))(keys[np.array(numbers, np.uint32)])
 
         parts = [one_kind(*kind, numbers) for kind, numbers in members.items()]
@@ -117,6 +119,7 @@ class Memory:
       reported: [K], whether a trial's steps are still written down: until it has failed or stopped.
       scores: [validations, K], None for a trial that was no longer trained.
       ended: whether nothing is left to train.
+      before: how many of the validations came before the last phase of the method: they choose nothing.
     """
 
     step: int
@@ -124,6 +127,7 @@ class Memory:
     reported: list[bool]
     scores: list[list[float | None]]
     ended: bool = False
+    before: int = 0
 
     @classmethod
     def of(cls, slots: int) -> Memory:
@@ -132,7 +136,7 @@ class Memory:
 
     def best(self, slot: int) -> tuple[int, float]:
         """Which validation of a trial was its best, and its score; (-1, -inf) before the first with a finite one."""
-        scores = [(at, row[slot]) for at, row in enumerate(self.scores) if _is_score(row[slot])]
+        scores = [(at, row[slot]) for at, row in enumerate(self.scores) if at >= self.before and _is_score(row[slot])]
         return max(scores, key=lambda pair: pair[1], default=(-1, -math.inf))
 
 
@@ -141,6 +145,19 @@ class State(NamedTuple):
 
     trials: TrialState
     best: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Where a phase begins that is not the first.
+
+    Attributes:
+      step: how many steps are finished then.
+      action: trial state -> trial state.
+    """
+
+    step: int
+    action: Callable[[TrialState], TrialState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +187,7 @@ def train_trials(
     validate: Callable[[int, Any, Sequence[bool]], list[float | None]],
     save: Callable[[State, Memory], None],
     interrupted: Callable[[], int],
+    turns: Sequence[Turn] = (),
 ) -> State:
     """Trains K trials to the end, or until none of them is left to train.
 
@@ -186,6 +204,7 @@ def train_trials(
       validate: (finished steps, adapters [K, ...], which to look at) -> scores [K], higher is better.
       save: called when a checkpoint is due, and at the end.
       interrupted: asked after every step and its validation; gives the number of the signal that came, or 0.
+      turns: between the phases of the trials. A checkpoint of that step is from before the action.
 
     Raises:
       Interrupted: after a save.
@@ -198,6 +217,10 @@ def train_trials(
 
     due = lambda every: every and memory.step % every == 0  # noqa: E731
     while not memory.ended:
+        for turn in turns:
+            if memory.step == turn.step:
+                state = state._replace(trials=jax.block_until_ready(turn.action(state.trials)))
+                memory.before = len(memory.scores)
         batch = next(batches)
         trials, metrics = step(state.trials, batch, draw(memory.step))
         if pending:
@@ -212,7 +235,8 @@ def train_trials(
             memory.losses, tokens, since = [], 0, time.monotonic()
         if due(cadence.validate) or (cadence.validate and last):
             before = memory.reported
-            state = _validate(state, memory, cadence.patience, validate)
+            in_last_phase = all(memory.step > turn.step for turn in turns)
+            state = _validate(state, memory, cadence.patience if in_last_phase else 0, validate)
             stopped = [old and not new for old, new in zip(before, memory.reported, strict=True)]
             if any(stopped) and (pending or memory.losses):
                 collect()
@@ -244,7 +268,7 @@ def _validate(state: State, memory: Memory, patience: int, validate) -> State:
     if state.best is not None:
         state = state._replace(best=_keep_better(better, state.trials.adapter, state.best))
     if patience:
-        waited = [len(memory.scores) - 1 - memory.best(slot)[0] for slot in range(len(before))]
+        waited = [len(memory.scores) - 1 - max(memory.best(slot)[0], memory.before - 1) for slot in range(len(before))]
         memory.reported = [on and gone < patience for on, gone in zip(memory.reported, waited, strict=True)]
         stopped = state.trials.finite & ~jnp.asarray(memory.reported)
         state = state._replace(trials=state.trials._replace(stopped=stopped | state.trials.stopped))

@@ -42,7 +42,8 @@ def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int) -> jax.Array:
     """Sum over answer tokens of weight times negative log-likelihood, in nats.
 
-    Differentiable with respect to `adapter`; factors of an adapted `lm_head` get their gradient too.
+    Differentiable with respect to `adapter`, an adapted `lm_head` included, and to profiles; of `lm_head` to those per
+    example or token only.
 
     Args:
       graphdef: with the next three, what `mlora_jax.split` returned for an adapted `Decoder`.
@@ -61,7 +62,7 @@ def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: 
     model = nnx.merge(graphdef, base, adapter, profile)
     chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch), batch["targets"], batch["weights"])]
     graphdef, head, rest, profiles = _split_head(model, batch, chunk)
-    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), jax.lax.stop_gradient(profiles), *chunks)
+    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, *chunks)
 
 
 def answer_scores(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int, layout=None) -> tuple:
@@ -136,20 +137,20 @@ def _chunked_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> j
 
 
 def _forward(graphdef, head, rest, profiles, hidden, targets, weights):
-    gradient = jax.value_and_grad(functools.partial(_chunk_loss, graphdef), argnums=(0, 3))
+    gradient = jax.value_and_grad(functools.partial(_chunk_loss, graphdef), argnums=(0, 2, 3))
 
     def one(head_gradient: Any, xs):
-        loss, (d_head, d_hidden) = gradient(head, rest, *xs)
-        return jax.tree.map(jnp.add, head_gradient, d_head), (loss, d_hidden)
+        loss, (d_head, *d_others) = gradient(head, rest, *xs)
+        return jax.tree.map(jnp.add, head_gradient, d_head), (loss, d_others)
 
     start = jax.tree.map(jnp.zeros_like, head)
-    d_head, (losses, d_hidden) = jax.lax.scan(one, start, (profiles, hidden, targets, weights))
-    return jnp.sum(losses), (d_head, d_hidden)
+    d_head, (losses, (d_profiles, d_hidden)) = jax.lax.scan(one, start, (profiles, hidden, targets, weights))
+    return jnp.sum(losses), (d_head, d_profiles, d_hidden)
 
 
 def _backward(graphdef, residuals, g):
-    d_head, d_hidden = jax.tree.map(lambda x: (x * g).astype(x.dtype), residuals)
-    return d_head, None, None, d_hidden, None, None
+    d_head, d_profiles, d_hidden = jax.tree.map(lambda x: (x * g).astype(x.dtype), residuals)
+    return d_head, None, d_profiles, d_hidden, None, None
 
 
 _chunked_loss.defvjp(_forward, _backward)

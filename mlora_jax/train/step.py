@@ -120,7 +120,7 @@ def train_step(
       profile: profile tree; its values are replaced by the draw's.
       state: adapter, optimizer state and step.
       batch: arrays with a leading M.
-      draw: profiles [M, N, R], update_mask [R], loss_weights [N].
+      draw: profiles [M, N, E, R] with E one or B, update_mask [R], loss_weights [N].
       schedule: learning rate and lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
 
@@ -132,7 +132,9 @@ def train_step(
     count = draw.profiles.shape[1]
 
     def loss_under(adapter, micro_batch, p, weight, key):
-        values = set_dropout_key(set_profile(profile, p), key)
+        shared = p.shape[0] == 1  # [E, R]
+        values = set_profile(profile, p[0] if shared else p, per_example=not shared)
+        values = set_dropout_key(values, key)
         total = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
         return total * (weight / answers).astype(total.dtype)
 

@@ -38,15 +38,21 @@ def fixed_profiles(ranks, scaling, weights):
 
 @functools.cache
 def drawer(name, hierarchy=HIERARCHY, accumulation=2):
-    """(keys [K], steps [K]) -> Draw of profiles [K, M, N, R] and masks [K, R], compiled once."""
+    """(keys [K], steps [K]) -> Draw of profiles [K, M, N, 1, R] and masks [K, R], compiled once."""
     one = functools.partial(draw_step, POLICIES[name], hierarchy, accumulation=accumulation)
     return jax.jit(jax.vmap(one), compiler_options=FAST)
 
 
 def steps_of(name, count, **options):
     """The draws of the first `count` steps under one key."""
-    draw = drawer(name, **options)(jnp.stack([KEY] * count), jnp.arange(count))
-    return jax.tree.map(np.asarray, draw)
+    draw = jax.tree.map(np.asarray, drawer(name, **options)(jnp.stack([KEY] * count), jnp.arange(count)))
+    return draw._replace(profiles=shared(draw.profiles))
+
+
+def shared(profiles):
+    """Profiles that all examples share, [..., N, 1, R], without that axis."""
+    assert profiles.shape[-2] == 1
+    return profiles[..., 0, :]
 
 
 @functools.cache
@@ -61,7 +67,7 @@ def last_column(profiles):
 
 
 def test_the_table_has_these_rows():
-    assert POLICIES.keys() == ROWS.keys()
+    assert POLICIES.keys() == ROWS.keys() | {"per_example"}
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -71,7 +77,7 @@ def test_shapes_and_dtypes(name, accumulation):
     one = functools.partial(draw_step, policy, HIERARCHY, accumulation=accumulation)
     draw = jax.eval_shape(one, KEY, 0)
     assert policy.count(HIERARCHY) == ROWS[name][0]
-    assert draw.profiles.shape == (accumulation, ROWS[name][0], R)
+    assert draw.profiles.shape == (accumulation, ROWS[name][0], 1, R)
     assert draw.update_mask.shape == (R,)
     assert draw.loss_weights.shape == (ROWS[name][0],)
     assert draw.profiles.dtype == draw.update_mask.dtype == draw.loss_weights.dtype == jnp.float32
@@ -87,15 +93,16 @@ def test_policies_that_draw_nothing_equal_the_formula(name, scaling):
     hierarchy = RankHierarchy(S, scaling, HIERARCHY.weights)
     expected = fixed_profiles(S, scaling, HIERARCHY.weights)[name].astype(np.float32)
     draw = draw_step(get_policy(name), hierarchy, KEY, 5, accumulation=2)
-    np.testing.assert_allclose(draw.profiles, np.stack([expected] * 2), rtol=1e-7, atol=0)
+    np.testing.assert_allclose(shared(draw.profiles), np.stack([expected] * 2), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_same_key_and_step_give_the_same_draw_and_others_differ_if_it_is_random(name):
     first = many_steps(name)
     again = drawer(name)(jnp.stack([jax.random.key(11)] * 600), jnp.full(600, 17))
-    np.testing.assert_array_equal(again.profiles, np.stack([first.profiles[17]] * 600))
+    np.testing.assert_array_equal(shared(again.profiles), np.stack([first.profiles[17]] * 600))
     other = drawer(name)(jax.random.split(jax.random.key(12), 600), jnp.zeros(600, int)).profiles
+    other = shared(other)
     distinct_steps, distinct_keys = (len(np.unique(np.asarray(x), axis=0)) for x in (first.profiles, other))
     assert (distinct_steps > 1) == (distinct_keys > 1) == bool(ROWS[name][1])
 
@@ -191,11 +198,61 @@ def test_the_trained_function_is_the_diagonal_for_matryoshka_and_lora_otherwise(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("matroyshka", "unknown method 'matroyshka'; did you mean 'matryoshka'.*Known methods: lora, dylora"),
-        ("DyLoRA", "unknown method 'DyLoRA'"),
-        ("", r"unknown method ''\. Known methods:.*sandwich"),
+        ("matroyshka", "unknown policy 'matroyshka'; did you mean 'matryoshka'.*Known policies: lora, dylora"),
+        ("DyLoRA", "unknown policy 'DyLoRA'"),
+        ("", r"unknown policy ''\. Known policies:.*sandwich"),
     ],
 )
 def test_an_unknown_method_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         get_policy(name)
+
+
+def spread(hierarchy=HIERARCHY, *, accumulation=3, examples=8, key=KEY, step=5):
+    policy = get_policy("per_example")
+    draw = draw_step(policy, hierarchy, key, step, accumulation=accumulation, examples=examples)
+    assert draw.profiles.shape == (accumulation, 1, examples, hierarchy.max_rank)
+    assert np.all(draw.update_mask == 1) and draw.loss_weights.tolist() == [1.0]
+    return np.asarray(draw.profiles[:, 0])
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(("accumulation", "examples"), [(3, 8), (1, 3), (5, 4)])
+def test_the_ranks_of_a_step_are_spread_evenly_over_its_examples(scaling, accumulation, examples):
+    hierarchy, count = RankHierarchy(S, scaling), accumulation * examples
+    seen = np.zeros(len(S))
+    for step in range(60):
+        profiles = spread(hierarchy, accumulation=accumulation, examples=examples, step=step).reshape(count, R)
+        drawn = np.count_nonzero(profiles, axis=-1)
+        times = np.array([np.sum(drawn == rank) for rank in S])
+        assert times.sum() == count
+        assert set(times) <= {count // len(S), -(-count // len(S))}
+        np.testing.assert_allclose(profiles, [reference.prefix(S, rank, scaling) for rank in drawn], rtol=1e-6)
+        seen += times
+    share = seen / seen.sum()
+    assert np.all(np.abs(share - 1 / len(S)) <= 4.5 * np.sqrt(0.25 / 60) / max(1, count // len(S)))
+
+
+def test_the_ranks_of_a_step_are_shuffled_over_micro_batches_and_steps():
+    counts = [np.count_nonzero(spread(step=step), axis=-1) for step in range(40)]  # [steps, M, B]
+    assert len({tuple(step.ravel()) for step in counts}) == 40
+    # A spread of the micro-batch would give each micro-batch of 8 every one of the five ranks.
+    assert any(len(set(micro_batch)) < len(S) for step in counts for micro_batch in step)
+    first = np.stack(counts)[:, 0, 0]
+    assert set(first) == set(S)
+    np.testing.assert_array_equal(spread(step=7), spread(step=7))
+    assert np.any(spread(key=jax.random.key(99)) != spread())
+
+
+def test_weights_are_the_shares_of_the_ranks():
+    weights = (4.0, 0.0, 2.0, 1.0, 1.0)
+    drawn = np.stack([np.count_nonzero(spread(RankHierarchy(S, weights=weights), step=n), axis=-1) for n in range(50)])
+    times = np.stack([np.sum(drawn == rank, axis=(1, 2)) for rank in S], axis=1)  # [steps, ranks]
+    expected = 24 * np.array(weights) / 8
+    np.testing.assert_array_equal(times, np.broadcast_to(expected, times.shape))
+    uneven = RankHierarchy(S, weights=(1.0, 2.0, 3.0, 4.0, 1.0))
+    expected = 24 * np.array(uneven.weights) / 11
+    for step in range(50):
+        drawn = np.count_nonzero(spread(uneven, step=step), axis=-1)
+        times = np.array([np.sum(drawn == rank) for rank in S])
+        assert np.all((times >= np.floor(expected)) & (times <= np.ceil(expected)))

@@ -131,8 +131,11 @@ def _adapt(model, factors, dtype):
 
 
 def _set_profile(adapted, profile):
+    profile = np.asarray(profile)
+    if profile.ndim == 2:  # [E, R]: one for all examples, or one for each
+        profile = profile[:, None]
     for module in adapted.values():
-        module.profile = torch.tensor(np.asarray(profile), dtype=module.a.dtype)
+        module.profile = torch.tensor(profile, dtype=module.a.dtype)
 
 
 def logits(model_folder, factors, profile, tokens, dtype=torch.float32):
@@ -146,7 +149,8 @@ def logits(model_folder, factors, profile, tokens, dtype=torch.float32):
 def _accumulate(model, adapted, batch, profiles, loss_weights=None):
     """The loss of one step, its gradients added to `.grad` one micro-batch at a time.
 
-    profiles [M, N, R]; loss_weights [N], the share of each profile, or None for equal ones.
+    profiles [M, N, R] or [M, N, E, R] with E one or B; loss_weights [N], the share of each profile, or None for equal
+    ones.
     """
     count = len(profiles[0])
     shares = np.full(count, 1 / count) if loss_weights is None else np.asarray(loss_weights, np.float64)
@@ -173,7 +177,7 @@ def loss_and_gradients(model_folder, factors, batch, profiles, dtype=torch.float
 
     Args:
       batch: dict(tokens [M, B, T] int, loss_mask [M, B, T] bool, True where a token is a target).
-      profiles: [M, N, R].
+      profiles: [M, N, R] or [M, N, E, R].
 
     Returns:
       (loss, {path: (dA [D, R], dB [R, F])}).
@@ -210,7 +214,7 @@ def train(
       dtype: torch.float32 or torch.float64, of base, factors and optimizer.
       factors: {path: (A [D, R], B [R, F])}.
       batches: per step dict(tokens [M, B, T] int, loss_mask [M, B, T] bool); rows are right-padded.
-      profiles: [steps, M, N, R].
+      profiles: [steps, M, N, R] or [steps, M, N, E, R].
       learning_rates: [steps].
       clip: largest global norm, or None.
       update_masks: None or [steps, R] of 0 and 1: multiplies column i of A and row i of B in the gradients

@@ -90,7 +90,7 @@ def train_together(trials, dtype, *, dropout=0.0, rate=1e-3, stop_at=None, saved
         state = train_trials(
             lambda at, batch, draw: step(base, profile, at, batch, draw, schedule, keys.dropout),
             batches,
-            compile_draws(drawn_by, keys.draws, accumulation=2),
+            compile_draws(drawn_by, keys.draws, accumulation=2, examples=2),
             state,
             memory,
             steps=STEPS,
@@ -152,10 +152,10 @@ def test_draws_are_those_of_each_trial_alone():
     hierarchies = [HIERARCHY, HIERARCHY, RankHierarchy((2, 6), "rank"), HIERARCHY, HIERARCHY]
     keys = jnp.stack([trial_keys(seed).draws for _, seed in kinds])
     drawn_by = [(get_policy(method), hierarchy) for (method, _), hierarchy in zip(kinds, hierarchies, strict=True)]
-    draw = compile_draws(drawn_by, keys, accumulation=3)
+    draw = compile_draws(drawn_by, keys, accumulation=3, examples=2)
     for step in (0, 5):
         together = draw(step)
-        assert together.profiles.shape == (5, 3, 1, 6)
+        assert together.profiles.shape == (5, 3, 1, 1, 6)
         for number, ((policy, hierarchy), key) in enumerate(zip(drawn_by, keys, strict=True)):
             alone = draw_step(policy, hierarchy, key, step, accumulation=3)
             assert np.array_equal(together.profiles[number], alone.profiles)

@@ -86,7 +86,8 @@ def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="f
     first = oracle_factors(adapter)
     generator = np.random.default_rng(1)
     steps = [make_rows(generator, 4) for _ in range(STEPS)]
-    draws = [draw_step(policy, hierarchy, jax.random.key(8), step, accumulation=accumulation) for step in range(STEPS)]
+    sizes = dict(accumulation=accumulation, examples=4 // accumulation)
+    draws = [draw_step(policy, hierarchy, jax.random.key(8), step, **sizes) for step in range(STEPS)]
     options = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0, "clip": 1.0, **options}
     optimizer = make_optimizer(**options)
     step = compile_step(graphdef, optimizer, chunk=5)

@@ -1,0 +1,78 @@
+"""Methods: policies in turn, where each begins, and what the scales are."""
+
+import pytest
+
+from mlora_jax.core import METHODS, POLICIES, Method, Phase, RankHierarchy, get_method
+
+HIERARCHY = RankHierarchy((1, 2, 6), "sqrt", (1.0, 2.0, 3.0))
+RENEST = METHODS["renest"]
+
+
+def test_every_policy_is_a_method_of_one_phase_with_its_scales():
+    assert METHODS.keys() == POLICIES.keys() | {"renest", "renest_sandwich"}
+    for name, policy in POLICIES.items():
+        method = METHODS[name]
+        assert method.policies == (policy,)
+        assert method.starts(1) == (0,)
+        assert method.hierarchy(HIERARCHY) == method.hierarchy(HIERARCHY, 0) == HIERARCHY
+        assert method.cost(HIERARCHY) == policy.count(HIERARCHY)
+        assert method.uses_weights == policy.uses_weights
+        assert (method.function(HIERARCHY) == policy.function(HIERARCHY)).all()
+
+
+def test_renest_is_lora_and_then_a_prefix_for_each_example_at_the_cost_of_lora():
+    assert [(phase.policy, phase.fraction) for phase in RENEST.phases] == [("lora", 0.7), ("per_example", 0.3)]
+    assert RENEST.cost(HIERARCHY) == pytest.approx(1.0)
+    assert RENEST.uses_weights
+    sandwich = METHODS["renest_sandwich"]
+    assert [(phase.policy, phase.fraction) for phase in sandwich.phases] == [("lora", 0.5), ("sandwich", 0.5)]
+    assert sandwich.cost(HIERARCHY) == pytest.approx(2.0)
+    assert not sandwich.uses_weights
+
+
+def test_the_scale_is_in_the_factors_after_the_first_phase():
+    assert RENEST.hierarchy(HIERARCHY, 0) == HIERARCHY
+    assert RENEST.hierarchy(HIERARCHY, 1) == RENEST.hierarchy(HIERARCHY)
+    assert RENEST.hierarchy(HIERARCHY) == RankHierarchy((1, 2, 6), "none", (1.0, 2.0, 3.0))
+    assert RENEST.function(RENEST.hierarchy(HIERARCHY)).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize(("steps", "starts"), [(10, (0, 7)), (463, (0, 324)), (2, (0, 1))])
+def test_where_phases_begin(steps, starts):
+    assert RENEST.starts(steps) == starts
+
+
+def test_three_phases():
+    method = Method(phases=(Phase("lora", 0.5), Phase("lora", 0.25), Phase("sandwich", 0.25)), summary="")
+    assert method.starts(100) == (0, 50, 75)
+    assert method.cost(HIERARCHY) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("phases", "carry", "message"),
+    [
+        ((), "reset", "at least one phase"),
+        ((Phase("lora", 0.7),), "reset", r"sum to 1, got \[0.7\]"),
+        ((Phase("lora", 1.0), Phase("lora", 0.0)), "reset", "above 0"),
+        ((Phase("lroa", 1.0),), "reset", "unknown policy 'lroa'; did you mean 'lora'"),
+        ((Phase("lora", 1.0),), "turn", "unknown carry 'turn'; known: reset, rotate"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(phases, carry, message):
+    with pytest.raises(ValueError, match=message):
+        Method(phases=phases, summary="", carry=carry)
+
+
+def test_too_few_steps_are_refused():
+    with pytest.raises(ValueError, match=r"1 steps are too few for phases that begin at \[0, 1\]"):
+        RENEST.starts(1)
+
+
+def test_methods_are_found_by_name_among_the_further_ones_too():
+    mine = Method(phases=(Phase("lora", 1.0),), summary="")
+    assert get_method("renest") is RENEST
+    assert get_method("mine", {"mine": mine}) is mine
+    with pytest.raises(ValueError, match=r"unknown method 'mino'; did you mean 'mine'\? Known methods: lora, .*, mine"):
+        get_method("mino", {"mine": mine})
+    with pytest.raises(ValueError, match="unknown method 'matroyshka'; did you mean 'matryoshka'"):
+        get_method("matroyshka")
