@@ -1,0 +1,29 @@
+"""A cell of the study: the quickstart's task on the base that the package ships.
+
+    python -m experiments.study --workdir DIR --cells quickstart
+
+What is compared: `mlora_jax.study.rivals`. Results: docs/study.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The cell's values; the rest is in `mlora_jax.config.DEFAULTS`."""
+    return ConfigDict(
+        {
+            "model": {"path": "quickstart"},
+            "data": {"task": "quickstart", "max_length": 16, "pad_multiple": 16},
+            "adapter": {"targets": ("v_proj", "o_proj")},
+            "methods": {
+                "renest_50": (("lora", 0.5), ("per_example", 0.5)),
+                "renest_30": (("lora", 0.3), ("per_example", 0.7)),
+                "renest_rotated": (("lora", 0.7), ("per_example", 0.3), "rotate"),
+            },
+            "train": {"epochs": 2, "batch_size": 32, "trials_at_once": 1},
+            "validation": {"holdout": 0.1, "limit": 256},
+            "checkpoint": {"every": 0},
+            "evaluation": {"batch_size": 128},
+            "study": {"groups": ("leading", "separate", "variants", "further", "matryoshka"), "rank": 16},
+        }
+    )

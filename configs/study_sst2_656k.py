@@ -1,0 +1,29 @@
+"""A cell of the study: SST-2 review sentiment on tinystories-656k.
+
+    python -m experiments.study --workdir DIR --cells sst2_656k --models MODELS --data DATA
+
+MODELS holds the model's folder and DATA that of the raw data, by the names below.
+
+What is compared: `mlora_jax.study.rivals`. Results: docs/study.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The cell's values; the rest is in `mlora_jax.config.DEFAULTS`."""
+    return ConfigDict(
+        {
+            "model": {"path": "tinystories-656k"},
+            "data": {"task": "sst2", "raw_dir": "sst2", "pad_multiple": 16, "limit": 5120},
+            "methods": {
+                "renest_50": (("lora", 0.5), ("per_example", 0.5)),
+                "renest_30": (("lora", 0.3), ("per_example", 0.7)),
+                "renest_rotated": (("lora", 0.7), ("per_example", 0.3), "rotate"),
+            },
+            "train": {"epochs": 2, "batch_size": 32, "trials_at_once": 1},
+            "validation": {"holdout": 0.1, "limit": 256},
+            "checkpoint": {"every": 0},
+            "study": {"groups": ("leading", "separate", "variants"), "rank": 32},
+        }
+    )

@@ -1,0 +1,107 @@
+"""A cell of the study: which trials to train next, until the best learning rate of every rival has its seeds."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlora_jax.config import Trial
+from mlora_jax.core import aurac
+from mlora_jax.run import train
+from mlora_jax.run_folder import read_curves
+from mlora_jax.study.rivals import Rival, rivals_of
+
+# trial -> read-out -> split -> one record per rank; {} of a trial that failed.
+Curves = Mapping[str, Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]]
+
+
+def score(curves: Curves, rival: Rival, trial: Trial) -> float | None:
+    """What a learning rate is chosen by, on the validation rows: AURAC over log2 rank, or accuracy at the only rank.
+
+    None if it is not measured yet, -inf if the trial failed.
+    """
+    if trial.name not in curves:
+        return None
+    if not curves[trial.name]:
+        return -math.inf
+    records = curves[trial.name].get((rival.readout, "validation"))
+    if records is None:
+        return None
+    if rival.rank is not None:
+        return records[-1]["accuracy"]
+    ranks, accuracies = zip(*((record["at_rank"], record["accuracy"]) for record in records), strict=True)
+    return aurac(accuracies, ranks)
+
+
+def wanted(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) -> list[Trial]:
+    """The trials that a rival needs next: none if it is done.
+
+    Learning rates are screened with one seed until the best is not at the edge of those tried; then the others seeds
+    follow at the best.
+
+    Args:
+      curves: on record so far.
+      rival: one of the study.
+      rank: R of the study.
+      options: `config.study`.
+    """
+    ladder, seed = options["rates"], options["seeds"][0]
+    tried = {rate: score(curves, rival, rival.trial(rank, rate, seed)) for rate in ladder}
+    missing = [rate for rate in options["start"] if tried[rate] is None]
+    if missing:
+        return [rival.trial(rank, rate, seed) for rate in missing]
+    best = best_rate(tried)
+    at = ladder.index(best)
+    missing = [rate for rate in ladder[max(at - 1, 0) : at + 2] if tried[rate] is None]
+    if missing:
+        return [rival.trial(rank, rate, seed) for rate in missing]
+    trials = [rival.trial(rank, best, seed) for seed in options["seeds"][1:]]
+    return [trial for trial in trials if score(curves, rival, trial) is None]
+
+
+def best_rate(tried: Mapping[float, float | None]) -> float:
+    """The learning rate of the best score; of equal ones the smallest."""
+    return max((rate for rate in tried if tried[rate] is not None), key=lambda rate: (tried[rate], -rate))
+
+
+def run_cell(config: ConfigDict, workdir, *, groups: Sequence[str]) -> None:
+    """Trains a cell to its end; what an earlier call has finished is kept.
+
+    Args:
+      config: of the experiment, whose `study` says what is compared; its trials are replaced.
+      workdir: of the cell.
+      groups: those of `config.study.groups` to train.
+
+    Raises:
+      Interrupted: a signal came; all is saved, and another call goes on.
+    """
+    rivals = rivals_of(groups, rank := config.study.rank)
+    readouts: dict[str, list[str]] = {}
+    for rival in rivals:
+        known = readouts.setdefault(rival.method, [])
+        known += [rival.readout] if rival.readout not in known else []
+    values = config.to_dict()
+    values["evaluation"]["readouts"] |= {method: tuple(known) for method, known in readouts.items()}
+    while True:
+        curves = read_curves(workdir)
+        trials = list(dict.fromkeys(trial for rival in rivals for trial in wanted(curves, rival, rank, config.study)))
+        if not trials:
+            return
+        values["trials"]["list"] = tuple(as_entry(trial) for trial in trials)
+        train(values, pathlib.Path(workdir))
+
+
+def as_entry(trial: Trial) -> dict[str, Any]:
+    """A trial as an entry of `config.trials.list`."""
+    return {
+        "method": (trial.method,),
+        "learning_rate": (trial.learning_rate,),
+        "seed": (trial.seed,),
+        "scaling": (trial.scaling,),
+        "rank": (trial.rank,),
+        "weights": (trial.weights,),
+    }
