@@ -99,7 +99,7 @@ ARCHITECTURES = {
         class_name="SmolLM3ForCausalLM",
         defaults={
             "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "bos_token_id": 128000,
-            "eos_token_id": 128001, "tie_word_embeddings": True, "no_rope_layer_interval": 4,
+            "eos_token_id": 128001, "pad_token_id": 128004, "tie_word_embeddings": True, "no_rope_layer_interval": 4,
         },
         keys=_BIASES,
         slides=_without_rotation,
@@ -110,7 +110,7 @@ ARCHITECTURES = {
         class_name="SeedOssForCausalLM",
         defaults={
             "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288, "bos_token_id": 0,
-            "eos_token_id": 2, "attention_bias": True, "attention_out_bias": False,
+            "eos_token_id": 2, "pad_token_id": 1, "attention_bias": True, "attention_out_bias": False,
         },
         keys=_BIASES | {"attention_output_bias": "attention_out_bias"},
     ),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from mlora_jax.models.architectures import ARCHITECTURES, layer_values, rotary_layers, sliding_layers
+from mlora_jax.models.json_file import read_json_object
 
+CONFIG_FILE = "config.json"
 MODEL_TYPES = tuple(ARCHITECTURES)
 ACTIVATIONS = ("silu", "swish")  # Two names of one function.
 ROPE_TYPES = ("default", "llama3")
@@ -100,6 +104,7 @@ class DecoderConfig:
         rotary_layers: per layer, whether queries and keys are rotated; None: in every layer.
         bos_token_id: token that begins a text, or None.
         eos_token_ids: tokens that end a text, possibly none.
+        pad_token_id: token that fills rows, or None; kept for other programs.
         initializer_range: standard deviation of freshly made weights.
         model_type: the name by which transformers knows the model, a key of `ARCHITECTURES`.
 
@@ -130,6 +135,7 @@ class DecoderConfig:
     rotary_layers: tuple[bool, ...] | None = None
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
     initializer_range: float = 0.02
     model_type: str = "llama"
 
@@ -154,8 +160,9 @@ class DecoderConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for value in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
-            _check_integer("a token id (bos_token_id, eos_token_id)", value, least=None)
+        for value in (*self.eos_token_ids, self.bos_token_id, self.pad_token_id):
+            if value is not None:
+                _check_integer("a token id (bos_token_id, eos_token_id, pad_token_id)", value, least=None)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -226,6 +233,7 @@ class DecoderConfig:
             rope_scaling=scaling,
             bos_token_id=values.get("bos_token_id"),
             eos_token_ids=eos,
+            pad_token_id=values.get("pad_token_id"),
             sliding_window=window,
             sliding_layers=slides,
             rotary_layers=rotary_layers(model_type, values, layers),
@@ -259,6 +267,8 @@ class DecoderConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
         }
+        if self.pad_token_id is not None or "pad_token_id" in row.defaults:
+            values["pad_token_id"] = self.pad_token_id
         back = DecoderConfig.from_hugging_face(values)
         if back != self:
             lost = [field.name for field in dataclasses.fields(self)
@@ -268,6 +278,29 @@ class DecoderConfig:
                 f"{', '.join(f'{name}={getattr(self, name)!r}' for name in lost)}"
             )
         return values
+
+
+def read_config(folder: str | os.PathLike) -> DecoderConfig:
+    """Reads the `config.json` of a Hugging Face folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FileNotFoundError: there is no `config.json`.
+        ValueError: it is not a JSON object, or describes an unsupported model.
+    """
+    file = pathlib.Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a Hugging Face model folder")
+    values = read_json_object(file)
+    try:
+        return DecoderConfig.from_hugging_face(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
