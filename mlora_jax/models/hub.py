@@ -38,7 +38,7 @@ def checkpoint_folder(path: str | os.PathLike, *, weights: bool = True) -> pathl
         ValueError: the model on the hub is not one that the decoder supports; its weights are not downloaded.
     """
     folder = pathlib.Path(path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and path != "":  # which pathlib takes for "."
         return folder
     if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
         raise FileNotFoundError(
@@ -58,7 +58,7 @@ def _fetch(repository: str, files: tuple[str, ...], *, needed: tuple[str, ...]) 
     """The cached snapshot of a repository with those of `files` that it has."""
     # Here, because a model in a folder of its own needs none of it: it imports for half a second.
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
@@ -76,7 +76,7 @@ def _fetch(repository: str, files: tuple[str, ...], *, needed: tuple[str, ...]) 
         partial = getattr(error, "snapshot_path", None)  # since huggingface_hub 2
         if partial is None:
             raise FileNotFoundError(
-                f"{repository!r} is no folder, and the hub's cache {huggingface_hub.constants.HF_HUB_CACHE} has "
+                f"{repository!r} is no folder, and the hub's cache {constants.HF_HUB_CACHE} has "
                 f"nothing of it ({_cause(error)}): it lacks {_listed(needed)}. {_way_out(repository)}"
             ) from None
         folder = pathlib.Path(partial)
