@@ -175,19 +175,18 @@ def _assemble(folder, config: DecoderConfig, stored: dict[str, StoredTensor], na
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         tensors = [stored[name] for name, _ in sources[path]]
-        read = functools.partial(_read, path, tensors, leaf.shape, dtype_of(path))
+        read = functools.partial(_read, path, tensors, dtype_of(path))
         placement = None if sharding is None else sharding(_dotted(path))
         filled.append((path, leaf.replace(_placed(_dotted(path), leaf.shape, placement, read))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _read(path: tuple[str, ...], tensors, shape: tuple[int, ...], dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """The part of one array of the decoder that `index` cuts out of it."""
-    index = [slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)]
-    array = _aligned([part.stop - part.start for part in index], dtype)
-    places, inner = [array], index
+def _read(path: tuple[str, ...], tensors, dtype, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The part of one array of the decoder between `bounds`, a beginning and an end for each axis."""
+    array = _aligned([end - start for start, end in bounds], dtype)
+    places, inner = [array], [slice(*pair) for pair in bounds]
     if path[0] == "layers":
-        places, tensors, inner = array, tensors[index[0]], index[1:]
+        places, tensors, inner = array, tensors[inner[0]], inner[1:]
     for place, tensor in zip(places, tensors, strict=True):
         if WEIGHT_MAP[_dotted(path)][1]:
             tensor.read(place.T, tuple(inner[::-1]))
@@ -205,20 +204,24 @@ def _aligned(shape: list[int], dtype) -> np.ndarray:
 
 
 def _placed(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None, read) -> jax.Array:
-    """An array on its devices; `read(index)` makes a part, once for all devices that get the same."""
+    """An array on its devices; `read(bounds)` makes a part, once for all devices that get the same."""
     if sharding is None:
-        return jax.device_put(read((slice(None),) * len(shape)))
+        return jax.device_put(read(tuple((0, size) for size in shape)))
     try:
         indices = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    wanted = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        for device, index in indices.items()
+    }
     arrays = {}
-    for index in dict.fromkeys(indices.values()):
-        part = read(index)
-        arrays |= {device: jax.device_put(part, device) for device in indices if indices[device] == index}
+    for bounds in dict.fromkeys(wanted.values()):
+        part = read(bounds)
+        arrays |= {device: jax.device_put(part, device) for device in wanted if wanted[device] == bounds}
         # Else the host would hold this part until its transfer ends, and meanwhile the next.
         jax.block_until_ready(list(arrays.values()))
-    return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[device] for device in indices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[device] for device in wanted])
 
 
 def _tensors(path: tuple[str, ...], shape: tuple[int, ...], names: dict[str, str]):
