@@ -24,6 +24,7 @@ SHARDS = 6
 LOAD = """
 import json, re, sys, threading, time
 import jax, jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from mlora_jax.models import load_decoder
 
@@ -46,7 +47,7 @@ def sharding(path):
 folder, placement, dtype = sys.argv[1:]
 jnp.zeros(3).block_until_ready()
 done, before, peaks = threading.Event(), own(), []
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 start = time.time()
 model = load_decoder(folder, dtype=dtype or None, sharding=sharding if placement == "mesh" else None)
@@ -54,7 +55,7 @@ seconds = time.time() - start
 done.set()
 thread.join()
 arrays = jax.tree.leaves(nnx.state(model))
-total = float(jnp.sum(model.layers.mlp.down_proj.kernel[...][-1, :3].astype(jnp.float32)))
+total = float(np.asarray(model.layers.mlp.down_proj.kernel[...])[-1, :3].astype(np.float32).sum())
 print(json.dumps({"peak": max(peaks) - before, "samples": len(peaks), "parameters": sum(x.nbytes for x in arrays),
                   "largest": max(x.nbytes for x in arrays), "seconds": seconds, "sum": total}))
 """
@@ -102,7 +103,7 @@ def test_loading_holds_little_beyond_the_model(checkpoint, placement, dtype):
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["samples"] > 50
-    assert found["parameters"] == sum(sizes) * (2 if dtype else 1) - pytest.approx(0, abs=1e5)
+    assert abs(found["parameters"] - sum(sizes) * (2 if dtype else 1)) < 1e5  # headers
     np.testing.assert_allclose(found["sum"], last, rtol=1e-3)
     beyond = found["peak"] - found["parameters"]
     print(f"{placement} {dtype}: {beyond / 1e6:.0f} MB beyond {found['parameters'] / 1e6:.0f} MB in "
