@@ -65,7 +65,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send(403 if code == "GatedRepo" else 404, b"{}", with_body, {"X-Error-Code": code})
         if rest == "revision/main":
             return self.send_json({"id": "owner/tiny", "sha": COMMIT, "private": False}, with_body)
-        if rest == f"tree/{COMMIT}":
+        if rest in (f"tree/{COMMIT}", "tree/main"):
             tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
             return self.send_json(tree, with_body)
         name = rest.removeprefix(f"resolve/{COMMIT}/")
