@@ -49,6 +49,7 @@ setup(
         "ml-collections>=1.1.0",
         "absl-py>=2.1",
         "safetensors>=0.5",
+        "huggingface_hub>=1.31",
         "tokenizers>=0.21",
         "jinja2>=3.1.6",
         "rich>=13",

@@ -18,7 +18,7 @@ from experiments.adapter_flags import READOUT, TRIAL
 flags.adopt_module_key_flags(adapter_flags)
 RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
-MODEL = flags.DEFINE_string("model", None, "Folder of the base model, where it is not where the adapter says.")
+MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the base model, if not where the adapter says.")
 RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
@@ -134,9 +134,10 @@ def _load_base(folder: pathlib.Path, description: Mapping):
     path = MODEL.value or description.get("base_model")
     if not path:
         raise ValueError(f"the adapter in {folder} does not name its base model: give --model FOLDER")
-    base = model_folder(path)
-    if not base.is_dir():
-        raise FileNotFoundError(f"there is no base model {path}: give its folder by --model")
+    try:
+        base = model_folder(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no base model {path}: give its folder by --model ({error})") from None
     config = pathlib.Path(RUN.value or folder) / "config.json"
     dtype = json.loads(config.read_text(encoding="utf-8"))["model"]["dtype"] if RUN.value and config.is_file() else ""
     return load_decoder(base, dtype=dtype or None), Tokenizer.load(base)

@@ -49,7 +49,7 @@ CHANGEABLE = (
 # The type of a default is the type of the key. An empty string or tuple stands for "not set".
 DEFAULTS: dict[str, Any] = {
     "model": {
-        "path": "quickstart",  # a Hugging Face folder, or "quickstart" for the base that the package ships
+        "path": "quickstart",  # a Hugging Face folder or hub id, or "quickstart" for the base that the package ships
         "dtype": "float32",  # of the frozen base and of compute; "" keeps the dtype on disk
     },
     "data": {

@@ -25,7 +25,7 @@ from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
-from mlora_jax.models import Decoder, Tokenizer, load_decoder
+from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder
 from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
@@ -361,12 +361,18 @@ def load_model(config: ConfigDict) -> tuple[Decoder, Tokenizer]:
 
 
 def model_folder(path: str) -> pathlib.Path:
-    """The folder of a model: the path itself, or the base that the package ships for "quickstart"."""
+    """The folder of a model, of one on the hub after its download; for "quickstart" the base that the package ships.
+
+    Raises:
+      FileNotFoundError, ValueError: as `mlora_jax.models.checkpoint_folder`; no path.
+    """
     if path == "quickstart":
         return pathlib.Path(str(importlib.resources.files("mlora_jax") / "assets" / "quickstart"))
     if not path:
-        raise ValueError("config.model.path is not set: give a Hugging Face folder by --config.model.path=FOLDER")
-    return pathlib.Path(path).expanduser()
+        raise ValueError(
+            "config.model.path is not set: give a Hugging Face folder or a hub id by --config.model.path=FOLDER"
+        )
+    return checkpoint_folder(path)
 
 
 def check_context(config: ConfigDict, model: Decoder, *, generates: bool) -> None:

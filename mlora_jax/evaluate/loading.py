@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mlora_jax.adapt import adapt, split
 from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.evaluate.curve import read_out
-from mlora_jax.models import Decoder, Tokenizer, load_decoder
+from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
 from mlora_jax.train.adapter_file import trained_function
 
@@ -55,7 +55,7 @@ def load_adapted(**options: Any) -> Loaded:
     """A model from files.
 
     Args:
-      checkpoint: Hugging Face folder of the base.
+      checkpoint: Hugging Face folder or hub id of the base.
       adapter: folder that `save_adapter` wrote; empty: the base alone.
       rank: of the read-out, 0..R; 0 is the base, None the largest of S.
       readout: "prefix", "nested", "masked" or "squeeze".
@@ -89,7 +89,7 @@ def _load(
     pad_multiple: int = PAD_MULTIPLE,
     seed: int = 0,
 ) -> Loaded:
-    folder = pathlib.Path(checkpoint).expanduser()
+    folder = checkpoint_folder(checkpoint)
     model, tokenizer = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None), Tokenizer.load(folder)
     context = model.config.max_position_embeddings
     if max_length is not None and not 1 < max_length <= context:

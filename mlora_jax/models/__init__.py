@@ -8,8 +8,9 @@ _HOMES = {
     "DecoderConfig": "config",
     "RopeScaling": "config",
     "Tokenizer": "tokenizer",
+    "checkpoint_folder": "hub",
     "load_decoder": "hugging_face",
-    "read_config": "hugging_face",
+    "read_config": "config",
     "save_decoder": "hugging_face",
 }
 __all__ = sorted(_HOMES)

@@ -1,13 +1,19 @@
-"""Shape and constants of a Llama-family decoder, and what of a Hugging Face `config.json` is supported."""
+"""Shape and constants of a Llama-family decoder, from and to a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-MODEL_TYPES = ("llama",)
+from mlora_jax.models.architectures import ARCHITECTURES, layer_values, rotary_layers, sliding_layers
+from mlora_jax.models.json_file import read_json_object
+
+CONFIG_FILE = "config.json"
+MODEL_TYPES = tuple(ARCHITECTURES)
 ACTIVATIONS = ("silu", "swish")  # Two names of one function.
 ROPE_TYPES = ("default", "llama3")
 SOURCE_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -31,11 +37,9 @@ _OPTIONAL = {
     "rms_norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
     "max_position_embeddings": "max_position_embeddings",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
     "initializer_range": "initializer_range",
 }
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")
 _SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 
 
@@ -91,15 +95,23 @@ class DecoderConfig:
         rms_norm_eps: added to the mean square.
         tie_word_embeddings: whether the output head is the embedding itself.
         max_position_embeddings: context length in tokens.
-        attention_bias: whether q, k, v and o projections have a bias.
+        attention_bias: whether q, k and v projections have a bias.
+        attention_output_bias: whether the o projection has one; None: as those.
         mlp_bias: whether gate, up and down projections have a bias.
+        qk_norm: whether queries and keys are normalised, each head on its own, before they are rotated.
+        sliding_window: a query sees so many latest positions, its own included; None: all up to its own.
+        sliding_layers: per layer, whether that window holds there; None: in every layer, if there is one.
+        rotary_layers: per layer, whether queries and keys are rotated; None: in every layer.
         bos_token_id: token that begins a text, or None.
         eos_token_ids: tokens that end a text, possibly none.
+        pad_token_id: token that fills rows, or None; kept for other programs.
         initializer_range: standard deviation of freshly made weights.
+        model_type: the name by which transformers knows the model, a key of `ARCHITECTURES`.
 
     Raises:
         ValueError: a size that is not a positive integer, heads that do not divide, an odd head_dim, a constant that is
-            no number of its range, a switch that is not true or false, a token that is not an id.
+            no number of its range, a switch that is not true or false, a token that is not an id, not one value for
+            each layer, an unknown model type.
     """
 
     vocab_size: int
@@ -115,14 +127,23 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    rotary_layers: tuple[bool, ...] | None = None
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
     initializer_range: float = 0.02
+    model_type: str = "llama"
 
     def __post_init__(self):
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        _reject("model_type", self.model_type, MODEL_TYPES)
+        for name, stand_in in (("num_kv_heads", self.num_heads), ("attention_output_bias", self.attention_bias)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, stand_in)
         for name in _SIZES:
             value = getattr(self, name)
             if name != "head_dim" or value is not None:
@@ -139,19 +160,40 @@ class DecoderConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for value in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
-            _check_integer("a token id (bos_token_id, eos_token_id)", value, least=None)
+        for value in (*self.eos_token_ids, self.bos_token_id, self.pad_token_id):
+            if value is not None:
+                _check_integer("a token id (bos_token_id, eos_token_id, pad_token_id)", value, least=None)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Brings what is said per layer to one form: None where it would say nothing."""
+        if self.sliding_window is None:
+            if self.sliding_layers is not None:
+                raise ValueError(f"sliding_layers {self.sliding_layers!r} without a sliding_window")
+        else:
+            _check_integer("sliding_window", self.sliding_window, least=1)
+            if self.sliding_layers is None:
+                object.__setattr__(self, "sliding_layers", (True,) * self.num_layers)
+        for name in ("sliding_layers", "rotary_layers"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(value) != self.num_layers or not all(isinstance(each, bool) for each in value):
+                raise ValueError(f"{name} must be true or false for each of {self.num_layers} layers, not {value!r}")
+        if self.rotary_layers is not None and all(self.rotary_layers):
+            object.__setattr__(self, "rotary_layers", None)
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> DecoderConfig:
         """Reads the content of a Hugging Face `config.json`.
 
         Both forms of the rotary settings are understood: `rope_theta` with `rope_scaling`, and the
-        `rope_parameters` that transformers 5 writes. A key that is absent has the default of `LlamaConfig`.
+        `rope_parameters` that transformers 5 writes. A key that is absent has the default that transformers gives it
+        for the model type.
 
         Args:
             values: the parsed JSON object.
@@ -163,7 +205,10 @@ class DecoderConfig:
             ValueError: a model type, activation, rotary type or quantisation that is not supported, or a
                 value that is missing, impossible or of another type.
         """
-        _reject("model_type", values.get("model_type"), MODEL_TYPES)
+        model_type = values.get("model_type")
+        _reject("model_type", model_type, MODEL_TYPES)
+        row = ARCHITECTURES[model_type]
+        values = {**row.defaults, **values}
         _reject("hidden_act", values.get("hidden_act", "silu"), ACTIVATIONS)
         if values.get("quantization_config") is not None:
             raise ValueError(
@@ -174,15 +219,25 @@ class DecoderConfig:
         if missing:
             raise ValueError(f"config.json lacks {_listed(missing)}: without it the shape of the model is unknown")
         fields = {field: values[key] for field, key in _REQUIRED.items()}
-        fields |= {field: values[key] for field, key in _OPTIONAL.items() if values.get(key) is not None}
+        optional = {**_OPTIONAL, **row.keys}
+        fields |= {field: values[key] for field, key in optional.items() if values.get(key) is not None}
+        fields |= row.fixed
+        layers = fields["num_layers"]
+        _check_integer("num_layers", layers, least=1)
+        window, slides = sliding_layers(model_type, values, layers)
         theta, scaling = _rope(values)
-        eos = values.get("eos_token_id", 2)
+        eos = values.get("eos_token_id")
         eos = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
         return cls(
             rope_theta=theta,
             rope_scaling=scaling,
-            bos_token_id=values.get("bos_token_id", 1),
+            bos_token_id=values.get("bos_token_id"),
             eos_token_ids=eos,
+            pad_token_id=values.get("pad_token_id"),
+            sliding_window=window,
+            sliding_layers=slides,
+            rotary_layers=rotary_layers(model_type, values, layers),
+            model_type=model_type,
             **fields,
         )
 
@@ -191,19 +246,61 @@ class DecoderConfig:
 
         Returns:
             A JSON-able dict; `DecoderConfig.from_hugging_face` gives this configuration back.
+
+        Raises:
+            ValueError: the model type has no key for something that this configuration says.
         """
-        values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        values |= {key: getattr(self, field) for field, key in (_REQUIRED | _OPTIONAL).items()}
-        eos = self.eos_token_ids
-        scaling = (
-            None if self.rope_scaling is None else {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
-        )
-        return values | {
+        row, eos = ARCHITECTURES[self.model_type], self.eos_token_ids
+        keys = {**_REQUIRED, **_OPTIONAL, **row.keys}
+        scaling = None
+        if self.rope_scaling is not None:
+            scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        layered = (self.sliding_window, self.sliding_layers, self.rotary_layers, self.num_layers)
+        values = {
+            "architectures": [row.class_name],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            **{key: getattr(self, field) for field, key in keys.items()},
+            **layer_values(self.model_type, *layered),
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
         }
+        if self.pad_token_id is not None or "pad_token_id" in row.defaults:
+            values["pad_token_id"] = self.pad_token_id
+        back = DecoderConfig.from_hugging_face(values)
+        if back != self:
+            lost = [field.name for field in dataclasses.fields(self)
+                    if getattr(self, field.name) != getattr(back, field.name)]  # fmt: skip
+            raise ValueError(
+                f"model_type {self.model_type!r} has no place in its config.json for "
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in lost)}"
+            )
+        return values
+
+
+def read_config(folder: str | os.PathLike) -> DecoderConfig:
+    """Reads the `config.json` of a Hugging Face folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FileNotFoundError: there is no `config.json`.
+        ValueError: it is not a JSON object, or describes an unsupported model.
+    """
+    file = pathlib.Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a Hugging Face model folder")
+    values = read_json_object(file)
+    try:
+        return DecoderConfig.from_hugging_face(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -212,6 +309,9 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         if values.get(key) and not isinstance(values[key], Mapping):
             raise ValueError(f"{key} must be an object, not {values[key]!r}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(f"rotary settings per kind of layer ({_listed(nested)}) are not supported")
     theta = _check_number("rope_theta", rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     _reject("rope_type", kind, ROPE_TYPES)

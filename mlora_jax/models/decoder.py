@@ -87,6 +87,26 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
+def within_window(mask: jax.Array | None, window, positions: jax.Array, keys: jax.Array) -> jax.Array:
+    """What a query sees of `mask` in a sliding window: keys at its own position and at the `window - 1` before it.
+
+    Args:
+        mask: boolean [B, 1, T, S], or None for all.
+        window: positive integer, or int32 scalar.
+        positions: int32 [B, T] of the queries.
+        keys: int32 [B, S] or [1, S], positions of the keys; never negative.
+
+    Returns:
+        boolean [B, 1, T, S].
+
+    Source: Beltagy et al. (arXiv 2004.05150); `sliding_window_overlay` of transformers' `masking_utils.py`.
+    """
+    # A query beyond the last key (of a row that is done, in decoding) counts from there: it must see something.
+    first = jnp.minimum(positions, keys.max(axis=1, keepdims=True)) - window + 1
+    near = keys[:, None, None, :] >= first[:, None, :, None]
+    return near if mask is None else near & mask
+
+
 def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
@@ -115,23 +135,27 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions.
+    """Grouped-query self-attention with rotary positions, queries and keys normalised before if the config says so.
 
     Args:
         config: shape of the model.
         dtype: of weights and compute.
         rngs: keys for fresh weights.
 
-    Source: Ainslie et al. (arXiv 2305.13245) for the grouping.
+    Source: Ainslie et al. (arXiv 2305.13245) for the grouping; `modeling_qwen3.py` of transformers for the norms.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
         heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        made = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.q_proj = _linear(config, config.hidden_size, heads, **made)
-        self.k_proj = _linear(config, config.hidden_size, groups, **made)
-        self.v_proj = _linear(config, config.hidden_size, groups, **made)
-        self.o_proj = _linear(config, heads, config.hidden_size, **made)
+        made = dict(dtype=dtype, rngs=rngs)
+        self.q_proj = _linear(config, config.hidden_size, heads, bias=config.attention_bias, **made)
+        self.k_proj = _linear(config, config.hidden_size, groups, bias=config.attention_bias, **made)
+        self.v_proj = _linear(config, config.hidden_size, groups, bias=config.attention_bias, **made)
+        self.o_proj = _linear(config, heads, config.hidden_size, bias=config.attention_output_bias, **made)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.qk_norm = config.qk_norm
         self.head_dim = config.head_dim
 
     def __call__(self, x, rotation, mask, positions, cache, index):
@@ -141,6 +165,8 @@ class Attention(nnx.Module):
             projection(x).astype(x.dtype).reshape(batch, length, -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, T, H, Hd], [B, T, KV, Hd] twice
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is not None:
             # Written into the carried buffer in place: as an output of the scan it would be copied every step.
@@ -268,6 +294,7 @@ class Decoder(nnx.Module):
             tokens: int32 [B, T], right-padded if rows differ in length. An id outside 0..V-1 gives NaN.
             positions: int32 [B, T]; None: 0..T-1, or from 0 in every segment. With a cache also the slot that
                 each token is written to (beyond the cache: not written), and a query sees slots up to its own.
+                Sliding windows are counted in positions.
             segment_ids: integers [B, T]; tokens of different segments do not see each other.
             shared: int32 [B]; with segment ids, so many first tokens of a row are seen by all that follow, whatever
                 their segment. So a row holds a context once and every continuation of it; `positions` must say where
@@ -284,6 +311,7 @@ class Decoder(nnx.Module):
             raise ValueError("shared needs segment_ids and positions: which tokens are a continuation, and where")
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids and cache exclude each other: decode packed texts as rows of their own")
+        counted = positions is None or cache is not None  # so that no two positions are as far apart as there are keys
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             if segment_ids is not None:
@@ -295,6 +323,11 @@ class Decoder(nnx.Module):
                 mask |= jnp.arange(tokens.shape[1]) < shared[:, None, None, None]
         if cache is not None:
             mask = jnp.arange(cache.k.shape[2]) <= positions[:, None, :, None]  # [B, 1, T, S]
+        keys = positions if cache is None else jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
+        windows = self._windows(keys.shape[1] if counted else None)
+        if isinstance(windows, int):
+            mask, windows = within_window(mask, windows, positions, keys), None
+        rotary = None if self.config.rotary_layers is None else jnp.asarray(self.config.rotary_layers)
         frequencies = jnp.asarray(rope_frequencies(self.config), self.wide_dtype)
         angles = positions[..., None, None].astype(self.wide_dtype) * frequencies  # [B, T, 1, Hd / 2]
         rotation = jnp.cos(angles), jnp.sin(angles)
@@ -302,19 +335,30 @@ class Decoder(nnx.Module):
 
         def step(carry, inputs):
             x, cache = carry
-            index, mutable, frozen = inputs
+            index, window, rotates, mutable, frozen = inputs
             layer = nnx.merge(graphdef, mutable, frozen)
-            x, cache = layer(x, rotation, mask, positions, cache, index)
+            seen = mask if window is None else within_window(mask, window, positions, keys)
+            turn = rotation
+            if rotates is not None:
+                turn = jnp.where(rotates, rotation[0], 1.0), jnp.where(rotates, rotation[1], 0.0)
+            x, cache = layer(x, turn, seen, positions, cache, index)
             return (x, cache), nnx.state(layer, _MUTABLE)
 
         if self.remat:
             step = jax.checkpoint(step, prevent_cse=False)  # The scan itself keeps the two passes apart.
-        inputs = jnp.arange(self.config.num_layers), mutable, frozen
+        inputs = jnp.arange(self.config.num_layers), windows, rotary, mutable, frozen
         (x, cache), mutable = jax.lax.scan(step, (self.embed_tokens(tokens), cache), inputs)
         if jax.tree.leaves(mutable):
             nnx.update(self.layers, mutable)
         x = self.norm(x)
         return x if cache is None else (x, cache)
+
+    def _windows(self, keys: int | None):
+        """The window of all layers as an int, one for each as int32 [L], or None if it hides none of so many keys."""
+        window, slides = self.config.sliding_window, self.config.sliding_layers
+        if window is None or not any(slides) or (keys is not None and keys <= window):
+            return None
+        return window if all(slides) else jnp.asarray(np.where(slides, window, np.iinfo(np.int32).max), jnp.int32)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, through the embedding if it is tied, else through `lm_head`.

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
 import re
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mlora_jax.models.config import SOURCE_DTYPES, DecoderConfig
+from mlora_jax.models.config import CONFIG_FILE, SOURCE_DTYPES, DecoderConfig, read_config
 from mlora_jax.models.decoder import Decoder
-from mlora_jax.models.json_file import read_json_object
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from mlora_jax.models.hub import checkpoint_folder
+from mlora_jax.models.weight_files import INDEX_FILE, STORED_DTYPES, WEIGHTS_FILE, StoredTensor, open_weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -38,6 +35,8 @@ WEIGHT_MAP = {
     "layers.self_attn.k_proj.bias": ("model.layers.{layer}.self_attn.k_proj.bias", False),
     "layers.self_attn.v_proj.kernel": ("model.layers.{layer}.self_attn.v_proj.weight", True),
     "layers.self_attn.v_proj.bias": ("model.layers.{layer}.self_attn.v_proj.bias", False),
+    "layers.self_attn.q_norm.weight": ("model.layers.{layer}.self_attn.q_norm.weight", False),
+    "layers.self_attn.k_norm.weight": ("model.layers.{layer}.self_attn.k_norm.weight", False),
     "layers.self_attn.o_proj.kernel": ("model.layers.{layer}.self_attn.o_proj.weight", True),
     "layers.self_attn.o_proj.bias": ("model.layers.{layer}.self_attn.o_proj.bias", False),
     "layers.post_attention_layernorm.weight": ("model.layers.{layer}.post_attention_layernorm.weight", False),
@@ -54,77 +53,45 @@ WEIGHT_MAP = {
 # Tensors that old exporters wrote and that hold nothing a config does not say.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
-# The dtype codes of safetensors that a weight may have.
-STORED_DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-                 "BF16": jnp.dtype(jnp.bfloat16)}  # fmt: skip
-
+_ALIGNMENT = 64  # bytes; what XLA asks of memory that is not its own
 _COMPLAINTS = 12  # Named in one message; a checkpoint of another model differs in hundreds.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """One tensor of a checkpoint: which open file holds it, and what that file's header says of it."""
+def load_decoder(
+    path: str | os.PathLike, *, dtype=None, sharding: Callable[[str], jax.sharding.Sharding] | None = None
+) -> Decoder:
+    """Loads a Llama-family decoder from a Hugging Face folder or from the hub.
 
-    file: Any
-    shape: tuple[int, ...]
-    code: str
-
-
-def load_decoder(path: str | os.PathLike, *, dtype=None) -> Decoder:
-    """Loads a Llama-family decoder from a Hugging Face folder.
-
-    One stacked array is filled at a time, tensor by tensor, so the host holds the model once.
+    One array of the decoder is filled at a time, block by block from the files, and goes to its devices before the
+    next: beyond the model itself the host holds the part of one array that one device gets.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` or its shards and index.
+        path: a folder with `config.json` and `model.safetensors` or its shards and index; or, as a string that is no
+            folder, a hub id "OWNER/NAME", which huggingface_hub downloads to its cache or finds there.
         dtype: of weights and compute (float32, bfloat16, float16 or float64); None: every weight as it is
             stored, compute in the dtype of the embedding.
+        sharding: dotted path of an array (`layers.mlp.up_proj.kernel` [L, D, F], a key of `WEIGHT_MAP`) -> the sharding
+            in which it is made; a process reads only what its own devices get. None: whole, on the default device.
 
     Returns:
-        The decoder on the default device.
+        The decoder.
 
     Raises:
-        FileNotFoundError: no such folder, or no config or safetensors in it.
+        FileNotFoundError: no such folder, or no config or safetensors in it; a hub id that the hub does not have, or
+            that the cache does not have and the hub cannot be asked for.
         ValueError: an unsupported architecture; a missing, misshapen, non-float or unknown tensor; a damaged
-            file; a dtype that jax would silently narrow.
+            file; a dtype that jax would silently narrow; a sharding that does not divide an array.
 
     Example:
         >>> model = load_decoder("/data/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
+        >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path: replicated)  # doctest: +SKIP
     """
-    folder = pathlib.Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} is not a folder: download the model first, for example with "
-            f"`hf download OWNER/NAME --local-dir FOLDER`, and give FOLDER"
-        )
+    folder = checkpoint_folder(path)
     config = read_config(folder)
     with contextlib.ExitStack() as open_files:
-        stored = _headers(folder, open_files)
+        stored = open_weights(folder, open_files)
         names = _source_names(config, stored)
-        return _assemble(folder, config, stored, names, None if dtype is None else _checked(dtype))
-
-
-def read_config(folder: str | os.PathLike) -> DecoderConfig:
-    """Reads the `config.json` of a Hugging Face folder.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        FileNotFoundError: there is no `config.json`.
-        ValueError: it is not a JSON object, or describes an unsupported model.
-    """
-    file = pathlib.Path(folder) / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a Hugging Face model folder")
-    values = read_json_object(file)
-    try:
-        return DecoderConfig.from_hugging_face(values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        return _assemble(folder, config, stored, names, None if dtype is None else _checked(dtype), sharding)
 
 
 def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
@@ -175,54 +142,13 @@ def write_aside(target: pathlib.Path):
         aside.unlink(missing_ok=True)
 
 
-def _headers(folder: pathlib.Path, open_files: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Opens every weight file and reads what it holds, no data yet."""
-    stored = {}
-    for file in _weight_files(folder):
-        try:
-            tensors = open_files.enter_context(safe_open(file, framework="np"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file ({error}): download it again") from None
-        for name in tensors.keys():
-            header = tensors.get_slice(name)
-            stored[name] = _Stored(tensors, tuple(header.get_shape()), header.get_dtype())
-    return stored
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The one file if there is one, else the shards that the index names."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        found = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        other = f" but {found}, which are pickles and are never opened" if found else ""
-        raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}{other}: get the safetensors files, or convert with "
-            f"transformers' `model.save_pretrained(folder)`"
-        )
-    shards = read_json_object(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index} has no weight_map: download it again")
-    wrong = next(((name, file) for name, file in shards.items() if not isinstance(file, str)), None)
-    if wrong:
-        raise ValueError(f"{index}: the shard of {wrong[0]} must be a file's name, not {wrong[1]!r}: download it again")
-    for name in sorted(set(shards.values())):
-        if pathlib.PurePath(name).name != name:
-            raise ValueError(f"{index}: shard {name!r} lies outside the folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks the shard {name!r} that {INDEX_FILE} names: download it")
-    return [folder / name for name in sorted(set(shards.values()))]
-
-
-def _source_names(config: DecoderConfig, stored: dict[str, _Stored]) -> dict[str, str]:
+def _source_names(config: DecoderConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:
     """Expected tensor -> stored tensor, where they differ: a tied pair may be stored under either name."""
     if not config.tie_word_embeddings or HEAD not in stored:
         return {}
     if EMBEDDING not in stored:
         return {EMBEDDING: HEAD}
-    pair = [stored[name].file.get_tensor(name) for name in (EMBEDDING, HEAD)]
-    if not np.array_equal(*pair):
+    if not stored[EMBEDDING].equals(stored[HEAD]):
         raise ValueError(
             f"config.json says tie_word_embeddings, but {EMBEDDING} and {HEAD} are both stored and differ: set "
             f"tie_word_embeddings to false"
@@ -230,8 +156,8 @@ def _source_names(config: DecoderConfig, stored: dict[str, _Stored]) -> dict[str
     return {}
 
 
-def _assemble(folder, config: DecoderConfig, stored: dict[str, _Stored], names: dict[str, str], dtype) -> Decoder:
-    """Fills the decoder's arrays one after the other."""
+def _assemble(folder, config: DecoderConfig, stored: dict[str, StoredTensor], names, dtype, sharding) -> Decoder:
+    """Makes the decoder's arrays one after the other."""
 
     def abstract(dtype):
         return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
@@ -248,14 +174,54 @@ def _assemble(folder, config: DecoderConfig, stored: dict[str, _Stored], names: 
     graphdef, state = abstract(dtype_of(("embed_tokens", "embedding")))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
-        array = np.empty(leaf.shape, dtype_of(path))
-        places = array if path[0] == "layers" else [array]
-        transposed = WEIGHT_MAP[_dotted(path)][1]
-        for place, (name, _) in zip(places, sources[path], strict=True):
-            tensor = stored[name].file.get_tensor(name)
-            place[...] = tensor.T if transposed else tensor
-        filled.append((path, leaf.replace(jnp.asarray(array))))
+        tensors = [stored[name] for name, _ in sources[path]]
+        read = functools.partial(_read, path, tensors, dtype_of(path))
+        placement = None if sharding is None else sharding(_dotted(path))
+        filled.append((path, leaf.replace(_placed(_dotted(path), leaf.shape, placement, read))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _read(path: tuple[str, ...], tensors, dtype, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The part of one array of the decoder between `bounds`, a beginning and an end for each axis."""
+    array = _aligned([end - start for start, end in bounds], dtype)
+    places, inner = [array], [slice(*pair) for pair in bounds]
+    if path[0] == "layers":
+        places, tensors, inner = array, tensors[inner[0]], inner[1:]
+    for place, tensor in zip(places, tensors, strict=True):
+        if WEIGHT_MAP[_dotted(path)][1]:
+            tensor.read(place.T, tuple(inner[::-1]))
+        else:
+            tensor.read(place, tuple(inner))
+    return array
+
+
+def _aligned(shape: list[int], dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; where NumPy puts an array it would be copied."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _placed(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None, read) -> jax.Array:
+    """An array on its devices; `read(bounds)` makes a part, once for all devices that get the same."""
+    if sharding is None:
+        return jax.device_put(read(tuple((0, size) for size in shape)))
+    try:
+        indices = sharding.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    wanted = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        for device, index in indices.items()
+    }
+    arrays = {}
+    for bounds in dict.fromkeys(wanted.values()):
+        part = read(bounds)
+        arrays |= {device: jax.device_put(part, device) for device in wanted if wanted[device] == bounds}
+        # Else the host would hold this part until its transfer ends, and meanwhile the next.
+        jax.block_until_ready(list(arrays.values()))
+    return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[device] for device in wanted])
 
 
 def _tensors(path: tuple[str, ...], shape: tuple[int, ...], names: dict[str, str]):
@@ -267,7 +233,7 @@ def _tensors(path: tuple[str, ...], shape: tuple[int, ...], names: dict[str, str
     return [(names.get(name, name), shape[::-1] if transposed else shape) for name in expected]
 
 
-def _check(folder, config: DecoderConfig, stored: dict[str, _Stored], expected: list[tuple[str, tuple]]) -> None:
+def _check(folder, config: DecoderConfig, stored: dict[str, StoredTensor], expected: list[tuple[str, tuple]]) -> None:
     """Compares what the files hold with what the config asks for, before any data is read."""
     complaints = []
     for name, shape in expected:

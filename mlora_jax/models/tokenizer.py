@@ -16,6 +16,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import tokenizers
 
+from mlora_jax.models.hub import checkpoint_folder
 from mlora_jax.models.json_file import read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -72,24 +73,24 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
-        """Reads the tokenizer of a Hugging Face folder.
+        """Reads the tokenizer of a Hugging Face folder, or of a model on the hub.
 
         Besides `tokenizer.json`, which must be there, it heeds `tokenizer_config.json`,
         `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`.
 
         Args:
-            path: the folder.
+            path: the folder, or a hub id as for `load_decoder`.
 
         Returns:
             The tokenizer. It begins texts with BOS if `add_bos_token` says so, or, where nothing is said,
             if the post-processor in `tokenizer.json` does.
 
         Raises:
-            FileNotFoundError: there is no `tokenizer.json`.
+            FileNotFoundError: there is no such folder or model, or no `tokenizer.json` in it.
             ValueError: a file that cannot be read, a special token that is not in the vocabulary, or no token
                 that ends a text.
         """
-        folder = pathlib.Path(path)
+        folder = checkpoint_folder(path, weights=False)
         file = folder / TOKENIZER_FILE
         if not file.is_file():
             raise FileNotFoundError(

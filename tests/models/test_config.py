@@ -98,7 +98,10 @@ def test_any_number_of_end_tokens(eos, expected):
         ({"rms_norm_eps": float("nan")}, r"rms_norm_eps must be a positive number or 0, not nan"),
         ({"initializer_range": [0.1]}, r"initializer_range must be a positive number or 0, not \[0.1\]"),
         ({"tie_word_embeddings": "false"}, r"tie_word_embeddings must be true or false, not 'false'"),
-        ({"eos_token_id": "</s>"}, r"a token id \(bos_token_id, eos_token_id\) must be an integer, not '</s>'"),
+        (
+            {"eos_token_id": "</s>"},
+            r"a token id \(bos_token_id, .*pad_token_id\) must be an integer, not '</s>'",
+        ),
         ({"head_dim": 63}, r"head_dim must be even.*63"),
         ({"head_dim": None, "num_attention_heads": 24}, r"hidden_size 2048 is not a multiple of num_heads 24"),
     ],

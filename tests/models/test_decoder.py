@@ -1,5 +1,6 @@
 """The decoder against a float64 NumPy rendering, and the same function under cache, packing and transforms."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,13 @@ TIED = DecoderConfig(
     vocab_size=37, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=4,
     tie_word_embeddings=True, initializer_range=0.3,
 )  # fmt: skip
+
+# Everything in which layers may differ, normalised queries and keys, and a bias on some projections only.
+MIXED = dataclasses.replace(
+    CONFIG, sliding_window=5, sliding_layers=(True, False, True), rotary_layers=(True, False, True), qk_norm=True,
+    attention_output_bias=False,
+)  # fmt: skip
+SLIDING = dataclasses.replace(TIED, sliding_window=4)
 
 SHAPE = (2, 20)  # One shape wherever it does not matter: one compilation.
 
@@ -55,7 +63,7 @@ def named(model):
     return {".".join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [CONFIG, TIED, MIXED], ids=["untied", "tied", "mixed"])
 def test_float64_equals_the_formulas(config):
     tokens = tokens_of(config, SHAPE)
     with jax.enable_x64(True):
@@ -115,10 +123,14 @@ def test_graphs_of_equal_models_are_equal():
     assert hash(nnx.graphdef(make(CONFIG, seed=0))) == hash(nnx.graphdef(make(CONFIG, seed=1)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_greedy_decoding_with_a_cache_equals_the_full_forward(dtype):
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(CONFIG, jnp.float32), (CONFIG, jnp.float64), (MIXED, jnp.float32), (SLIDING, jnp.float32)],
+    ids=["float32", "float64", "mixed", "sliding"],
+)
+def test_greedy_decoding_with_a_cache_equals_the_full_forward(config, dtype):
     with jax.enable_x64(dtype == jnp.float64):
-        model = make(CONFIG, dtype)
+        model = make(config, dtype)
         graphdef, state = nnx.split(model)
         full = jax.jit(lambda tokens: nnx.merge(graphdef, state)(tokens))
 
@@ -129,9 +141,10 @@ def test_greedy_decoding_with_a_cache_equals_the_full_forward(dtype):
             return model.head(hidden), cache
 
         lengths, new, tolerance = np.array([3, 9, 1, 6]), 8, 1e-11 if dtype == jnp.float64 else 1e-4
-        prompt = tokens_of(CONFIG, (4, 9))  # What lies beyond a row's length is junk.
+        prompt = tokens_of(config, (4, 9))  # What lies beyond a row's length is junk.
         cache = model.init_cache(4, 9 + new)
-        assert cache.k.shape == cache.v.shape == (3, 4, 17, 2, 8)
+        heads = (config.num_kv_heads, config.head_dim)
+        assert cache.k.shape == cache.v.shape == (config.num_layers, 4, 17, *heads)
         assert cache.k.dtype == cache.v.dtype == dtype
         logits, cache = cached(jnp.asarray(prompt), jnp.broadcast_to(jnp.arange(9), (4, 9)), cache)
         rows = [list(row[:length]) for row, length in zip(prompt, lengths, strict=True)]
@@ -177,11 +190,15 @@ def test_right_padding_changes_nothing_before_it():
     assert np.abs(first[:, 7:] - second[:, 7:]).max() > 0.1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_packed_segments_equal_rows_of_their_own(dtype):
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(CONFIG, jnp.float32), (CONFIG, jnp.float64), (MIXED, jnp.float32)],
+    ids=["float32", "float64", "mixed"],
+)
+def test_packed_segments_equal_rows_of_their_own(config, dtype):
     lengths = (7, 1, 12)
     with jax.enable_x64(dtype == jnp.float64):
-        model = make(CONFIG, dtype)
+        model = make(config, dtype)
         tokens = tokens_of(CONFIG, SHAPE)
         segments = np.broadcast_to(np.repeat([4, 2, 3], lengths), SHAPE)  # Any labels do.
         packed = logits_of(model, tokens, segment_ids=jnp.asarray(segments))
@@ -215,9 +232,10 @@ def test_positions_reach_the_rotary_embedding():
     assert np.abs(stretched - plain).max() > 0.05
 
 
-def test_continuations_share_a_context():
+@pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["full", "mixed"])
+def test_continuations_share_a_context(config):
     """A row of a context and two continuations of it against one row for each."""
-    model, (tokens, _) = make(CONFIG), tokens_of(CONFIG, SHAPE)
+    model, (tokens, _) = make(config), tokens_of(config, SHAPE)
     segments = np.array([0] * 8 + [1] * 5 + [2] * 4 + [9] * 3)
     positions = np.where(segments == 2, np.arange(20) - 5, np.arange(20))
     options = {"segment_ids": segments, "positions": positions, "shared": np.array(8)}
@@ -228,6 +246,31 @@ def test_continuations_share_a_context():
         count = (segments == segment).sum()
         np.testing.assert_allclose(found[segments == segment], expected[8 : 8 + count], atol=1e-4)
     np.testing.assert_allclose(found[:8], expected[:8], atol=1e-4)
+
+
+def test_no_array_holds_the_masks_of_all_layers():
+    """A window is a number in the scan; one that hides nothing costs nothing, one of all layers is outside the scan."""
+
+    def masks(config, scanned):
+        jaxpr = jax.make_jaxpr(make(config).hidden)(jnp.zeros(SHAPE, jnp.int32)).jaxpr
+        (scan,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+        equations = scan.params["jaxpr"].jaxpr.eqns if scanned else jaxpr.eqns
+        shapes = [variable.aval.shape for variable in (*scan.invars, *scan.outvars)]
+        assert (config.num_layers,) in shapes and not any(shape[-2:] == (20, 20) for shape in shapes if len(shape) > 4)
+        return sum(equation.primitive.name == "ge" for equation in equations)
+
+    assert [masks(MIXED, scanned) for scanned in (True, False)] == [1, 0]
+    assert [masks(SLIDING, scanned) for scanned in (True, False)] == [0, 1]
+    wide = dataclasses.replace(MIXED, sliding_window=20)
+    assert [masks(wide, scanned) for scanned in (True, False)] == [0, 0]
+
+
+def test_a_row_that_is_done_still_sees_something():
+    """Decoding goes on with positions beyond the cache in rows that have ended."""
+    model = make(SLIDING)
+    cache = model.init_cache(1, 8)
+    hidden, _ = model.hidden(jnp.ones((1, 1), jnp.int32), positions=jnp.array([[30]]), cache=cache)
+    assert np.isfinite(hidden).all()
 
 
 def test_a_shared_context_needs_segments_and_positions():

@@ -298,8 +298,11 @@ def test_without_a_template_the_way_out_is_named(shared):
 
 
 def test_bad_folders(llama_3_like, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere has no tokenizer\.json.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere' is neither a folder nor a hub id"):
         Tokenizer.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty has no tokenizer\.json.*save_pretrained"):
+        Tokenizer.load(tmp_path / "empty")
     values = json.loads((llama_3_like / "tokenizer_config.json").read_text())
     write(llama_3_like, "tokenizer_config.json", values | {"eos_token": "</end>"})
     with pytest.raises(ValueError, match=r"eos_token '</end>' is not in the vocabulary of tokenizer\.json"):

@@ -1,4 +1,4 @@
-"""The Llama decoder as its papers write it, in NumPy: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+"""The Llama decoder as its papers write it, in NumPy: RMSNorm, rotary positions, grouped queries, windows, SwiGLU."""
 
 import numpy as np
 
@@ -50,13 +50,19 @@ def logits(weights, config, tokens):
             y = norm(x, weights["layers.input_layernorm.weight"][layer])
             q, k, v = (linear(y, f"layers.self_attn.{name}_proj", layer).reshape(time, -1, hd) for name in "qkv")
             mixed = np.zeros((time, config.num_heads, hd))
-            keys = np.array([[turn(k[s, group], s) for group in range(config.num_kv_heads)] for s in range(time)])
+            if config.qk_norm:
+                q = norm(q, weights["layers.self_attn.q_norm.weight"][layer])
+                k = norm(k, weights["layers.self_attn.k_norm.weight"][layer])
+            turned = turn if config.rotary_layers is None or config.rotary_layers[layer] else lambda x, position: x
+            slides = config.sliding_window is not None and config.sliding_layers[layer]
+            keys = np.array([[turned(k[s, group], s) for group in range(config.num_kv_heads)] for s in range(time)])
             for head in range(config.num_heads):
                 group = head // (config.num_heads // config.num_kv_heads)
                 for t in range(time):
-                    scores = keys[: t + 1, group] @ turn(q[t, head], t) / np.sqrt(hd)
+                    first = max(0, t + 1 - config.sliding_window) if slides else 0
+                    scores = keys[first : t + 1, group] @ turned(q[t, head], t) / np.sqrt(hd)
                     shares = np.exp(scores - np.max(scores))
-                    mixed[t, head] = (shares / shares.sum()) @ v[: t + 1, group]
+                    mixed[t, head] = (shares / shares.sum()) @ v[first : t + 1, group]
             x = x + linear(mixed.reshape(time, -1), "layers.self_attn.o_proj", layer)
             y = norm(x, weights["layers.post_attention_layernorm.weight"][layer])
             gate = linear(y, "layers.mlp.gate_proj", layer)
