@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
-DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "models", "report", "train")
+DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "interop", "models", "report", "train")
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -175,7 +175,7 @@ print("alone")
 
 
 def test_the_public_names_resolve():
-    assert mlora_jax.__all__ == sorted(set(mlora_jax.__all__)) and len(mlora_jax.__all__) <= 16
+    assert mlora_jax.__all__ == sorted(set(mlora_jax.__all__)) and len(mlora_jax.__all__) <= 18
     for name in mlora_jax.__all__:
         assert callable(getattr(mlora_jax, name)), name
         assert name in dir(mlora_jax)
@@ -183,7 +183,7 @@ def test_the_public_names_resolve():
         _ = mlora_jax.adopt
 
 
-@pytest.mark.parametrize("part", ["core", "data", "evaluate", "models", "report"])
+@pytest.mark.parametrize("part", ["core", "data", "evaluate", "interop", "models", "report"])
 def test_the_names_of_every_part_resolve(part):
     module = importlib.import_module(f"mlora_jax.{part}")
     for name in getattr(module, "__all__", ()):

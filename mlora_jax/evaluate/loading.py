@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.core import RankHierarchy, get_policy, readout_profile
+from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
+from mlora_jax.train.adapter_file import trained_function
 
 BATCH_SIZE, PAD_MULTIPLE = 32, 32
 
@@ -118,8 +119,7 @@ def _load(
 def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: str):
     """((graphdef, base, adapter, profile), p [R], hierarchy) of an adapter's folder."""
     graphdef, base, adapter, profile, hierarchy, description = read_adapted(folder, model)
-    method = (description.get("trial") or {}).get("method")
-    function = get_policy(method).function(hierarchy) if method else None
+    function = trained_function(description, hierarchy)
     adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, function)
     p = readout_profile(hierarchy, name, hierarchy.ranks[-1] if rank is None else rank)
     return (graphdef, base, adapter, profile), p, hierarchy

@@ -178,7 +178,7 @@ def write_aside(target: pathlib.Path):
 def _headers(folder: pathlib.Path, open_files: contextlib.ExitStack) -> dict[str, _Stored]:
     """Opens every weight file and reads what it holds, no data yet."""
     stored = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             tensors = open_files.enter_context(safe_open(file, framework="np"))
         except SafetensorError as error:
@@ -189,7 +189,7 @@ def _headers(folder: pathlib.Path, open_files: contextlib.ExitStack) -> dict[str
     return stored
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The one file if there is one, else the shards that the index names."""
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.core import RankHierarchy
+from mlora_jax.core import RankHierarchy, get_policy
 from mlora_jax.core.product import path_names
 from mlora_jax.models.hugging_face import write_aside
 
@@ -77,11 +78,7 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
       ValueError: a damaged file; a tensor missing, unknown or of another shape than in the template.
     """
     folder, record = pathlib.Path(folder), read_description(folder)
-    try:
-        with safe_open(folder / TENSORS, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    tensors = _read_tensors(folder)
     expected = dict(_named_leaves(template))
     unknown = sorted(set(tensors) - set(expected))
     for name, leaf in expected.items():
@@ -96,8 +93,39 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     adapter = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.numpy.asarray(tensors[".".join(path_names(path))], leaf.dtype), template
     )
-    hierarchy = RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
-    return adapter, hierarchy, record
+    return adapter, _hierarchy(record), record
+
+
+def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarchy, dict[str, Any]]:
+    """Reads what `save_adapter` wrote without the model that it belongs to.
+
+    Args:
+      folder: of the adapter.
+
+    Returns:
+      (adapter as {path: {"a": [..., D, R], "b": [..., R, F]}}, hierarchy, description).
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: a damaged file; a tensor missing, unknown, or of another rank than the description's.
+    """
+    folder, record = pathlib.Path(folder), read_description(folder)
+    adapter: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in _read_tensors(folder).items():
+        path, _, role = name.rpartition(".")
+        adapter.setdefault(path, {})[role] = tensor
+    for path, pair in adapter.items():
+        ranks = pair["a"].shape[-1:] + pair["b"].shape[-2:-1] if set(pair) == {"a", "b"} else ()
+        if ranks != (record["rank"],) * 2 or pair["a"].shape[:-2] != pair["b"].shape[:-2]:
+            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in pair.items())
+            raise ValueError(f"{folder / TENSORS} holds no factors of rank {record['rank']} for {path}, but {shapes}")
+    return adapter, _hierarchy(record), record
+
+
+def trained_function(description: Mapping[str, Any], hierarchy: RankHierarchy) -> jax.Array | None:
+    """The profile [R] of the function that an adapter was trained as, which "squeeze" keeps; None if not on record."""
+    method = (description.get("trial") or {}).get("method")
+    return get_policy(method).function(hierarchy) if method else None
 
 
 def read_description(folder) -> dict[str, Any]:
@@ -158,6 +186,18 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
     graphdef, base, template, profile = split(adapted)
     adapter, hierarchy, description = load_adapter(folder, template)
     return AdaptedModel(graphdef, base, adapter, profile, hierarchy, description)
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(folder / TENSORS, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+
+
+def _hierarchy(record: Mapping[str, Any]) -> RankHierarchy:
+    return RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
 
 
 def _named_leaves(tree):
