@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 
 MODEL = flags.DEFINE_string("model", None, "Folder of the base model, where it is not where the adapter says.")
+OUTPUT = flags.DEFINE_string("output", None, "What to write: JSONL file of answers, or folder of an export.")
 RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.")
 
 

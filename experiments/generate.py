@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from experiments import adapter_flags, deploy_flags
 from experiments.adapter_flags import READOUT, TRIAL
-from experiments.deploy_flags import RANK, base_folder, chosen_ranks, find_adapter
+from experiments.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
 
 flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(deploy_flags)
@@ -28,7 +28,6 @@ TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the likeliest tokens of thi
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Answers made at once at most.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers, in place of the screen.")
 
 PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
 
