@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
         "init": "fan_rank",  # fan_rank (the paper's) | fan_in (PEFT's)
         "dropout": 0.0,
         "ranks": (),  # S; () is the powers of two up to the trial's rank, and that rank
+        "start_from": "",  # folder of a PEFT adapter whose function training begins with; "" begins with the base
     },
     "trials": {  # the run trains the product of these
         "method": ("matryoshka",),

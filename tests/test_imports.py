@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "interop": BELOW_EVALUATE | {"evaluate"},
     "lm_eval": BELOW_EVALUATE | {"evaluate"},
     "report": {"core", "config", "train.records"},
-    "experiment": BELOW_EVALUATE | {"evaluate"},
+    "experiment": BELOW_EVALUATE | {"evaluate", "interop"},
     "run_folder": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
     "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
