@@ -23,10 +23,11 @@ from mlora_jax.models.hugging_face import write_aside
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name: PEFT's wrapper, and its tuner
 
-# Program -> the ranks that it can be configured for. vLLM: `MaxLoRARanks` in vllm/config/lora.py; it is
-# Literal[1, 8, ...] in the documentation of 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora), while older versions
-# take 8 and more only, so 1 is not relied on here. `PEFTHelper` in vllm/lora/peft_helper.py reads one r and one
-# lora_alpha for all modules and drops rank_pattern (only unreleased versions look at it).
+# Program -> the ranks that it can be configured for. vLLM: `MaxLoRARanks` in vllm/config/lora.py, which is
+# Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] in the documentation of 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/
+# lora). In older versions the list begins at 8, so 1 is not relied on here. Nor is rank_pattern: `PEFTHelper` in
+# vllm/lora/peft_helper.py has long kept one r and one lora_alpha for all modules and dropped the patterns; only its
+# latest form reads them.
 RANKS_FOR: dict[str, tuple[int, ...]] = {"vllm": (8, 16, 32, 64, 128, 256, 320, 512)}
 
 

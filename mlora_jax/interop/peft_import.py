@@ -82,11 +82,11 @@ def import_peft(
       ValueError: something that is not understood, such as DoRA, biases or modules saved whole; modules that the model
         does not have; a tensor that is missing, not expected, misshapen or no float; a damaged file.
     """
-    layers = _linear_layers(model)
-    found = _read_layers(pathlib.Path(path), layers, model)
+    layers, folder = _linear_layers(model), pathlib.Path(path).expanduser()
+    found = _read_layers(folder, layers, model)
     largest = max(1, max(each.rank for each in found.values()))
     r = largest if rank is None else check_rank(rank, f"the rank for {path}", low=largest)
-    hierarchy, record = RankHierarchy(powers_of_two(r), max_rank=r), read_record(pathlib.Path(path))
+    hierarchy, record = RankHierarchy(powers_of_two(r), max_rank=r), read_record(folder)
     if record and record.get("readout") == "prefix" and record.get("rank") == r:
         hierarchy = record["hierarchy"].truncate(r)
     paths = sorted({layers[name].path for name in found})
@@ -114,7 +114,7 @@ def start_from_peft(path: str | os.PathLike, model: nnx.Module, function: jax.Ar
         zero where the file has columns.
     """
     layers = _linear_layers(model)
-    found = _read_layers(pathlib.Path(path), layers, model)
+    found = _read_layers(pathlib.Path(path).expanduser(), layers, model)
     adapter = split(model)[2]
     adapted = by_path(adapter)
     missing = sorted({layers[name].path for name in found} - set(adapted))

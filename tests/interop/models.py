@@ -70,6 +70,16 @@ def logits_as_is(model):
     return np.asarray(_logits(*split(model)))
 
 
+def decoder_logits(folder):
+    """Logits of the decoder in a folder, by our own reader."""
+    return np.asarray(_plain_logits(*nnx.split(load_decoder(folder))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _plain_logits(graphdef, state):
+    return nnx.merge(graphdef, state)(jnp.asarray(TOKENS))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef, base, adapter, profile):
     return nnx.merge(graphdef, base, adapter, profile)(jnp.asarray(TOKENS))

@@ -18,7 +18,16 @@ from mlora_jax.interop import export_adapter, export_merged
 from mlora_jax.models import load_decoder
 from mlora_jax.train.adapter_file import load_adapted
 from tests.data.conftest import write_tokenizer
-from tests.interop.models import RANK, TOKENS, logits_as_is, our_logits, pairs, random_adapter, save_base
+from tests.interop.models import (
+    RANK,
+    TOKENS,
+    decoder_logits,
+    logits_as_is,
+    our_logits,
+    pairs,
+    random_adapter,
+    save_base,
+)
 from tests.oracles.numpy_reference import profile_matryoshka, readouts
 from tests.oracles.peft_logits import plain, with_deltas
 
@@ -88,7 +97,7 @@ def test_transformers_computes_what_the_adapted_model_computes(base, adapted, tm
             deltas = {name.removesuffix(".weight"): delta.T for name, delta in added(adapter, p).items()}
             np.testing.assert_allclose(logits, with_deltas(base, deltas, TOKENS), **CLOSE)
             np.testing.assert_allclose(logits, our_logits(model, adapter, p), **CLOSE)
-        np.testing.assert_allclose(np.asarray(load_decoder(folder)(TOKENS)), logits, **CLOSE)
+        np.testing.assert_allclose(decoder_logits(folder), logits, **CLOSE)
 
 
 def test_what_lies_beside_the_weights_comes_along(base, adapted, tmp_path):

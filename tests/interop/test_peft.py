@@ -62,7 +62,7 @@ def test_every_rank_and_scaling_of_a_read_out(base, adapted, tmp_path, readout, 
     """PEFT computes what the definition of the read-out says, and what our model computes."""
     model, adapter = adapted
     hierarchy = RankHierarchy(S, scaling)
-    for rank in (1, 2, 3, 4, RANK):
+    for rank in (1, 2, 3, 4, RANK)[:: 1 if scaling == "none" else 2]:
         folder = export_peft(tmp_path / str(rank), adapter, hierarchy, rank, readout=readout, base_model=str(base))
         logits, layers = with_peft(base, folder, TOKENS)
         p = readouts(S, rank, scaling)[readout]
@@ -171,9 +171,10 @@ def test_an_adapter_that_peft_made(base, decoder, tmp_path, name):
     expected, layers = with_peft(base, theirs, TOKENS)
     model, hierarchy = import_peft(theirs, decoder, key=jax.random.key(0))
     assert hierarchy.max_rank == max(layers.values()) and hierarchy.scaling == "none"
-    np.testing.assert_allclose(logits_as_is(model), expected, **CLOSE)  # as it is returned
     adapter = split(model)[2]
-    np.testing.assert_allclose(our_logits(model, adapter, hierarchy.prefix(hierarchy.max_rank)), expected, **CLOSE)
+    if name in ("plain", "rslora"):  # each compiles a program of its own
+        np.testing.assert_allclose(logits_as_is(model), expected, **CLOSE)  # as it is returned
+        np.testing.assert_allclose(our_logits(model, adapter, hierarchy.prefix(hierarchy.max_rank)), expected, **CLOSE)
     again = export_peft(tmp_path / "again", adapter, hierarchy, hierarchy.max_rank, base_model=str(base))
     np.testing.assert_allclose(with_peft(base, again, TOKENS)[0], expected, **CLOSE)
     # Every column can be trained: A is nowhere zero.
