@@ -25,6 +25,8 @@ EXTRAS = {
     ],
 }
 
+COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks")
+
 setup(
     name="mlora_jax",
     version="0.1.0",
@@ -61,4 +63,7 @@ setup(
         "lm-eval>=0.4.13",
     ],
     extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [f"mlora-{name} = experiments.commands:{name.replace('-', '_')}" for name in COMMANDS]
+    },
 )

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
-from experiments import adapter_flags
+from experiments import adapter_flags, deploy_flags
 from experiments.adapter_flags import READOUT, TRIAL
+from experiments.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
 
 flags.adopt_module_key_flags(adapter_flags)
+flags.adopt_module_key_flags(deploy_flags)
 RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
-MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the base model, if not where the adapter says.")
-RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
@@ -28,7 +28,6 @@ TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the likeliest tokens of thi
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Answers made at once at most.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers, in place of the screen.")
 
 PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
 
@@ -48,7 +47,7 @@ def _run(arguments: Sequence[str]) -> None:
             f"what is {' '.join(arguments[1:])!r}? Options begin with --, and values with spaces need quotes"
         )
     logging.set_verbosity(logging.WARNING)
-    ranks = _ranks(RANK.value)
+    ranks = chosen_ranks(RANK.value)
     if not 0 < TOP_P.value <= 1:
         raise ValueError(f"--top_p must be above 0 and at most 1, got {TOP_P.value}")
     if not math.isfinite(TEMPERATURE.value):
@@ -74,12 +73,6 @@ def _run(arguments: Sequence[str]) -> None:
 def _one_of(**values: str | None) -> None:
     if sum(value is not None for value in values.values()) != 1:
         raise ValueError(f"give either {' or '.join(f'--{name}' for name in values)}")
-
-
-def _ranks(values: Sequence[str]) -> list[int]:
-    if not values or not all(value.isdecimal() for value in values):
-        raise ValueError(f"--rank must be integers with commas between them, got {','.join(values)!r}")
-    return list(dict.fromkeys(map(int, values)))
 
 
 def read_prompts(path: str) -> list[str]:
@@ -109,35 +102,11 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def find_adapter(run: str, trial: str | None) -> pathlib.Path:
-    """The folder of a trial's adapter.
-
-    Raises:
-      FileNotFoundError: the folder is no run's, or no trial of it has been trained.
-      ValueError: a trial that is not there, or none named where there are several.
-    """
-    there = sorted(file.parent.name for file in pathlib.Path(run).glob("adapters/*/adapter.json"))
-    if not there:
-        raise FileNotFoundError(f"{run} holds no adapters: it is not the folder of a run, or nothing is trained yet")
-    if trial is None and len(there) > 1:
-        raise ValueError(f"{run} has several trials, name one by --trial: {', '.join(there)}")
-    if trial is not None and trial not in there:
-        raise ValueError(f"{run} has no trial {trial!r}; trials there: {', '.join(there)}")
-    return pathlib.Path(run) / "adapters" / (trial or there[0])
-
-
 def _load_base(folder: pathlib.Path, description: Mapping):
     """The frozen base of an adapter and its tokenizer; in the dtype of the run, else as it is stored."""
-    from mlora_jax.experiment import model_folder
     from mlora_jax.models import Tokenizer, load_decoder
 
-    path = MODEL.value or description.get("base_model")
-    if not path:
-        raise ValueError(f"the adapter in {folder} does not name its base model: give --model FOLDER")
-    try:
-        base = model_folder(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no base model {path}: give its folder by --model ({error})") from None
+    base = base_folder(folder, description)
     config = pathlib.Path(RUN.value or folder) / "config.json"
     dtype = json.loads(config.read_text(encoding="utf-8"))["model"]["dtype"] if RUN.value and config.is_file() else ""
     return load_decoder(base, dtype=dtype or None), Tokenizer.load(base)

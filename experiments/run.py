@@ -1,5 +1,7 @@
 """Runs an experiment: `python -m experiments.run --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]`.
 
+`--config NAME` alone stands for a config that the package ships, wherever it is installed.
+
 Every key of `mlora_jax.config.DEFAULTS` can be set on the command line, whether the config file names it or not.
 """
 
@@ -17,11 +19,30 @@ from mlora_jax.config import check_key, resolve
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
 
 
+SHIPPED = pathlib.Path(__file__).parents[1] / "configs"  # beside this package, in a checkout and where it is installed
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file of a config: a path, or the name of a shipped one.
+
+    Raises:
+      FileNotFoundError: neither is there; the message lists the shipped ones.
+    """
+    if pathlib.Path(name).is_file():
+        return pathlib.Path(name)
+    names = sorted(path.stem for path in SHIPPED.glob("[!_]*.py") if not path.stem.startswith("pretrain"))
+    if name in names:
+        return SHIPPED / f"{name}.py"
+    raise FileNotFoundError(f"there is no config file {name}; configs that can be given by name: {', '.join(names)}")
+
+
 def read_config(path: str) -> ConfigDict:
-    """The config that `get_config()` of a Python file returns, with every default filled in."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no config file {path}")
+    """The config that `get_config()` of a Python file returns, with every default filled in.
+
+    Args:
+      path: of the file, or the name of a shipped config.
+    """
+    file = find_config(path)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,7 +50,7 @@ def read_config(path: str) -> ConfigDict:
 
 
 def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
-    """Takes `--config PATH` or `--config=PATH` out of the arguments; overrides `--config.KEY=VALUE` stay."""
+    """Takes `--config PATH_OR_NAME` or `--config=PATH` out of the arguments; overrides `--config.KEY=VALUE` stay."""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":

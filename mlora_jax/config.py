@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -70,6 +71,7 @@ DEFAULTS: dict[str, Any] = {
         "init": "fan_rank",  # fan_rank (the paper's) | fan_in (PEFT's)
         "dropout": 0.0,
         "ranks": (),  # S; () is the powers of two up to the trial's rank, and that rank
+        "start_from": "",  # folder of a PEFT adapter whose function training begins with; "" begins with the base
     },
     "trials": {  # the run trains the product of these
         "method": ("matryoshka",),
@@ -280,10 +282,13 @@ def _is_count(value) -> bool:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """The keys, other than `CHANGEABLE`, in which two resolved configs differ: "train.epochs was 3 and is 4"."""
-    found = []
+    """The keys, other than `CHANGEABLE`, in which two resolved configs differ: "train.epochs was 3 and is 4".
+
+    A key that the old one lacks, since it was written before there was such a key, has its default there.
+    """
+    found, defaults = [], _get(DEFAULTS, path.rstrip(".")) if path else DEFAULTS
     for key in dict.fromkeys((*old, *new)):
-        name, before, after = f"{path}{key}", old.get(key), new.get(key)
+        name, before, after = f"{path}{key}", old.get(key, _as_json(defaults.get(key))), new.get(key)
         if name in CHANGEABLE or before == after or (path == "methods." and key not in old):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -291,6 +296,10 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
         else:
             found.append(f"config.{name} was {before!r} and is {after!r}")
     return found
+
+
+def _as_json(value):
+    return json.loads(json.dumps(value))
 
 
 def check_key(name: str) -> None:

@@ -25,6 +25,7 @@ from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
+from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder
 from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
@@ -170,8 +171,14 @@ class Experiment:
         """State and keys [K] of trials of one rank before their first step."""
         adapted = self.adapted(trials[0].rank)
         keys = [trial_keys(trial.seed) for trial in trials]
-        adapters = [split(self._adapt(trial.rank, key.adapter))[2] for trial, key in zip(trials, keys, strict=True)]
+        adapters = [self._first_adapter(trial, key.adapter) for trial, key in zip(trials, keys, strict=True)]
         return stack_trees(init_state(adapter, adapted.optimizer) for adapter in adapters), stack_trees(keys)
+
+    def _first_adapter(self, trial: Trial, key: jax.Array):
+        model, path = self._adapt(trial.rank, key), self.config.adapter.start_from
+        if not path:
+            return split(model)[2]
+        return start_from_peft(path, model, self.phases.function(trial, 0))
 
     def schedules(self, trials: Sequence[Trial]) -> Schedule:
         """Learning rates and lengths [K]."""

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "interop": BELOW_EVALUATE | {"evaluate"},
     "lm_eval": BELOW_EVALUATE | {"evaluate"},
     "report": {"core", "config", "train.records"},
-    "experiment": BELOW_EVALUATE | {"evaluate"},
+    "experiment": BELOW_EVALUATE | {"evaluate", "interop"},
     "run_folder": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
     "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
-DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "models", "report", "train")
+DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "interop", "models", "report", "train")
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -177,7 +177,7 @@ print("alone")
 
 
 def test_the_public_names_resolve():
-    assert mlora_jax.__all__ == sorted(set(mlora_jax.__all__)) and len(mlora_jax.__all__) <= 16
+    assert mlora_jax.__all__ == sorted(set(mlora_jax.__all__)) and len(mlora_jax.__all__) <= 18
     for name in mlora_jax.__all__:
         assert callable(getattr(mlora_jax, name)), name
         assert name in dir(mlora_jax)
@@ -185,7 +185,7 @@ def test_the_public_names_resolve():
         _ = mlora_jax.adopt
 
 
-@pytest.mark.parametrize("part", ["core", "data", "evaluate", "models", "report"])
+@pytest.mark.parametrize("part", ["core", "data", "evaluate", "interop", "models", "report"])
 def test_the_names_of_every_part_resolve(part):
     module = importlib.import_module(f"mlora_jax.{part}")
     for name in getattr(module, "__all__", ()):

@@ -16,12 +16,15 @@ from safetensors.numpy import load_file
 
 from mlora_jax import run
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
+from mlora_jax.core import RankHierarchy
 from mlora_jax.experiment import Experiment, StepTiming, model_folder
+from mlora_jax.interop import export_peft
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
 from mlora_jax.train.records import read_json_lines
 from tests import test_run_tasks
 from tests.data.conftest import CHATML, write_tokenizer
+from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
 
@@ -214,6 +217,7 @@ ELSEWHERE = {
     "data.raw_dir": "test_keys_of_places",
     "data.cache_dir": "test_keys_of_places",
     "data.style": "test_key_of_the_style",
+    "adapter.start_from": "test_key_of_the_start",
     "data.file": "test_keys_of_own_data",
     "data.evaluation_file": "test_keys_of_own_data",
     "data.holdout": "test_keys_of_own_data",
@@ -266,6 +270,37 @@ def test_readouts_of_every_method(folders, method):
     assert config.evaluation.readouts[method] == ("masked", "squeeze")
     with pytest.raises(ValueError, match=f"unknown read-out 'middle' in config.evaluation.readouts.{method}"):
         resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("middle",)))
+
+
+def test_key_of_the_start(folders, tmp_path):
+    """Under its own training profile, each trial begins with the function of the PEFT adapter."""
+    random = np.random.default_rng(0)
+    factors = {
+        "layers.self_attn.v_proj": {"a": random.normal(size=(2, 16, 3)), "b": random.normal(size=(2, 3, 8))},
+        "layers.mlp.up_proj": {"a": random.normal(size=(2, 16, 3)), "b": random.normal(size=(2, 3, 24))},
+    }
+    factors = {path: {k: v.astype(np.float32) for k, v in pair.items()} for path, pair in factors.items()}
+    folder = export_peft(tmp_path / "start", factors, RankHierarchy((3,)), 3, base_model=folders["model"])
+    config = with_key(choice_config(folders), "adapter.start_from", str(folder))
+    config["trials"] |= {"method": ("lora", "matryoshka"), "scaling": ("sqrt",), "seed": (1, 2)}
+    experiment = Experiment.load(resolve(config))
+    trials = expand_trials(experiment.config)
+    adapters = experiment.start(trials)[0].adapter
+    profiles = {"lora": profile_lora((1, 2, 4), "sqrt"), "matryoshka": profile_matryoshka((1, 2, 4), "sqrt")}
+    for path, pair in factors.items():
+        node = adapters
+        for part in path.split("."):
+            node = node[part]
+        a, b = np.asarray(node["a"][...]), np.asarray(node["b"][...])  # [K, L, D, R], [K, L, R, F]
+        for number, trial in enumerate(trials):
+            np.testing.assert_allclose(
+                (a * profiles[trial.method])[number] @ b[number], pair["a"] @ pair["b"], atol=1e-5
+            )
+        assert (a[0, ..., 3] != a[1, ..., 3]).all()  # what the file does not have is each seed's own
+    config["trials"]["rank"] = (2,)
+    with pytest.raises(ValueError, match="has rank 3, above the rank 2 to train: raise that"):
+        experiment = Experiment.load(resolve(config))
+        experiment.start(expand_trials(experiment.config))
 
 
 def program(config, tmp_path, monkeypatch):

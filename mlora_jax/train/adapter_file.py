@@ -78,11 +78,7 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
       ValueError: a damaged file; a tensor missing, unknown or of another shape than in the template.
     """
     folder, record = pathlib.Path(folder), read_description(folder)
-    try:
-        with safe_open(folder / TENSORS, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    tensors = _read_tensors(folder)
     expected = dict(_named_leaves(template))
     unknown = sorted(set(tensors) - set(expected))
     for name, leaf in expected.items():
@@ -97,8 +93,33 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     adapter = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.numpy.asarray(tensors[".".join(path_names(path))], leaf.dtype), template
     )
-    hierarchy = RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
-    return adapter, hierarchy, record
+    return adapter, _hierarchy(record), record
+
+
+def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarchy, dict[str, Any]]:
+    """Reads what `save_adapter` wrote without the model that it belongs to.
+
+    Args:
+      folder: of the adapter.
+
+    Returns:
+      (adapter as {path: {"a": [..., D, R], "b": [..., R, F]}}, hierarchy, description).
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: a damaged file; a tensor missing, unknown, or of another rank than the description's.
+    """
+    folder, record = pathlib.Path(folder), read_description(folder)
+    adapter: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in _read_tensors(folder).items():
+        path, _, role = name.rpartition(".")
+        adapter.setdefault(path, {})[role] = tensor
+    for path, pair in adapter.items():
+        ranks = pair["a"].shape[-1:] + pair["b"].shape[-2:-1] if set(pair) == {"a", "b"} else ()
+        if ranks != (record["rank"],) * 2 or pair["a"].shape[:-2] != pair["b"].shape[:-2]:
+            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in pair.items())
+            raise ValueError(f"{folder / TENSORS} holds no factors of rank {record['rank']} for {path}, but {shapes}")
+    return adapter, _hierarchy(record), record
 
 
 def read_description(folder) -> dict[str, Any]:
@@ -171,6 +192,18 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
     graphdef, base, template, profile = split(adapted)
     adapter, hierarchy, description = load_adapter(folder, template)
     return AdaptedModel(graphdef, base, adapter, profile, hierarchy, description)
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(folder / TENSORS, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+
+
+def _hierarchy(record: Mapping[str, Any]) -> RankHierarchy:
+    return RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
 
 
 def _named_leaves(tree):

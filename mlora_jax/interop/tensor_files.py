@@ -1,0 +1,119 @@
+"""Safetensors files as bytes: what is not changed is copied as it lies, whatever its dtype."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from mlora_jax.models.hugging_face import write_aside
+
+_CHUNK = 2**24  # bytes copied at one time
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor's bytes lie.
+
+    Attributes:
+      file: that holds it.
+      code: dtype as safetensors calls it, such as "BF16".
+      shape: of the tensor.
+      start: of its first byte in the file.
+      size: in bytes.
+    """
+
+    file: pathlib.Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
+class Header(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      tensors: in the order of their bytes.
+      metadata: strings that the writer left.
+    """
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: pathlib.Path) -> Header:
+    """Reads the header of a safetensors file: its length in 8 bytes, little-endian, and that much JSON.
+
+    Raises:
+      ValueError: the file is damaged or cut short.
+
+    Source: the format's own description, github.com/huggingface/safetensors.
+    """
+    try:
+        with safe_open(path, framework="np"):
+            pass  # checks header, offsets and length
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        values = json.loads(file.read(length))
+    metadata = values.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in sorted(values.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+        start, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return Header(tensors, metadata)
+
+
+def write_tensors(
+    path: pathlib.Path,
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+    replace: Callable[[str, Callable[[], bytes]], bytes | None],
+) -> None:
+    """Writes a file of tensors from other files, one at a time in memory.
+
+    Args:
+      path: the file; written aside and renamed.
+      tensors: of the new file.
+      metadata: strings for the header.
+      replace: (name, function that reads the old bytes) -> as many new ones, or None to copy the old.
+    """
+    # Wide elements first, as the format's own writer does: readers need every tensor aligned to its elements.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -(item[1].size // max(1, math.prod(item[1].shape)))))
+    values: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, tensor in tensors.items():
+        values[name] = {"dtype": tensor.code, "shape": tensor.shape, "data_offsets": [at, at + tensor.size]}
+        at += tensor.size
+    header = json.dumps(values, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the data is aligned
+    with write_aside(path) as aside, aside.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name, tensor in tensors.items():
+            new = replace(name, tensor.read)
+            if new is None:
+                _copy(tensor, file)
+            else:
+                file.write(new)
+
+
+def _copy(tensor: StoredTensor, file) -> None:
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.start)
+        left = tensor.size
+        while left:
+            part = source.read(min(left, _CHUNK))
+            file.write(part)
+            left -= len(part)
