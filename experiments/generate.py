@@ -127,9 +127,9 @@ def find_adapter(run: str, trial: str | None) -> pathlib.Path:
 
 
 def _load_base(folder: pathlib.Path, description: Mapping):
-    """The frozen base of an adapter and its tokenizer; in the dtype of the run, else as it is stored."""
+    """The frozen base of an adapter and its tokenizer; in the run's dtype and quantisation, else as it is stored."""
     from mlora_jax.experiment import model_folder
-    from mlora_jax.models import Tokenizer, load_decoder
+    from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
 
     path = MODEL.value or description.get("base_model")
     if not path:
@@ -138,8 +138,10 @@ def _load_base(folder: pathlib.Path, description: Mapping):
     if not base.is_dir():
         raise FileNotFoundError(f"there is no base model {path}: give its folder by --model")
     config = pathlib.Path(RUN.value or folder) / "config.json"
-    dtype = json.loads(config.read_text(encoding="utf-8"))["model"]["dtype"] if RUN.value and config.is_file() else ""
-    return load_decoder(base, dtype=dtype or None), Tokenizer.load(base)
+    options = json.loads(config.read_text(encoding="utf-8"))["model"] if RUN.value and config.is_file() else {}
+    model = load_decoder(base, dtype=options.get("dtype") or None)
+    quantization = options.get("quantization")
+    return quantize_decoder(model, quantization) if quantization else model, Tokenizer.load(base)
 
 
 def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ _HOMES = {
     "RopeScaling": "config",
     "Tokenizer": "tokenizer",
     "load_decoder": "hugging_face",
+    "quantize_decoder": "quantized",
     "read_config": "hugging_face",
     "save_decoder": "hugging_face",
 }
