@@ -99,6 +99,9 @@ CASES = {
     ),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("name", CASES)
+# One of every code path, for what costs more compilations.
+SOME = ["batch axis", "inner axis", "interleaved", "grouped conv", "embed"]
+some_cases = pytest.mark.parametrize("name", SOME)
 
 
 def adapted(layer, **options):
@@ -145,8 +148,9 @@ def test_the_product_is_the_base_layer_with_the_summed_kernel(name):
     zero = set_profile(profile, jnp.zeros(R))
     close(run(folded, adapter, zero, x), got)
     close(run(base, truncate(adapter, 3), truncate(profile, 3), x), got)
-    squeezed, hierarchy = squeeze(adapter, profile)
-    close(run(base, squeezed, set_profile(profile, hierarchy.prefix(R)), x), got, 2e-5)
+    if name in ("interleaved", "grouped conv"):  # with and without groups; it knows no more of the layers
+        squeezed, hierarchy = squeeze(adapter, profile)
+        close(run(base, squeezed, set_profile(profile, hierarchy.prefix(R)), x), got, 2e-5)
     keep = jnp.array([1.0, 1.0, 0.0, 0.0])
     close(
         run(base, scale_ranks(adapter, keep), profile, x),
@@ -173,7 +177,7 @@ def test_a_fresh_adapter_is_the_base_layer_and_its_fan_is_what_the_kernel_contra
     assert 0.6 * bound < np.max(np.abs(model.a[...])) <= bound and not np.any(model.b[...])
 
 
-@each_case
+@some_cases
 def test_only_the_adapter_has_gradients_and_columns_without_weight_have_none(name):
     case = CASES[name]
     run, base, adapter, profile = forward(adapted(case.build()))
@@ -185,23 +189,23 @@ def test_only_the_adapter_has_gradients_and_columns_without_weight_have_none(nam
     assert not np.any(a[..., 2:]) and not np.any(b[:, 2:])
 
 
-@each_case
+@some_cases
 def test_every_example_and_every_token_at_its_own_rank(name):
     case = CASES[name]
     run, base, adapter, profile = forward(adapted(case.build()))
     x, axis = case.x(), int(name == "batch axis")  # the first axis of x that is no group
-    alone = [run(base, adapter, set_profile(profile, HIERARCHY.prefix(r)), x) for r in range(R + 1)]
+    alone = [np.asarray(run(base, adapter, set_profile(profile, HIERARCHY.prefix(r)), x)) for r in range(R + 1)]
     rows = jnp.stack([HIERARCHY.prefix(r) for r in (4, 0, 1)])
-    got = run(base, adapter, set_profile(profile, rows, per_example=True), x)
+    got = np.asarray(run(base, adapter, set_profile(profile, rows, per_example=True), x))
     for row, r in enumerate((4, 0, 1)):
-        close(np.take(got, row, axis), np.take(alone[r], row, axis))
+        close(np.moveaxis(got, axis, 0)[row], np.moveaxis(alone[r], axis, 0)[row])
     ranks = np.arange(B * T).reshape(B, T) % (R + 1)
     tokens = jnp.stack([jnp.stack([HIERARCHY.prefix(int(r)) for r in row]) for row in ranks])
     if not case.tokens:
         with pytest.raises(ValueError, match=r"does not fit: its axes before R must be .*the first axes of x"):
             run(base, adapter, set_profile(profile, tokens, per_example=True), x)
         return
-    got = run(base, adapter, set_profile(profile, tokens, per_example=True), x)
+    got = np.asarray(run(base, adapter, set_profile(profile, tokens, per_example=True), x))
     at = {"batch axis": (1, 2), "interleaved": (0, 2)}.get(name, (0, 1))  # where the output has B and T
     got, alone = np.moveaxis(got, at, (0, 1)), [np.moveaxis(y, at, (0, 1)) for y in alone]
     for r in range(R + 1):
@@ -210,7 +214,7 @@ def test_every_example_and_every_token_at_its_own_rank(name):
         run(base, adapter, set_profile(profile, rows[:2], per_example=True), x)
 
 
-@each_case
+@some_cases
 def test_a_stack_of_layers_in_a_scan_equals_its_layers_one_by_one(name, tmp_path):
     case, count = CASES[name], 2
     stack = nnx.vmap(case.make, in_axes=0, out_axes=0)(nnx.Rngs(0).split(count))
@@ -279,7 +283,7 @@ def test_an_embedding_attends_with_the_summed_table_and_ids_are_not_dropped():
     with pytest.raises(AttributeError, match=r"layer\.base\.embedding, or get the sum from fold"):
         _ = merged.embedding
     lone = adapted(nnx.Embed(1, 6, rngs=nnx.Rngs(0)))  # Flax does not index a vocabulary of one
-    np.testing.assert_array_equal(lone(jnp.array([0, 3])), jnp.stack([lone(jnp.array(0))] * 2))
+    np.testing.assert_array_equal(lone(jnp.array([0, 3])), lone(jnp.array([0, 0])))
     assert np.all(np.isfinite(lone(jnp.array([3]))))
 
 
@@ -310,7 +314,10 @@ def test_an_einsum_may_be_called_by_another_that_uses_the_kernel_alike():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (einsum("btd,d->btd", (6,)), "'btd,d->btd' has no adapter: no letter of its kernel is contracted with x"),
+        (
+            einsum("btd,d->btd", (6,), kernel_init=nnx.initializers.ones),
+            "'btd,d->btd' has no adapter: no letter of its kernel is contracted with x",
+        ),
         (einsum("btd,dfk->btf", (6, 5, 2)), "only its kernel has the letter k"),
         (einsum("b...d,...df->b...f", (2, 6, 5)), "its kernel has an ellipsis; give every axis of the kernel a letter"),
         (einsum("bdd,df->bf", (6, 5)), "the letter d stands twice in one operand"),
@@ -375,7 +382,7 @@ class Torch(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.table = torch.nn.Embedding(11, 3)
-        self.conv = torch.nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+        self.conv = torch.nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0))
 
     def forward(self, ids):
         return self.conv(self.table(ids).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -395,7 +402,7 @@ def test_convolution_and_embedding_agree_with_peft():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
         table=nnx.Embed(11, 3, rngs=rngs),
-        conv=nnx.Conv(3, 8, (3, 2), strides=(2, 1), padding=((1, 1), (0, 0)), kernel_dilation=(1, 2), rngs=rngs),
+        conv=nnx.Conv(3, 8, (3, 2), strides=(2, 1), padding=((1, 1), (0, 0)), rngs=rngs),
     )
     model = adapt(model, R, ("table", "conv"), key=KEY)
     model.table.base.embedding[...] = of("table.base_layer.weight")

