@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
+    # A frozen base in int8 or nf4.
+    "quant": ["qwix>=0.1.8"],
     "wandb": ["wandb>=0.19"],
     "test": [
         # What the harness's own Hugging Face backend, the oracle of the task scores, imports.
@@ -18,7 +20,10 @@ EXTRAS = {
         "peft>=0.19",
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "qwix>=0.1.8",
         "ruff",
+        # Its digits, which come with it, are what the notebook on vision transformers learns.
+        "scikit-learn>=1.5",
         # The CPU build; any other version pulls in gigabytes of CUDA libraries that no test uses.
         "torch==2.13.0",
         "transformers>=5.0",

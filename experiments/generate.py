@@ -103,13 +103,15 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _load_base(folder: pathlib.Path, description: Mapping):
-    """The frozen base of an adapter and its tokenizer; in the dtype of the run, else as it is stored."""
-    from mlora_jax.models import Tokenizer, load_decoder
+    """The frozen base of an adapter and its tokenizer; in the run's dtype and quantisation, else as it is stored."""
+    from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
 
     base = base_folder(folder, description)
     config = pathlib.Path(RUN.value or folder) / "config.json"
-    dtype = json.loads(config.read_text(encoding="utf-8"))["model"]["dtype"] if RUN.value and config.is_file() else ""
-    return load_decoder(base, dtype=dtype or None), Tokenizer.load(base)
+    options = json.loads(config.read_text(encoding="utf-8"))["model"] if RUN.value and config.is_file() else {}
+    model = load_decoder(base, dtype=options.get("dtype") or None)
+    quantization = options.get("quantization")
+    return quantize_decoder(model, quantization) if quantization else model, Tokenizer.load(base)
 
 
 def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:

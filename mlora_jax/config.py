@@ -25,6 +25,7 @@ from mlora_jax.core import (
 
 # Groups whose keys are names of methods.
 NAMED = ("config.methods", "config.evaluation.readouts")
+QUANTIZATIONS = ("", "int8", "nf4")
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
 MAX_SEED = 2**32
@@ -52,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "model": {
         "path": "quickstart",  # a Hugging Face folder or hub id, or "quickstart" for the base that the package ships
         "dtype": "float32",  # of the frozen base and of compute; "" keeps the dtype on disk
+        "quantization": "",  # of the frozen base's kernels: int8 | nf4 (the extra `quant`); "" leaves them as they are
     },
     "data": {
         "task": "quickstart",  # a key of mlora_jax.data.TASKS; "jsonl" as soon as a file is given
@@ -403,6 +405,7 @@ RANGES = (
 )
 CHOICES = (
     ("model.dtype", DTYPES),
+    ("model.quantization", QUANTIZATIONS),
     ("data.overflow", OVERFLOWS),
     ("adapter.init", tuple(INITIALIZERS)),
     ("validation.measure", ("aurac", "loss")),

@@ -26,7 +26,8 @@ from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
 from mlora_jax.interop import start_from_peft
-from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder
+from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
+from mlora_jax.models.quantized import stored_bytes
 from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
@@ -228,7 +229,7 @@ class Experiment:
         return batches
 
     def _fitting(self, group: Sequence[Trial]) -> int:
-        base, beside = bytes_of(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
+        base, beside = stored_bytes(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
         limit = memory_limit(self.config.train.memory_gib)
         phases = range(len(self.phases.shape(group[0])))
 
@@ -363,6 +364,8 @@ def load_model(config: ConfigDict) -> tuple[Decoder, Tokenizer]:
         raise ValueError("config.model.dtype='float64' needs the environment variable JAX_ENABLE_X64=1")
     folder = model_folder(config.model.path)
     model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None)
+    if config.model.quantization:
+        model = quantize_decoder(model, config.model.quantization)
     model.remat = config.train.remat
     return model, Tokenizer.load(folder)
 

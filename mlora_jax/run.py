@@ -188,7 +188,8 @@ def _describe(experiment: Experiment) -> str:
     held = str(len(experiment.rows.get("validation", ())))
     if experiment.validates_by_loss and (dropped := experiment.validation.dropped):
         held += f" ({dropped} too long for their loss)"
-    return (
+    quantization = getattr(experiment.model, "quantization", None)
+    return (f"{quantization}\n" if quantization else "") + (
         f"{config.model.path} on {jax.device_count()} x {device.device_kind}; task {data.task.name}: "
         f"{examples.kept} examples to train on ({examples.dropped} dropped, {examples.truncated} truncated), "
         f"{held} to validate on, {len(experiment.rows['test'])} to test on; {experiment.steps} steps a trial"

@@ -60,6 +60,7 @@ def test_a_key_can_be_set_and_changes_nothing_else(name):
     other = {
         "data.overflow": "drop",
         "model.dtype": "bfloat16",
+        "model.quantization": "nf4",
         "adapter.init": "fan_in",
         "validation.measure": "loss",
         "validation.keep": "best",

@@ -1,8 +1,8 @@
 """The adapted product and what can be done with a trained pair of factors.
 
 The functions on trees take `jax` pytrees in which a pair of factors sits under the keys ``a`` [..., D, R] and
-``b`` [..., R, F] of one parent, its profile under ``p`` [..., R] and its frozen kernel under ``base/kernel``
-[..., D, F]: what `mlora_jax.split` returns, and equally plain nested dicts.
+``b`` [..., R, F] of one parent, its profile under ``p`` [..., R] and its frozen kernel under ``base/kernel`` (of an
+embedding ``base/embedding``) [..., D, F]: what `mlora_jax.split` returns, and equally plain nested dicts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from mlora_jax.core.hierarchy import check_rank
 
 Tree = Any
 
+# What a frozen layer may call its matrix.
+FROZEN = ("kernel", "embedding")
+
 # The half-width of the uniform distribution that A starts from. "fan_rank" is the paper's, "fan_in" PEFT's.
 INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_rank": lambda features_in, rank: 1.0 / math.sqrt(rank),
@@ -27,7 +30,7 @@ INITIALIZERS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array) -> jax.Array:
+def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision=None) -> jax.Array:
     """The adapter's contribution ``((x A) * p) B``.
 
     Computed in the dtype of `x`: the fp32 master factors are cast to it, and the profile is applied to the float32
@@ -39,6 +42,7 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array) -> 
       b: [R, F] second factor.
       p: rank profile; [R], or with leading axes that are the leading axes of `x`: [B, R] is one profile per example
         of x [B, T, D] and [B, T, R] one per token. Inner axes that `p` lacks are inserted here.
+      precision: of both products, as in `jax.numpy.matmul`.
 
     Returns:
       [..., F] in the dtype of `x`.
@@ -51,32 +55,45 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array) -> 
     """
     if p.shape[-1] != a.shape[-1] or p.ndim > x.ndim or p.shape[:-1] != x.shape[: p.ndim - 1]:
         raise ValueError(f"profile of shape {p.shape} does not fit x {x.shape} and A {a.shape}")
-    if p.ndim > 1:
-        p = p.reshape(*p.shape[:-1], *(1,) * (x.ndim - p.ndim), p.shape[-1])
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = _matmul(x, a.astype(x.dtype), accumulate)  # [..., R]
-    return _matmul((hidden * p.astype(accumulate)).astype(x.dtype), b.astype(x.dtype), x.dtype)  # [..., F]
+    hidden = _matmul(x, a.astype(x.dtype), accumulate, precision)  # [..., R]
+    return _matmul(apply_profile(hidden, p).astype(x.dtype), b.astype(x.dtype), x.dtype, precision)  # [..., F]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, w: jax.Array, dtype) -> jax.Array:
+def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
+    """The middle of the product, ``(x A) * p``, in the dtype of ``x A``.
+
+    Args:
+      hidden: ``x A`` [..., R].
+      p: as in `p_scaled_product`, with the leading axes of `hidden`.
+
+    Raises:
+      ValueError: `p` has another R than `hidden`, or other leading axes.
+    """
+    if p.shape[-1] != hidden.shape[-1] or p.ndim > hidden.ndim or p.shape[:-1] != hidden.shape[: p.ndim - 1]:
+        raise ValueError(f"profile of shape {p.shape} does not fit x A of shape {hidden.shape}")
+    return hidden * p.reshape(*p.shape[:-1], *(1,) * (hidden.ndim - p.ndim), p.shape[-1]).astype(hidden.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: jax.Array, w: jax.Array, dtype, precision) -> jax.Array:
     """x [..., D] times w [D, F] as `dtype`.
 
     The gradient of w is one product of two matrices: left to itself a CPU's compiler transposes the large cotangent in
     memory first, which takes longer than the product.
     """
-    return jnp.matmul(x, w, preferred_element_type=dtype)
+    return jnp.matmul(x, w, precision=precision, preferred_element_type=dtype)
 
 
-def _matmul_forward(x, w, dtype):
-    return _matmul(x, w, dtype), (x, w)
+def _matmul_forward(x, w, dtype, precision):
+    return _matmul(x, w, dtype, precision), (x, w)
 
 
-def _matmul_backward(dtype, operands, g):
+def _matmul_backward(dtype, precision, operands, g):
     x, w = operands
     g = g.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return g @ w.T, jnp.matmul(rows[0].T, rows[1], preferred_element_type=w.dtype)
+    return jnp.matmul(g, w.T, precision=precision), jnp.matmul(rows[0].T, rows[1], precision=precision)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -165,32 +182,60 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
     The sum is formed in float32 or wider and stored in the kernel's dtype. The result fits where `base` fitted; merge
     it with a zero profile, or read its kernels.
 
+    A kernel of more axes than ``A B`` has (a convolution's window, heads) takes it reshaped. Where its axes are not in
+    the order of those of ``A B``, the variable that holds A has the attribute `kernel_layout`, (sizes, order): the
+    product [..., *sizes], its axes after the leading ones in that order. `mlora_jax.adapt` sets it on layers that need
+    it; a plain nested dict in such a layer's place has lost it.
+
     Args:
       base: frozen tree holding ``base/kernel`` [..., D, F] beside every pair of factors.
       adapter: tree of factors.
       profile: tree of profiles [..., R], not per example.
 
     Raises:
-      ValueError: a pair has no kernel in `base`, or a profile is per example.
+      ValueError: a pair has no kernel in `base`, one of other axes, or a quantised one; or a profile is per example.
     """
     factors, profiles = by_parent(adapter), by_parent(profile)
+    layouts = _kernel_layouts(adapter)
     pending = set(factors)
 
     def add(path, leaf):
         keys = path_names(path)
         parent = keys[:-2]
-        if keys[-2:] != ("base", "kernel") or parent not in factors:
+        if keys[-2:-1] != ("base",) or keys[-1] not in FROZEN or parent not in factors:
             return leaf
         pending.discard(parent)
         a, b, p = pair_with_profile(parent, factors, profiles)
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
         delta = jnp.matmul(a.astype(wide) * p[..., None, :], b.astype(wide), precision="highest")
-        return (leaf.astype(wide) + delta).astype(leaf.dtype)
+        if delta.size != leaf.size:
+            raise ValueError(f"{'.'.join(keys)} has shape {leaf.shape}, but A B has shape {delta.shape}")
+        sizes, order = layouts.get(parent, (delta.shape[-2:], (0, 1)))
+        delta = delta.reshape(-1, *sizes).transpose(0, *(1 + axis for axis in order))
+        return (leaf.astype(wide) + delta.reshape(leaf.shape)).astype(leaf.dtype)
 
     folded = jax.tree_util.tree_map_with_path(add, base)
     if pending:
-        raise ValueError(f"no base/kernel beside the factors of {', '.join(sorted('.'.join(k) for k in pending))}")
+        raise ValueError(_no_kernel(base, pending))
     return folded
+
+
+def _no_kernel(base: Tree, parents: set[tuple[str, ...]]) -> str:
+    names = ", ".join(sorted(".".join(parent) or "the adapter" for parent in parents))
+    paths = [_key_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(base)]
+    if any(path[: len(parent) + 1] == [*parent, "base"] and "qvalue" in path for parent in parents for path in paths):
+        return (
+            f"the kernels of {names} are quantised, and a sum would be rounded: fold into the original weights, "
+            "those of the model loaded without quantisation"
+        )
+    return f"no base/kernel beside the factors of {names}"
+
+
+def _kernel_layouts(adapter: Tree) -> dict[tuple[str, ...], tuple]:
+    """The `kernel_layout` of the variables that have one, by the parent of the pair."""
+    has_layout = lambda node: isinstance(getattr(node, "kernel_layout", None), tuple)  # noqa: E731
+    nodes = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=has_layout)
+    return {tuple(_key_names(path)[:-1]): node.kernel_layout for path, node in nodes if has_layout(node)}
 
 
 def path_hash(path: str) -> int:
@@ -200,8 +245,12 @@ def path_hash(path: str) -> int:
 
 def path_names(path) -> tuple[str, ...]:
     """The names along a tree path, without the attribute by which a Variable holds its array."""
-    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+    names = _key_names(path)
     return tuple(names[:-1] if len(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) else names)
+
+
+def _key_names(path) -> list[str]:
+    return [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
 
 
 def _parent(path) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mlora_jax.adapt import adapt, split
 from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.evaluate.curve import read_out
-from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder
+from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
 from mlora_jax.train.adapter_file import trained_function
 
@@ -60,6 +60,7 @@ def load_adapted(**options: Any) -> Loaded:
       rank: of the read-out, 0..R; 0 is the base, None the largest of S.
       readout: "prefix", "nested", "masked" or "squeeze".
       dtype: of weights and compute; empty: as stored.
+      quantization: of the base's kernels, as `config.model.quantization`; empty: none.
       max_length: the context in tokens; None: the model's.
       batch_size, pad_multiple, seed: see `Loaded`.
 
@@ -84,6 +85,7 @@ def _load(
     rank: int | None = None,
     readout: str = "prefix",
     dtype: str = "",
+    quantization: str = "",
     max_length: int | None = None,
     batch_size: int = BATCH_SIZE,
     pad_multiple: int = PAD_MULTIPLE,
@@ -91,6 +93,8 @@ def _load(
 ) -> Loaded:
     folder = checkpoint_folder(checkpoint)
     model, tokenizer = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None), Tokenizer.load(folder)
+    if quantization:
+        model = quantize_decoder(model, quantization)
     context = model.config.max_position_embeddings
     if max_length is not None and not 1 < max_length <= context:
         raise ValueError(f"max_length={max_length} must be in 2..{context}, the model's context")

@@ -10,6 +10,7 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "checkpoint_folder": "hub",
     "load_decoder": "hugging_face",
+    "quantize_decoder": "quantized",
     "read_config": "config",
     "save_decoder": "hugging_face",
 }

@@ -104,13 +104,17 @@ def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
         model: a decoder without adapters (fold them first).
 
     Raises:
-        ValueError: the model holds arrays that this format has no place for, such as an adapter's.
+        ValueError: the model holds arrays that this format has no place for, such as an adapter's, or is quantised.
         FileExistsError: the folder holds a checkpoint in shards, which would stay beside the new file.
     """
     leaves = {_dotted(names): leaf for names, leaf in nnx.to_flat_state(nnx.state(model))}
     extra = sorted(set(leaves) - set(WEIGHT_MAP))
     if extra:
         raise ValueError(f"cannot save {extra[:4]} in the Hugging Face layout: fold or drop the adapter first")
+    if getattr(model, "quantization", None):
+        raise ValueError(
+            f"cannot save a base quantised to {model.quantization.format}: save the model it was made from"
+        )
     folder = pathlib.Path(path)
     if (folder / INDEX_FILE).exists():
         raise FileExistsError(f"{folder} holds a checkpoint in shards ({INDEX_FILE}): give another folder")

@@ -1,0 +1,19 @@
+"""Adapters on the linear layers of any Flax NNX model, and the pytrees that pure functions train and read out."""
+
+from mlora_jax.adapt.layers import LAYERS, AdaptedLayer, AdaptedLinear
+from mlora_jax.adapt.model import adapt, split
+from mlora_jax.adapt.profiles import set_dropout_key, set_profile
+from mlora_jax.adapt.variables import AdapterParam, DropoutKey, RankProfile
+
+__all__ = [
+    "LAYERS",
+    "AdaptedLayer",
+    "AdaptedLinear",
+    "AdapterParam",
+    "DropoutKey",
+    "RankProfile",
+    "adapt",
+    "set_dropout_key",
+    "set_profile",
+    "split",
+]

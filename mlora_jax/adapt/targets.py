@@ -1,0 +1,56 @@
+"""Patterns that name layers by their paths."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+# The kinds of layers with a kernel that an adapter fits, for messages.
+SUPPORTED = "nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed"
+
+
+def matching(
+    paths: Sequence[str],
+    patterns: Sequence[str],
+    *,
+    shared: Mapping[str, str] | None = None,
+    others: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The paths that some pattern matches, in their own order; every pattern must match at least one.
+
+    Args:
+      paths: of the layers there are.
+      patterns: regular expressions for whole paths or whole tails that begin after a dot.
+      shared: further names of shared layers, under which they are not found, and their paths: for the message.
+      others: paths of modules that are no such layers, and their kinds: for the message.
+
+    Raises:
+      ValueError: a pattern that is no regular expression or matches nothing, no patterns, or a string in their place.
+    """
+    if isinstance(patterns, str):
+        raise ValueError(f"targets must be a sequence of patterns, got the string {patterns!r}")
+    if not patterns:
+        raise ValueError("targets must name at least one pattern, got none")
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            re.compile(pattern)  # alone first: "a)|(b" would compile inside the group
+            compiled = re.compile(rf"(?:.*\.)?(?:{pattern})")
+        except re.error as error:
+            raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
+        hits = [path for path in paths if compiled.fullmatch(path)]
+        known = {path for name, path in (shared or {}).items() if compiled.fullmatch(name)}
+        if not hits and known:
+            raise ValueError(f"target {pattern!r} names a shared layer, which goes by {', '.join(sorted(known))}")
+        kinds = sorted({kind for path, kind in (others or {}).items() if compiled.fullmatch(path)})
+        if not hits:
+            tails = {path.rsplit(".", 1)[-1] for path in paths}
+            near = difflib.get_close_matches(pattern, tails, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            if kinds:
+                hint = f": {', '.join(kinds)} has no kernel that an adapter fits, as {SUPPORTED} have."
+            there = ", ".join(sorted(paths)) or "none"
+            raise ValueError(f"target {pattern!r} matches no linear layer{hint} Linear layers here: {there}")
+        found.update(hits)
+    return [path for path in paths if path in found]

@@ -1,0 +1,25 @@
+"""The kinds of variables that an adapted layer adds to a model."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+
+class AdapterParam(nnx.Variable):
+    """A trained factor: A [..., D, R] or B [..., R, F].
+
+    Its metadata: `kernel_layout` on an A whose product ``A B`` has the kernel's axes in another order, see
+    `mlora_jax.core.fold`.
+    """
+
+
+class RankProfile(nnx.Variable):
+    """A rank profile p [..., R].
+
+    Its metadata: `leading` counts the axes it shares with its factors, those of a stack and then those of groups;
+    `groups` counts the latter; `names` are all paths of a shared layer.
+    """
+
+
+class DropoutKey(nnx.Variable):
+    """The adapter dropout's random key, one per stacked layer. Holds zeros until `set_dropout_key` sets it."""

@@ -1,0 +1,198 @@
+"""A frozen base with quantised kernels, by qwix: less memory for what training only reads.
+
+The layers stay `nnx.Linear`. Their kernel is a `qwix.QArray` of codes and scales [L, D, F], which a call turns into a
+dense matrix of the compute dtype, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from mlora_jax.models.decoder import Decoder
+
+# Text that the error of a quantised base is measured on: so many random tokens, in rows of a length.
+_ROWS, _LENGTH = 2, 32
+
+
+class Format(NamedTuple):
+    """How a kernel [D, F] is stored.
+
+    Attributes:
+      qtype: of the codes, as qwix names it.
+      block: so many neighbours along D share a scale; None: a whole column does.
+      source: of the format.
+    """
+
+    qtype: Any
+    block: int | None
+    source: str
+
+
+# Adding a format is adding a row.
+FORMATS: Mapping[str, Format] = {
+    "int8": Format(jnp.int8, None, "LLM.int8, arXiv 2208.07339, without its outliers"),
+    "nf4": Format("nf4", 64, "QLoRA, arXiv 2305.14314, without double quantisation"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What was quantised, and what it costs.
+
+    Attributes:
+      format: a key of `FORMATS`.
+      dense_bytes, stored_bytes: of the quantised kernels before and after.
+      logits_error: the norm of the logits' difference over that of the dense base's logits, on random tokens.
+      same_choice: the share of those tokens after which the most likely next token is the same.
+    """
+
+    format: str
+    dense_bytes: int
+    stored_bytes: int
+    logits_error: float
+    same_choice: float
+
+    def __str__(self) -> str:
+        return (
+            f"base quantised to {self.format}: kernels {self.dense_bytes:,} -> {self.stored_bytes:,} bytes; on "
+            f"random tokens the logits differ by {self.logits_error:.2%} of their norm, the most likely next token "
+            f"is the same for {self.same_choice:.1%}"
+        )
+
+
+def quantize_decoder(model: Decoder, name: str) -> Decoder:
+    """The same decoder with quantised kernels in its layers; embeddings, norms, biases and the head stay as they are.
+
+    Adapters go on it as on the dense one. Folding one into quantised kernels is refused: the sum would be rounded;
+    fold into the dense weights.
+
+    Args:
+      model: without adapters; left as it is.
+      name: "int8" (a scale per output feature) or "nf4" (4-bit NormalFloat, a scale for 64 inputs of an output
+        feature, or the largest divisor of D below).
+
+    Returns:
+      A new decoder, whose attribute `quantization` says what it costs.
+
+    Raises:
+      ValueError: an unknown format; a quantised or an adapted model; for nf4 a D with no divisor in 16..64.
+      ModuleNotFoundError: qwix is not installed.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"unknown quantization {name!r}; known: {', '.join(FORMATS)}")
+    if getattr(model, "quantization", None):
+        raise ValueError(f"the model is quantised already, to {model.quantization.format}")
+    qwix = _qwix()
+    quantized = nnx.clone(model)
+    dense = stored = 0
+    for path, layer in nnx.iter_modules(quantized.layers):
+        if not isinstance(layer, nnx.Linear):
+            continue
+        kernel = layer.kernel[...]
+        where = "layers." + ".".join(map(str, path))
+        if path[-1] == "base":
+            raise ValueError(f"{where.rpartition('.')[0]} has an adapter: quantise the base model, then adapt it")
+        codes = _quantize(qwix, kernel, FORMATS[name], where)
+        dense, stored = dense + stored_bytes(kernel), stored + stored_bytes(codes)
+        layer.kernel.set_value(codes)
+        layer.promote_dtype, layer.dot_general = _promote, _dot_general
+    error, same = compare_logits(model, quantized)
+    quantized.quantization = Quantization(name, dense, stored, error, same)
+    return quantized
+
+
+def dequantize_decoder(model: Decoder) -> Decoder:
+    """A dense decoder with the values that a quantised one computes with.
+
+    >>> from mlora_jax.models import DecoderConfig
+    >>> config = DecoderConfig(vocab_size=9, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2)
+    >>> model = quantize_decoder(Decoder(config, rngs=nnx.Rngs(0)), "int8")  # doctest: +SKIP
+    >>> dequantize_decoder(model).layers.mlp.up_proj.kernel.shape  # doctest: +SKIP
+    (2, 16, 32)
+    """
+    qwix = _qwix()
+    dense = nnx.clone(model)
+    for _, layer in nnx.iter_modules(dense.layers):
+        if isinstance(layer, nnx.Linear):
+            layer.kernel.set_value(jax.jit(qwix.dequantize)(layer.kernel.get_value()))
+            layer.promote_dtype, layer.dot_general = promote_dtype, jax.lax.dot_general
+    dense.quantization = None
+    return dense
+
+
+def compare_logits(dense: Decoder, quantized: Decoder) -> tuple[float, float]:
+    """(relative error, share of equal choices) of a quantised base on random tokens, see `Quantization`."""
+    tokens = jax.random.randint(jax.random.key(0), (_ROWS, _LENGTH), 0, dense.config.vocab_size)
+
+    def logits(model):
+        graphdef, state = nnx.split(model)
+        run = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))
+        return np.asarray(run(state), np.float64)
+
+    expected, got = logits(dense), logits(quantized)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    return float(error), float(np.mean(got.argmax(-1) == expected.argmax(-1)))
+
+
+def stored_bytes(tree) -> int:
+    """Bytes of a tree's arrays in a device's memory, where two 4-bit codes share a byte (`nbytes` counts one each)."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(-(-leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8) for leaf in leaves)
+
+
+def _quantize(qwix, kernel: jax.Array, form: Format, where: str):
+    block = _block(form, kernel.shape[-2], where)
+
+    @jax.jit
+    def each(kernel):
+        # One layer after the other: the codes are looked up by way of arrays many times the size of a kernel.
+        one = lambda matrix: qwix.quantize(  # noqa: E731
+            matrix, form.qtype, channelwise_axes=(1,), tiled_axes={0: block} if block else None
+        )
+        return jax.lax.map(one, kernel)
+
+    return each(kernel)
+
+
+def _block(form: Format, features_in: int, where: str) -> int | None:
+    if form.block is None:
+        return None
+    block = max(size for size in range(1, form.block + 1) if features_in % size == 0)
+    if block < min(features_in, 16):
+        raise ValueError(
+            f"{where} has {features_in} input features, which do not cut into blocks of 16 to {form.block}: "
+            "use quantization 'int8'"
+        )
+    return block
+
+
+def _promote(arrays, *, dtype=None):
+    """Flax's `promote_dtype` where the kernel is a QArray, whose dtype is what it becomes when it is read."""
+    x, kernel, bias = arrays
+    dtype = dtype or jnp.result_type(*(array.dtype for array in arrays if array is not None))
+    return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(dtype)
+
+
+def _dot_general(x, kernel, dimension_numbers, **options):
+    qwix = _qwix()
+    # The dense matrix is made again in the backward pass: kept, those of all layers would be there at once.
+    product = lambda x, kernel: qwix.dot_general(x, kernel, dimension_numbers, **options)  # noqa: E731
+    return jax.checkpoint(product, prevent_cse=False)(x, kernel)
+
+
+def _qwix():
+    try:
+        import qwix
+    except ModuleNotFoundError as error:
+        if error.name != "qwix":
+            raise
+        raise ModuleNotFoundError("a quantised base needs qwix: pip install 'mlora_jax[quant]'", name="qwix") from None
+    return qwix
