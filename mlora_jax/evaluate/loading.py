@@ -17,7 +17,7 @@ from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, load_decoder
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
 
-BATCH_SIZE, PAD_MULTIPLE = 32, 32
+BATCH_SIZE, PAD_MULTIPLE = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)
