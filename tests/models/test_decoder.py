@@ -179,7 +179,7 @@ def test_prefill_is_a_run_into_an_empty_cache():
 
 
 def test_a_step_of_decoding_copies_no_cache():
-    """Nor a layer's weights: beside its cache, which it was given to write in place, it needs little memory."""
+    """Beside the cache, which it was given to write in place, it needs little memory."""
     model = make(CONFIG)
     graphdef, state = nnx.split(model)
 
