@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "adapter", "raw_dir", "task"):
         parser.add_argument(f"--{name}", required=True)
-    for name, default in (("shots", 2), ("limit", 0), ("batch_size", 16), ("pad_multiple", 32), ("gen_tokens", 0)):
+    for name, default in (("shots", 2), ("limit", 0), ("batch_size", 16), ("pad_multiple", 16), ("gen_tokens", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--harness_ranks", default="")
     options = parser.parse_args()

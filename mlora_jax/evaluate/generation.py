@@ -13,11 +13,13 @@ from flax import nnx
 
 from mlora_jax.adapt import set_profile
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
-from mlora_jax.evaluate.scoring import even_batch_size
+from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
 from mlora_jax.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+LENGTHS = 16  # see `few_lengths`: a length is two executables, and most of their time may be their compilation
+PREFILLED = 1024  # tokens at least that a CPU prefills at a time, if a batch has as many
 STEPS = 16  # of decoding at most before the host looks for stop strings
 
 
@@ -86,12 +88,7 @@ class Generator:
 
         def prefill(slots, base, adapter, profile, tokens, rows, sampling):
             model = nnx.merge(graphdef, base, adapter, profile)
-            batch, length = tokens.shape
-            # In a cache of the prompt's own length, so that attention does not run over the answer's empty slots.
-            hidden, cache = model.hidden(tokens, cache=model.init_cache(batch, length))
-            cache = jax.tree.map(
-                lambda x: jnp.pad(x, [(0, slots - length if axis == 2 else 0) for axis in range(x.ndim)]), cache
-            )
+            hidden, cache = model.prefill(tokens, slots)
             last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
             made = jnp.zeros((), jnp.int32)
             newest, shown, done = choose(model, last, rows, sampling, made, rows.limits < 1)
@@ -99,6 +96,7 @@ class Generator:
 
         def decode(base, adapter, profile, state, rows, sampling):
             model = nnx.merge(graphdef, base, adapter, profile)
+            layers = model.single_layers()  # outside the loop, which would slice every weight at every step
 
             def going(carry):
                 step, state, _ = carry
@@ -108,7 +106,8 @@ class Generator:
                 step, state, shown = carry
                 cache, newest, made, done = state
                 positions = (rows.lengths + made - 1)[:, None]
-                hidden, cache = model.hidden(jnp.maximum(newest, 0)[:, None], positions=positions, cache=cache)
+                tokens = jnp.maximum(newest, 0)[:, None]
+                hidden, cache = model.hidden(tokens, positions=positions, cache=cache, layers=layers)
                 newest, new, done = choose(model, hidden[:, 0], rows, sampling, made, done)
                 return step + 1, _State(cache, newest, made + 1, done), shown.at[:, step].set(new)
 
@@ -196,7 +195,7 @@ class Generator:
         return answers
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[PromptBatch]:
-        """Sorts prompts by length into batches of one size, each padded to a multiple of `pad_multiple`.
+        """Sorts prompts by length into batches of one size, each padded to one of few multiples of `pad_multiple`.
 
         Raises:
           ValueError: a prompt without tokens, or without room for one more in `max_length`.
@@ -209,10 +208,11 @@ class Generator:
                 )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = even_batch_size(len(order), self._batch_size)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        padded = few_lengths([len(prompts[members[-1]]) for members in parts], self._pad_multiple, LENGTHS)
         batches = []
-        for start in range(0, len(order), size):
-            members = order[start : start + size]
-            tokens = np.zeros((size, self._padded(len(prompts[members[-1]]))), np.int32)
+        for members, length in zip(parts, padded, strict=True):
+            tokens = np.zeros((size, length), np.int32)
             lengths = np.ones((size,), np.int32)
             for row, member in enumerate(members):
                 tokens[row, : len(prompts[member])] = prompts[member]
@@ -257,7 +257,7 @@ class Generator:
         rows = _Rows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
         slots = max(length, min(length + self._padded(max_new_tokens), self._padded(self._max_length)))
         trees = self._base, adapter, set_profile(self._profile, p, per_example=per_example)
-        state, shown = self.prefill(slots, *trees, jnp.asarray(batch.tokens), rows, sampling)
+        state, shown = self._prefill(slots, adapter, p, per_example, batch.tokens, rows, sampling)
         made = np.full((size, max_new_tokens), -1, np.int32)
         made[:, 0], start, at = shown, 0, 1
         going = limits > 0
@@ -272,6 +272,21 @@ class Generator:
             state, shown = self.decode(*trees, state._replace(done=jnp.asarray(ended)), rows, sampling)
             start, at = at, min(at + STEPS, max_new_tokens)
             made[:, start:at] = np.asarray(shown)[:, : at - start]
+
+    def _prefill(self, slots: int, adapter, p, per_example: bool, tokens: np.ndarray, rows: _Rows, sampling):
+        """A batch's state and first tokens [B]: on a CPU by parts, which stay in its cache from layer to layer."""
+        size, length = tokens.shape
+        part = -(-PREFILLED // length) if jax.default_backend() == "cpu" else size
+        part = next(part for part in range(min(part, size), 0, -1) if size % part == 0)
+        made = []
+        for start in range(0, size, part):
+            own = slice(start, start + part)
+            profile = set_profile(self._profile, p[own] if per_example else p, per_example=per_example)
+            some = jax.tree.map(lambda x, own=own: x[own], rows)
+            made.append(self.prefill(slots, self._base, adapter, profile, jnp.asarray(tokens[own]), some, sampling))
+        if len(made) == 1:
+            return made[0]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts) if parts[0].ndim else parts[0], *made)
 
     def _padded(self, length: int) -> int:
         return -(-length // self._pad_multiple) * self._pad_multiple

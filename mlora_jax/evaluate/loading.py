@@ -18,7 +18,7 @@ from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
 from mlora_jax.train.adapter_file import trained_function
 
-BATCH_SIZE, PAD_MULTIPLE = 32, 32
+BATCH_SIZE, PAD_MULTIPLE = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)

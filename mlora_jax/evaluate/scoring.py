@@ -1,8 +1,9 @@
 """Log-likelihoods of continuations, for any adapter under any profile, in one executable per batch shape.
 
-Requests that share a context are one row of a batch: the context, and behind it the tokens of every continuation, each
-of which sees the context and itself only. The context's keys and values are computed once, and a continuation of one
-token adds nothing to the row: it is read off the context's last state.
+Requests that share a context are one text: the context, and behind it the tokens of every continuation, each of which
+sees the context and itself only. The context's keys and values are computed once, and a continuation of one token adds
+nothing to the text: it is read off the context's last state. Rows of one length are packed with texts, so that hardly a
+token is padding and all batches are of one shape.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import jax
 import numpy as np
 
 from mlora_jax.adapt import set_profile
+from mlora_jax.evaluate.shapes import even_batch_size, few_lengths, pack
+from mlora_jax.models.attention import Spans
 from mlora_jax.train.objective import answer_scores
+
+ROW = 1024  # tokens of a row, or more for a longer text
+WIDTHS = 48  # see `few_lengths`; the widths of texts that attention is compiled for
 
 
 class Request(NamedTuple):
@@ -40,38 +46,37 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Requests as fixed-shape batches.
+    """Requests as batches of one shape.
 
     Attributes:
-      batches: trees of arrays with leading B, on the device; of few different shapes.
-      owners: per batch [n, 3] int: row and column of an asked token, and the request it belongs to.
+      batches: trees of arrays, on the device.
+      owners: per batch [n] int: the requests that its asked tokens belong to.
       requests: how many there are.
       truncated: requests whose context was cut on the left to fit.
-      rows: rows with tokens, over all batches.
+      texts: contexts with their continuations, over all batches.
     """
 
     batches: tuple[dict[str, Any], ...]
     owners: tuple[np.ndarray, ...]
     requests: int
     truncated: int
-    rows: int
+    texts: int
 
     def collect(self, results: Iterable[tuple[np.ndarray, np.ndarray]]) -> Scores:
         """The scores of the requests.
 
         Args:
-          results: per batch log-likelihoods [B, A] and greedy [B, A], as `Scorer.run_batch` gives them.
+          results: per batch log-likelihoods [A] and greedy [A], as `Scorer.run_batch` gives them.
         """
         totals, greedy = np.zeros(self.requests), np.ones(self.requests, bool)
         for owner, (values, likeliest) in zip(self.owners, results, strict=True):
-            row, column, request = owner.T
-            np.add.at(totals, request, np.asarray(values, np.float64)[row, column])
-            np.logical_and.at(greedy, request, np.asarray(likeliest)[row, column])
+            np.add.at(totals, owner, np.asarray(values, np.float64)[: len(owner)])
+            np.logical_and.at(greedy, owner, np.asarray(likeliest)[: len(owner)])
         return Scores(totals, greedy)
 
 
-class _Row(NamedTuple):
-    """A context and continuations of it in one row of tokens.
+class _Text(NamedTuple):
+    """A context and continuations of it.
 
     Attributes:
       context: token ids.
@@ -95,21 +100,21 @@ class Scorer:
       graphdef: of the adapted decoder in evaluation mode.
       base: frozen tree.
       profile: profile tree; its values are replaced by the p of each call.
-      max_length: tokens of context that the model has. A request that is longer loses tokens on the left and is a row
+      max_length: tokens of context that the model has. A request that is longer loses tokens on the left and is a text
         of its own: as lm-evaluation-harness's Hugging Face backend does it, per choice. The last token of a
         continuation is predicted and never run.
-      batch_size: the largest B.
+      batch_size: a batch has at most as many tokens as this many of the longest text.
       pad_multiple: T is a multiple of this.
       chunk: answer positions with logits at one time.
 
     Attributes:
       max_length: as given.
-      compiled: the jitted function (base, adapter, p, batch) -> log-likelihoods and greedy [B, A]; its cache size
-        counts compilations: one per batch shape, whatever the number of ranks and adapters.
+      compiled: the jitted function (base, adapter, p, batch) -> log-likelihoods and greedy [A]; its cache size
+        counts compilations: one per set of requests, whatever the number of ranks and adapters.
     """
 
     def __init__(
-        self, graphdef, base, profile, *, max_length: int, batch_size: int, pad_multiple: int, chunk: int = 1024
+        self, graphdef, base, profile, *, max_length: int, batch_size: int, pad_multiple: int, chunk: int = 256
     ):
         @jax.jit
         def score(base, adapter, p, batch):
@@ -128,20 +133,27 @@ class Scorer:
         Raises:
           ValueError: a context or continuation without tokens, or a continuation that is longer than the context.
         """
-        rows, truncated = _pack(requests, self.max_length)
-        rows.sort(key=lambda row: (-(-row.length // self._pad_multiple), len(row.asked)))
-        size = even_batch_size(len(rows), self._batch_size)
+        texts, truncated = _texts(requests, self.max_length)
+        lengths = [text.length for text in texts]
+        widths = few_lengths(lengths, self._pad_multiple, WIDTHS)
+        widest = max(widths, default=0)
+        row = max(widest, min(ROW, self._batch_size * widest, sum(lengths)))
+        row = -(-row // self._pad_multiple) * self._pad_multiple
+        rows = pack(lengths, row)
+        # A CPU does a row at a time fastest: what one layer hands to the next then stays in its cache.
+        largest = 1 if jax.default_backend() == "cpu" else max(1, self._batch_size * widest // max(row, 1))
+        size = even_batch_size(len(rows), largest)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        lengths = [max(-(-row.length // self._pad_multiple) * self._pad_multiple for row in part) for part in parts]
-        widths: dict[int, int] = {}  # batches of one length share one width, and so one executable
-        for part, length in zip(parts, lengths, strict=True):
-            widths[length] = max(widths.get(length, 1), *(len(row.asked) for row in part))
-        several = any(len(row.runs) > 1 for row in rows)
-        made = [
-            _batch(part, size, length, widths[length], several) for part, length in zip(parts, lengths, strict=True)
-        ]
+        shape = _Shape(
+            tokens=(size, row),
+            widths=tuple(sorted(set(widths), reverse=True)),
+            texts=max((len(numbers) for numbers in rows), default=0),
+            asked=max((sum(len(texts[number].asked) for each in part for number in each) for part in parts), default=0),
+            plain=all(len(numbers) == 1 and len(texts[numbers[0]].runs) < 2 for numbers in rows),
+        )
+        made = [_batch([[(texts[n], widths[n]) for n in numbers] for numbers in part], shape) for part in parts]
         batches, owners = zip(*made, strict=True) if made else ((), ())
-        return Prepared(tuple(map(jax.device_put, batches)), owners, len(requests), truncated, len(rows))
+        return Prepared(tuple(map(jax.device_put, batches)), owners, len(requests), truncated, len(texts))
 
     def score(self, prepared: Prepared, adapter, p) -> Scores:
         """The scores of prepared requests by an adapter under a profile p: [R], or what `set_profile` takes."""
@@ -149,24 +161,33 @@ class Scorer:
         return prepared.collect(self.run_batch(batch, adapter, p) for batch in prepared.batches)
 
     def run_batch(self, batch, adapter, p) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihoods and greedy [B, A] of the tokens that one batch asks for."""
+        """Log-likelihoods and greedy [A] of the tokens that one batch asks for."""
         values, greedy = self._score(adapter, p, batch)
         return np.asarray(values), np.asarray(greedy)
 
 
-def even_batch_size(rows: int, largest: int) -> int:
-    """The smallest size at which rows make no more batches than at the largest size: less padding at the end.
+class _Shape(NamedTuple):
+    """What all batches have in common.
 
-    >>> even_batch_size(500, 64), even_batch_size(12, 64), even_batch_size(0, 64)
-    (63, 12, 1)
+    Attributes:
+      tokens: (B, T).
+      widths: of texts, falling.
+      texts: the most in a row.
+      asked: the most in a batch: A.
+      plain: every row is a context and at most one continuation, and needs no layout.
     """
-    return -(-rows // -(-rows // largest)) if rows else 1
+
+    tokens: tuple[int, int]
+    widths: tuple[int, ...]
+    texts: int
+    asked: int
+    plain: bool
 
 
-def _pack(requests: Sequence[Request], max_length: int) -> tuple[list[_Row], int]:
-    """Rows that hold every request, and how many of the requests were cut."""
+def _texts(requests: Sequence[Request], max_length: int) -> tuple[list[_Text], int]:
+    """Texts that hold every request, and how many of the requests were cut."""
     by_context: dict[tuple[int, ...], list[int]] = {}
-    rows, truncated = [], 0
+    texts, truncated = [], 0
     for number, (context, continuation) in enumerate(requests):
         if not context or not continuation:
             raise ValueError(f"request {number} has {len(context)} tokens of context and {len(continuation)} after it")
@@ -174,64 +195,70 @@ def _pack(requests: Sequence[Request], max_length: int) -> tuple[list[_Row], int
         if room < 1:
             raise ValueError(f"the continuation of request {number} alone is longer than {max_length} tokens")
         if len(context) > room:
-            rows += _rows_of(tuple(context[-room:]), [(number, tuple(continuation))])
+            texts += _texts_of(tuple(context[-room:]), [(number, tuple(continuation))])
             truncated += 1
         else:
             by_context.setdefault(tuple(context), []).append(number)
     for context, numbers in by_context.items():
-        rows += _rows_of(context, [(number, tuple(requests[number].continuation)) for number in numbers])
-    return rows, truncated
+        texts += _texts_of(context, [(number, tuple(requests[number].continuation)) for number in numbers])
+    return texts, truncated
 
 
-def _rows_of(context: tuple[int, ...], members: list[tuple[int, tuple[int, ...]]]) -> list[_Row]:
-    """Continuations (request, token ids) of one context as rows; usually one."""
+def _texts_of(context: tuple[int, ...], members: list[tuple[int, tuple[int, ...]]]) -> list[_Text]:
+    """Continuations (request, token ids) of one context as texts; usually one."""
     runs: list[tuple[int, ...]] = []  # a run that begins another is part of it
     for run in sorted({tokens[:-1] for _, tokens in members}, key=len, reverse=True):
         if run and not any(longer[: len(run)] == run for longer in runs):
             runs.append(run)
-    # Attention grows with the square of a row, so that very many continuations are better off in several rows.
-    room, rows = max(len(context), 256), [_Row(context, [], [])]
+    # Attention grows with the square of a text, so that very many continuations are better off in several.
+    room, texts = max(len(context), 256), [_Text(context, [], [])]
     for run in runs:
-        if rows[-1].runs and rows[-1].length + len(run) > len(context) + room:
-            rows.append(_Row(context, [], []))
-        rows[-1].runs.append(run)
+        if texts[-1].runs and texts[-1].length + len(run) > len(context) + room:
+            texts.append(_Text(context, [], []))
+        texts[-1].runs.append(run)
     for request, tokens in members:
-        row, start = _place(rows, tokens[:-1])
-        row.asked.append((len(context) - 1, tokens[0], request))
-        row.asked.extend((start + j, token, request) for j, token in enumerate(tokens[1:]))
-    return rows
+        text, start = _place(texts, tokens[:-1])
+        text.asked.append((len(context) - 1, tokens[0], request))
+        text.asked.extend((start + j, token, request) for j, token in enumerate(tokens[1:]))
+    return texts
 
 
-def _place(rows: list[_Row], run: tuple[int, ...]) -> tuple[_Row, int]:
-    """The row in which a run lies, and where it begins there."""
-    for row in rows:
-        start = len(row.context)
-        for other in row.runs:
+def _place(texts: list[_Text], run: tuple[int, ...]) -> tuple[_Text, int]:
+    """The text in which a run lies, and where it begins there."""
+    for text in texts:
+        start = len(text.context)
+        for other in text.runs:
             if other[: len(run)] == run:
-                return row, start
+                return text, start
             start += len(other)
-    return rows[0], len(rows[0].context)  # nothing to run: one token
+    return texts[0], len(texts[0].context)  # nothing to run: one token
 
 
-def _batch(rows: list[_Row], size: int, length: int, width: int, several: bool):
+def _batch(rows: list[list[tuple[_Text, int]]], shape: _Shape) -> tuple[dict[str, Any], np.ndarray]:
+    """Rows of texts (and their widths) as arrays, and the owners of the asked tokens."""
     integers = functools.partial(np.zeros, dtype=np.int32)
-    batch: dict[str, Any] = {name: integers((size, width)) for name in ("positions", "targets")}
-    batch |= {"tokens": integers((size, length)), "weights": np.zeros((size, width), np.float32)}
-    positions, segments = integers((size, length)), integers((size, length))
-    positions[:] = np.arange(length)
-    shared, owner = integers(size), []
+    batch: dict[str, Any] = {name: integers(shape.asked) for name in ("positions", "targets")}
+    batch |= {"tokens": integers(shape.tokens), "weights": np.zeros(shape.asked, np.float32)}
+    positions, segments, parents = (integers(shape.tokens) for _ in range(3))
+    starts = {width: np.full((len(batch["tokens"]), shape.texts), -1, np.int32) for width in shape.widths}
+    owner: list[int] = []
     for number, row in enumerate(rows):
-        start = shared[number] = len(row.context)
-        batch["tokens"][number, :start] = row.context
-        for segment, run in enumerate(row.runs, start=1):
-            end = start + len(run)
-            batch["tokens"][number, start:end], segments[number, start:end] = run, segment
-            positions[number, start:end] = len(row.context) + np.arange(len(run))
-            start = end
-        for column, (position, target, request) in enumerate(row.asked):
-            batch["positions"][number, column], batch["targets"][number, column] = position, target
-            batch["weights"][number, column] = 1.0
-            owner.append((number, column, request))
-    if several:
-        batch["layout"] = {"positions": positions, "segment_ids": segments, "shared": shared}
-    return batch, np.asarray(owner, int).reshape(-1, 3)
+        start = segment = 0
+        for text, width in row:
+            places = starts[width][number]
+            places[np.argmax(places < 0)] = start
+            for position, target, request in text.asked:
+                batch["positions"][len(owner)] = number * shape.tokens[1] + start + position
+                batch["targets"][len(owner)], batch["weights"][len(owner)] = target, 1.0
+                owner.append(request)
+            parent = segment = segment + 1  # 0 is padding
+            for begin, run in ((0, text.context), *((len(text.context), run) for run in text.runs)):
+                end = start + len(run)
+                batch["tokens"][number, start:end] = run
+                segments[number, start:end], parents[number, start:end] = segment, parent
+                positions[number, start:end] = begin + np.arange(len(run))
+                start, segment = end, segment + 1
+    if not shape.plain:
+        spans = Spans(tuple(starts.values()), shape.widths)
+        batch["layout"] = {"positions": positions, "segment_ids": segments, "parent_ids": parents, "spans": spans}
+    return batch, np.asarray(owner, int)

@@ -5,6 +5,7 @@ Axes: B batch, T queries, S keys, H query heads, KV key and value heads, Hd feat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -15,7 +16,30 @@ QUERIES, BLOCKS = 96, 16  # of a row that a CPU attends from at once, more where
 LITTLE = 2**17  # scores of a whole batch below which a CPU is not worth other means
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("starts",), meta_fields=("widths",))
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Where the texts of packed rows lie, for a CPU to attend within each of them only.
+
+    In a row they come in the order of `starts`: all of the first width, then those of the next, from left to right.
+
+    Attributes:
+      starts: per width int32 [B, N], first tokens; -1 behind the last one.
+      widths: falling; no text is longer than its width, and none of them larger than T.
+    """
+
+    starts: tuple[jax.Array, ...]
+    widths: tuple[int, ...]
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    causal: bool,
+    spans: Spans | None = None,
+) -> jax.Array:
     """softmax(q k' / sqrt(Hd)) v, each key and value head serving H / KV query heads.
 
     On a CPU one row of the batch and a block of its queries at a time, whose scores stay in the cache and are computed
@@ -27,6 +51,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         value: [B, S, KV, Hd].
         mask: boolean [B, 1, T, S], True where a query sees a key, or None. Every query sees some key.
         causal: whether query t sees only keys up to t (T equals S).
+        spans: with a mask under which every query sees itself, texts outside of which no query of theirs sees a key.
+            Results are the same with them, but cannot be differentiated; what lies in no text is then undefined.
 
     Returns:
         [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
@@ -36,9 +62,36 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     other = _attend_in_float64 if query.dtype == jnp.float64 else _attend_at_once
     if scores <= LITTLE:
         return other(causal, *operands)
-    return jax.lax.platform_dependent(
-        *operands, cpu=functools.partial(_attend_in_blocks, causal), default=functools.partial(other, causal)
-    )
+    blocks = functools.partial(_attend_in_blocks, causal)
+    if spans is not None:
+        blocks = functools.partial(_attend_in_spans, causal, spans)
+    return jax.lax.platform_dependent(*operands, cpu=blocks, default=functools.partial(other, causal))
+
+
+def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """As `attend`, over keys and values in the layout of a cache.
+
+    Args:
+        query: [B, T, H, Hd], T small: one step of decoding.
+        key: [B, KV, Hd, S].
+        value: [B, KV, S, Hd].
+        mask: boolean [B, 1, T, S]. Every query sees some key.
+
+    Returns:
+        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+    """
+    batch, length, heads, features = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    groups = key.shape[1]
+    # Queries of a group as rows of one matrix: other orders of the axes make XLA transpose the keys or the scores.
+    query = query.reshape(batch, length, groups, -1, features).transpose(0, 2, 1, 3, 4)  # [B, KV, T, H / KV, Hd]
+    query = query.reshape(batch, groups, -1, features)
+    scores = jnp.matmul(query, key, preferred_element_type=wide) / math.sqrt(features)
+    scores = jnp.where(jnp.repeat(mask, heads // groups, axis=2), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.matmul(weights, value, preferred_element_type=wide)  # [B, KV, T H / KV, Hd]
+    mixed = mixed.reshape(batch, groups, length, -1, features).transpose(0, 2, 1, 3, 4)
+    return mixed.reshape(batch, length, heads, features).astype(query.dtype)
 
 
 def _attend_at_once(causal: bool, query, key, value, mask=None):
@@ -60,6 +113,30 @@ def _attend_in_float64(causal: bool, query, key, value, mask=None):
 
 def _attend_in_blocks(causal: bool, *operands):
     return jax.lax.map(lambda row: _attend_row(causal, *row), operands)
+
+
+def _attend_in_spans(causal: bool, spans: Spans, query, key, value, mask):
+    """As `_attend_in_blocks`, one text after the other."""
+
+    def row(operands):
+        query, key, value, mask, all_starts = operands
+        mixed = jnp.zeros_like(query)
+        for width, starts in zip(spans.widths, all_starts, strict=True):
+
+            def one(number, mixed, width=width, starts=starts):
+                start = jnp.minimum(starts[number], len(mixed) - width)
+                part = [jax.lax.dynamic_slice_in_dim(x, start, width) for x in (query, key, value)]
+                visible = jax.lax.dynamic_slice(mask, (0, start, start), (1, width, width))
+                found = _attend_row(causal, *part, visible)
+                # Texts before it are done. What goes beyond it, if it is shorter, the texts that lie there write later.
+                before = (jnp.arange(width) < starts[number] - start)[:, None, None]
+                found = jnp.where(before, jax.lax.dynamic_slice_in_dim(mixed, start, width), found)
+                return jax.lax.dynamic_update_slice_in_dim(mixed, found, start, 0)
+
+            mixed = jax.lax.fori_loop(0, jnp.sum(starts >= 0), one, mixed)
+        return mixed
+
+    return jax.lax.map(row, (query, key, value, mask, spans.starts))
 
 
 def _attend_row(causal: bool, query, key, value, mask=None):

@@ -8,6 +8,7 @@ is what users know from there. Projections are called, never read: an adapter ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlora_jax.models.attention import attend
+from mlora_jax.models.attention import Spans, attend, attend_cached
 from mlora_jax.models.config import DecoderConfig
 
 # State that a layer may change while it runs, should a module put into a layer have any (dropout's counter).
@@ -23,11 +24,14 @@ _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
 
 class Cache(NamedTuple):
-    """Keys (already rotated) and values of the tokens seen so far.
+    """Keys (already rotated) and values of the tokens that one layer has seen so far.
+
+    A layer has arrays of its own, which a step of decoding writes in place and reads where they lie: a slice of one
+    array for all layers would be copied. The last axis of each is the one that its product with a query runs along.
 
     Args:
-        k: keys [L, B, S, KV, Hd] in the compute dtype.
-        v: values, alike.
+        k: keys [B, KV, Hd, S] in the compute dtype.
+        v: values [B, KV, S, Hd], alike.
     """
 
     k: jax.Array
@@ -158,8 +162,8 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.head_dim = config.head_dim
 
-    def __call__(self, x, rotation, mask, positions, cache, index):
-        """Mixes over time; `cache` None, or the whole cache of which layer `index` is written and read."""
+    def __call__(self, x, rotation, mask, positions, cache, spans=None):
+        """Mixes over time; the cache after it. With None for a cache that is one of these tokens alone."""
         batch, length, _ = x.shape
         query, key, value = (
             projection(x).astype(x.dtype).reshape(batch, length, -1, self.head_dim)
@@ -168,15 +172,16 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if cache is not None:
-            # Written into the carried buffer in place: as an output of the scan it would be copied every step.
+        if cache is None:
+            mixed = attend(query, key, value, mask, causal=True, spans=spans)
+            cache = Cache(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+        else:
             rows = jnp.arange(batch)[:, None]
             cache = Cache(
-                cache.k.at[index, rows, positions].set(key.astype(cache.k.dtype)),
-                cache.v.at[index, rows, positions].set(value.astype(cache.v.dtype)),
+                cache.k.at[rows, :, :, positions].set(key.astype(cache.k.dtype)),
+                cache.v.at[rows, :, positions].set(value.astype(cache.v.dtype)),
             )
-            key, value = cache.k[index].astype(x.dtype), cache.v[index].astype(x.dtype)  # [B, S, KV, Hd]
-        mixed = attend(query, key, value, mask, causal=cache is None)
+            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache), mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 
 
@@ -217,9 +222,9 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rotation, mask, positions, cache, index):
-        """[B, T, D] and the cache, both as after this layer."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, index)
+    def __call__(self, x, rotation, mask, positions, cache, spans=None):
+        """[B, T, D] and the layer's cache, both as after this layer."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans)
         # The residual stream keeps its dtype whatever an adapter in a projection's place returns.
         x = x + mixed.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache
@@ -273,21 +278,31 @@ class Decoder(nnx.Module):
         """The dtype of reductions and logits: float32, or float64 for a float64 model."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
-    def __call__(self, tokens: jax.Array, *, positions=None, segment_ids=None, shared=None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, *, positions=None, segment_ids=None, parent_ids=None) -> jax.Array:
         """Logits of the next token at every position.
 
         Args:
             tokens: int32 [B, T], right-padded if rows differ in length.
             positions: as in `hidden`.
             segment_ids: as in `hidden`.
-            shared: as in `hidden`.
+            parent_ids: as in `hidden`.
 
         Returns:
             float32 [B, T, V] (float64 for a float64 model).
         """
-        return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, shared=shared))
+        return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, parent_ids=parent_ids))
 
-    def hidden(self, tokens: jax.Array, *, positions=None, segment_ids=None, shared=None, cache: Cache | None = None):
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions=None,
+        segment_ids=None,
+        parent_ids=None,
+        spans: Spans | None = None,
+        cache: tuple[Cache, ...] | None = None,
+        layers: Sequence[DecoderLayer] | None = None,
+    ):
         """Hidden states after the final norm.
 
         Args:
@@ -296,19 +311,21 @@ class Decoder(nnx.Module):
                 each token is written to (beyond the cache: not written), and a query sees slots up to its own.
                 Sliding windows are counted in positions.
             segment_ids: integers [B, T]; tokens of different segments do not see each other.
-            shared: int32 [B]; with segment ids, so many first tokens of a row are seen by all that follow, whatever
-                their segment. So a row holds a context once and every continuation of it; `positions` must say where
-                each of those begins.
-            cache: from `init_cache` or an earlier call.
+            parent_ids: integers [B, T]; with segment ids, a token also sees the tokens before it of the segment with
+                this id. So a row holds a context once and every continuation of it; `positions` must say where each
+                of those begins.
+            spans: with segment ids, where texts lie that see nothing of each other: saves a CPU work.
+            cache: from `init_cache`, `prefill` or an earlier call.
+            layers: with a cache, `single_layers()`, for a loop that decodes to take them once.
 
         Returns:
             [B, T, D] in the compute dtype; with a cache the pair (hidden, cache).
 
         Raises:
-            ValueError: segment ids together with a cache; shared without segment ids or positions.
+            ValueError: segment ids together with a cache; parent ids without segment ids or positions.
         """
-        if shared is not None and (segment_ids is None or positions is None):
-            raise ValueError("shared needs segment_ids and positions: which tokens are a continuation, and where")
+        if parent_ids is not None and (segment_ids is None or positions is None):
+            raise ValueError("parent_ids needs segment_ids and positions: which tokens are a continuation, and where")
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids and cache exclude each other: decode packed texts as rows of their own")
         counted = positions is None or cache is not None  # so that no two positions are as far apart as there are keys
@@ -319,10 +336,43 @@ class Decoder(nnx.Module):
         mask = None
         if segment_ids is not None:
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, T]
-            if shared is not None:
-                mask |= jnp.arange(tokens.shape[1]) < shared[:, None, None, None]
+            if parent_ids is not None:
+                mask |= parent_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is not None:
-            mask = jnp.arange(cache.k.shape[2]) <= positions[:, None, :, None]  # [B, 1, T, S]
+            mask = jnp.arange(cache[0].v.shape[2]) <= positions[:, None, :, None]  # [B, 1, T, S]
+        x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, counted=counted)
+        return x if cache is None else (x, written)
+
+    def prefill(self, tokens: jax.Array, slots: int):
+        """Hidden states of rows from their beginning, and a cache of them with room for more.
+
+        What `hidden` gives with an empty cache, without attending to its empty slots.
+
+        Args:
+            tokens: int32 [B, T], right-padded if rows differ in length.
+            slots: S, the most tokens a row will hold, at least T.
+
+        Returns:
+            [B, T, D] in the compute dtype, and the cache.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x, kept = self._run_layers(tokens, positions, None, keep=True)
+        room = (0, slots - tokens.shape[1])
+        k = jnp.pad(kept.k, [*[(0, 0)] * 4, room])  # [L, B, KV, Hd, S]
+        v = jnp.pad(kept.v, [*[(0, 0)] * 3, room, (0, 0)])
+        return x, tuple(Cache(k[index], v[index]) for index in range(self.config.num_layers))
+
+    def single_layers(self) -> tuple[DecoderLayer, ...]:
+        """Every layer as a module of its own."""
+        graphdef, state = nnx.split(self.layers)
+        parts = (jax.tree.map(lambda leaf, index=index: leaf[index], state) for index in range(self.config.num_layers))
+        return tuple(nnx.merge(graphdef, part) for part in parts)
+
+    def _run_layers(self, tokens, positions, mask, cache=None, layers=None, spans=None, *, counted=True, keep=False):
+        """Hidden states, and per layer the cache after it; without one and to `keep`, caches of these tokens [L, ...].
+
+        `counted`: whether no two positions of a row are as far apart as there are keys.
+        """
         keys = positions if cache is None else jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
         windows = self._windows(keys.shape[1] if counted else None)
         if isinstance(windows, int):
@@ -331,27 +381,37 @@ class Decoder(nnx.Module):
         frequencies = jnp.asarray(rope_frequencies(self.config), self.wide_dtype)
         angles = positions[..., None, None].astype(self.wide_dtype) * frequencies  # [B, T, 1, Hd / 2]
         rotation = jnp.cos(angles), jnp.sin(angles)
-        graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
 
-        def step(carry, inputs):
-            x, cache = carry
-            index, window, rotates, mutable, frozen = inputs
-            layer = nnx.merge(graphdef, mutable, frozen)
+        def run(layer, x, window, rotates, part):
             seen = mask if window is None else within_window(mask, window, positions, keys)
             turn = rotation
             if rotates is not None:
                 turn = jnp.where(rotates, rotation[0], 1.0), jnp.where(rotates, rotation[1], 0.0)
-            x, cache = layer(x, turn, seen, positions, cache, index)
-            return (x, cache), nnx.state(layer, _MUTABLE)
+            return layer(x, turn, seen, positions, part, spans)
+
+        x = self.embed_tokens(tokens)
+        if cache is not None:
+            # No scan: it would copy the whole cache, as its input or its output, at every step of decoding.
+            written = []
+            for index, layer in enumerate(self.single_layers() if layers is None else layers):
+                of_layer = (None if each is None else each[index] for each in (windows, rotary))
+                x, part = run(layer, x, *of_layer, cache[index])
+                written.append(part)
+            return self.norm(x), tuple(written)
+        graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
+
+        def step(x, inputs):
+            window, rotates, *state = inputs
+            layer = nnx.merge(graphdef, *state)
+            x, part = run(layer, x, window, rotates, None)
+            return x, (nnx.state(layer, _MUTABLE), part if keep else None)
 
         if self.remat:
             step = jax.checkpoint(step, prevent_cse=False)  # The scan itself keeps the two passes apart.
-        inputs = jnp.arange(self.config.num_layers), windows, rotary, mutable, frozen
-        (x, cache), mutable = jax.lax.scan(step, (self.embed_tokens(tokens), cache), inputs)
+        x, (mutable, written) = jax.lax.scan(step, x, (windows, rotary, mutable, frozen))
         if jax.tree.leaves(mutable):
             nnx.update(self.layers, mutable)
-        x = self.norm(x)
-        return x if cache is None else (x, cache)
+        return self.norm(x), written
 
     def _windows(self, keys: int | None):
         """The window of all layers as an int, one for each as int32 [L], or None if it hides none of so many keys."""
@@ -376,7 +436,7 @@ class Decoder(nnx.Module):
             )
         return self.lm_head(hidden).astype(self.wide_dtype)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
+    def init_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
         """An empty cache.
 
         Args:
@@ -384,8 +444,8 @@ class Decoder(nnx.Module):
             length: S, the most tokens a row will hold.
 
         Returns:
-            Zeros [L, B, S, KV, Hd] in the compute dtype, for keys and for values.
+            Zeros in the compute dtype, one `Cache` per layer.
         """
         config = self.config
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, length), self.dtype)
+        return tuple(Cache(jnp.copy(k), jnp.copy(k.swapaxes(2, 3))) for _ in range(config.num_layers))

@@ -189,10 +189,13 @@ class Table(nnx.Module):
     def __init__(self, table):
         self.table, self.unused = nnx.Param(jnp.asarray(table)), nnx.Linear(1, 1, rngs=nnx.Rngs(0))
 
-    def init_cache(self, batch, length):
+    def prefill(self, tokens, slots):
+        return tokens[..., None], ()
+
+    def single_layers(self):
         return ()
 
-    def hidden(self, tokens, *, positions=None, cache=None):
+    def hidden(self, tokens, *, positions, cache, layers):
         return tokens[..., None], cache
 
     def head(self, hidden):

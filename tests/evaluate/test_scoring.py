@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from mlora_jax.adapt import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.evaluate import Request, Scorer
-from mlora_jax.models import load_decoder
+from mlora_jax.models import attention, load_decoder
 from tests.tiny import write_checkpoint
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -104,15 +104,15 @@ def _fold_into(model, adapter, p):
 
 
 def test_a_context_is_run_once(adapted):
-    """One row per context, in which a continuation's own tokens come once, and single tokens not at all."""
+    """One text per context, in which a continuation's own tokens come once, and single tokens not at all."""
     context = (5, 6, 7, 8)
     continuations = [(9,), (10,), (11, 12, 13), (11, 12, 14), (15, 16)]
     prepared = scorer_of(adapted).prepare([Request(context, tokens) for tokens in continuations])
     (batch,) = prepared.batches
-    assert prepared.rows == 1 and batch["tokens"].shape == (1, 16)
+    assert prepared.texts == 1 and batch["tokens"].shape == (1, 16)
     assert np.asarray(batch["tokens"])[0, :8].tolist() == [5, 6, 7, 8, 11, 12, 15, 0]
     single = scorer_of(adapted).prepare([Request(context, (token,)) for token in range(20, 60)])
-    assert single.rows == 1 and "layout" not in single.batches[0]
+    assert single.texts == 1 and "layout" not in single.batches[0]
     assert np.count_nonzero(single.batches[0]["tokens"]) == len(context)
 
 
@@ -125,20 +125,20 @@ def test_shared_and_plain_computation_agree(adapted):
     np.testing.assert_array_equal(shared.greedy, [s.greedy[0] for s in alone])
 
 
-def test_very_many_continuations_are_several_rows(adapted):
+def test_very_many_continuations_are_several_texts(adapted):
     requests = [Request((5, 6), tuple(range(10 + n, 50 + n))) for n in range(20)]
     scorer = scorer_of(adapted)
     prepared = scorer.prepare(requests)
-    assert 1 < prepared.rows < 6
+    assert 1 < prepared.texts < 6
     found = scorer.score(prepared, adapted[2], jnp.ones(6)).log_likelihoods
     alone = [scorer.score(scorer.prepare([r]), adapted[2], jnp.ones(6)).log_likelihoods[0] for r in requests]
     np.testing.assert_allclose(found, alone, atol=1e-4)
 
 
-def test_one_executable_per_length_for_every_rank_and_adapter(adapted):
-    scorer = scorer_of(adapted, pad_multiple=32)
+def test_one_executable_for_every_rank_and_adapter(adapted):
+    scorer = scorer_of(adapted, pad_multiple=32, batch_size=2)
     prepared = scorer.prepare(requests_of(330))
-    lengths = {batch["tokens"].shape[1] for batch in prepared.batches}
+    assert len(prepared.batches) > 2
     seen = set()
     for scaling in ("none", "rank"):
         hierarchy = RankHierarchy((1, 2, 4, 6), scaling)
@@ -146,8 +146,29 @@ def test_one_executable_per_length_for_every_rank_and_adapter(adapted):
             for readout in (hierarchy.prefix, hierarchy.nested, hierarchy.masked):
                 seen.add(float(scorer.score(prepared, adapted[2], readout(rank)).log_likelihoods.sum()))
     scorer.score(prepared, jax.tree.map(jnp.negative, adapted[2]), jnp.ones(6))
-    assert scorer.compiled._cache_size() == len(lengths) > 1
+    assert scorer.compiled._cache_size() == 1
     assert len(seen) > 15
+
+
+@pytest.mark.parametrize("little", [0, 2**30], ids=["text by text", "masked"])
+def test_texts_of_one_row_see_nothing_of_each_other(adapted, monkeypatch, little):
+    """Texts of several widths in rows of several texts, against a row for each."""
+    monkeypatch.setattr(attention, "LITTLE", little)
+    requests = requests_of(330, contexts=14, longest=90)
+    scorer = scorer_of(adapted, pad_multiple=8, batch_size=5)
+    prepared = scorer.prepare(requests)
+    spans = [batch["layout"]["spans"] for batch in prepared.batches]
+    texts = [[np.sum(starts >= 0) for starts in each.starts] for each in spans]  # by row and width
+    assert len(spans) > 1 and np.sum(texts) == prepared.texts and max(np.count_nonzero(row) for row in texts) > 1
+    assert max(map(sum, texts)) > 3
+    found = scorer.score(prepared, adapted[2], jnp.ones(6))
+    contexts = dict.fromkeys(request.context for request in requests)
+    for context in contexts:
+        own = [number for number, request in enumerate(requests) if request.context == context]
+        alone = scorer_of(adapted, pad_multiple=64)
+        alone = alone.score(alone.prepare([requests[number] for number in own]), adapted[2], jnp.ones(6))
+        np.testing.assert_allclose(found.log_likelihoods[own], alone.log_likelihoods, atol=2e-5)
+        np.testing.assert_array_equal(found.greedy[own], alone.greedy)
 
 
 def test_profiles_per_layer(adapted):

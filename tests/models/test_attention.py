@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlora_jax.models import attention
-from mlora_jax.models.attention import attend
+from mlora_jax.models.attention import Spans, attend, attend_cached
 
 
 def inputs(batch, queries, keys, heads, groups, features, dtype, seed=0):
@@ -70,3 +70,34 @@ def test_no_scores_are_kept_for_the_backward_pass(monkeypatch):
     step = jax.jit(jax.grad(lambda *arrays: jnp.sum(attend(*arrays, None, True)), argnums=(0, 1, 2)))
     memory = step.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
     assert memory < 4 * 4 * 256 * 256 * 4  # bytes of all scores
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_keys_and_values_in_the_layout_of_a_cache(queries):
+    query, key, value = inputs(3, queries, 50, 6, 2, 8, np.float32)
+    mask = np.random.default_rng(1).random((3, 1, queries, 50)) < 0.7
+    found = jax.jit(attend_cached)(query, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), mask)
+    expected_ = expected((query, key, value), np.broadcast_to(mask, (3, 1, queries, 50)))[0]
+    np.testing.assert_allclose(found, expected_, atol=2e-5, rtol=1e-4)
+
+
+def test_attention_within_spans(monkeypatch):
+    """Widths that are more than the texts, also where such a width would go beyond the row."""
+    monkeypatch.setattr(attention, "LITTLE", 0)
+    lengths = ((60, 41, 38, 12, 9), (64, 64, 30))  # of texts; the second row is full, but for two tokens
+    starts = {64: np.full((2, 3), -1, np.int32), 40: np.full((2, 3), -1, np.int32)}
+    segments = np.zeros((2, 160), int)
+    for row, texts in enumerate(lengths):
+        begin = 0
+        for number, length in enumerate(texts):
+            places = starts[64 if length > 40 else 40][row]
+            places[np.argmax(places < 0)] = begin
+            segments[row, begin : begin + length] = number + 1
+            begin += length
+    mask = (segments[:, None, :, None] == segments[:, None, None]) & (np.random.default_rng(2).random((160, 160)) < 0.7)
+    mask |= np.eye(160, dtype=bool)
+    arrays = inputs(2, 160, 160, 6, 2, 8, np.float32)
+    spans = Spans(tuple(map(jnp.asarray, starts.values())), tuple(starts))
+    found = jax.jit(lambda *arrays: attend(*arrays, True, spans))(*arrays, jnp.asarray(mask))
+    wanted = expected(arrays, mask & np.tri(160, dtype=bool))[0]
+    np.testing.assert_allclose(found[segments > 0], wanted[segments > 0], atol=2e-5, rtol=1e-4)

@@ -143,9 +143,11 @@ def test_greedy_decoding_with_a_cache_equals_the_full_forward(config, dtype):
         lengths, new, tolerance = np.array([3, 9, 1, 6]), 8, 1e-11 if dtype == jnp.float64 else 1e-4
         prompt = tokens_of(config, (4, 9))  # What lies beyond a row's length is junk.
         cache = model.init_cache(4, 9 + new)
-        heads = (config.num_kv_heads, config.head_dim)
-        assert cache.k.shape == cache.v.shape == (config.num_layers, 4, 17, *heads)
-        assert cache.k.dtype == cache.v.dtype == dtype
+        heads, features = config.num_kv_heads, config.head_dim
+        assert [(k.shape, v.shape) for k, v in cache] == [
+            ((4, heads, features, 17), (4, heads, 17, features))
+        ] * config.num_layers
+        assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
         logits, cache = cached(jnp.asarray(prompt), jnp.broadcast_to(jnp.arange(9), (4, 9)), cache)
         rows = [list(row[:length]) for row, length in zip(prompt, lengths, strict=True)]
         latest = np.asarray(logits)[np.arange(4), lengths - 1]
@@ -173,11 +175,43 @@ def test_a_token_is_written_where_its_position_says():
         return nnx.merge(graphdef, state).hidden(jnp.ones((2, 1), jnp.int32), positions=positions, cache=cache)[1]
 
     empty = model.init_cache(2, 4)
-    for k, before in zip(write(jnp.array([[1], [3]]), empty), empty, strict=True):
-        changed = np.any(np.asarray(k != before), axis=(0, 3, 4))  # [B, S]
-        np.testing.assert_array_equal(changed, [[False, True, False, False], [False, False, False, True]])
-    for k, before in zip(write(jnp.full((2, 1), 4), empty), empty, strict=True):
-        np.testing.assert_array_equal(k, before)  # Beyond the cache.
+    for layer in write(jnp.array([[1], [3]]), empty):
+        for changed in (np.any(layer.k != 0, axis=(1, 2)), np.any(layer.v != 0, axis=(1, 3))):  # [B, S]
+            np.testing.assert_array_equal(changed, [[False, True, False, False], [False, False, False, True]])
+    for leaf in jax.tree.leaves(write(jnp.full((2, 1), 4), empty)):
+        np.testing.assert_array_equal(leaf, jnp.zeros_like(leaf))  # Beyond the cache.
+
+
+def test_prefill_is_a_run_into_an_empty_cache():
+    model, tokens = make(CONFIG), jnp.asarray(tokens_of(CONFIG, SHAPE))
+    hidden, cache = model.prefill(tokens, 23)
+    expected, by_steps = model.hidden(tokens, cache=model.init_cache(SHAPE[0], 23))
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    for mine, other in zip(jax.tree.leaves(cache), jax.tree.leaves(by_steps), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+    again, _ = model.hidden(tokens, cache=model.init_cache(SHAPE[0], 23), layers=model.single_layers())
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_a_step_of_decoding_copies_no_cache():
+    """Beside the cache, which it was given to write in place, it needs little memory."""
+    model = make(CONFIG)
+    graphdef, state = nnx.split(model)
+
+    def steps(state, cache):
+        model = nnx.merge(graphdef, state)
+        layers = model.single_layers()
+
+        def one(step, cache):
+            where = jnp.full((4, 1), step)
+            return model.hidden(jnp.ones((4, 1), jnp.int32), positions=where, cache=cache, layers=layers)[1]
+
+        return jax.lax.fori_loop(0, 9, one, cache)
+
+    cache = model.init_cache(4, 4096)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    compiled = jax.jit(steps, donate_argnums=1).lower(state, cache).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 3  # One layer's keys and values.
 
 
 def test_right_padding_changes_nothing_before_it():
@@ -238,7 +272,7 @@ def test_continuations_share_a_context(config):
     model, (tokens, _) = make(config), tokens_of(config, SHAPE)
     segments = np.array([0] * 8 + [1] * 5 + [2] * 4 + [9] * 3)
     positions = np.where(segments == 2, np.arange(20) - 5, np.arange(20))
-    options = {"segment_ids": segments, "positions": positions, "shared": np.array(8)}
+    options = {"segment_ids": segments, "positions": positions, "parent_ids": np.where(segments == 9, 9, 0)}
     found = logits_of(model, tokens[None], **{name: jnp.asarray(value)[None] for name, value in options.items()})[0]
     for segment in (1, 2):
         own = np.concatenate([tokens[:8], tokens[segments == segment], np.zeros(20, np.int32)])[:20]
@@ -256,7 +290,7 @@ def test_no_array_holds_the_masks_of_all_layers():
         (scan,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
         equations = scan.params["jaxpr"].jaxpr.eqns if scanned else jaxpr.eqns
         shapes = [variable.aval.shape for variable in (*scan.invars, *scan.outvars)]
-        assert (config.num_layers,) in shapes and not any(shape[-2:] == (20, 20) for shape in shapes if len(shape) > 4)
+        assert not any(shape[-2:] == (20, 20) for shape in shapes if len(shape) > 4)
         return sum(equation.primitive.name == "ge" for equation in equations)
 
     assert [masks(MIXED, scanned) for scanned in (True, False)] == [1, 0]
@@ -276,8 +310,8 @@ def test_a_row_that_is_done_still_sees_something():
 def test_a_shared_context_needs_segments_and_positions():
     model, tokens = make(CONFIG), jnp.zeros((1, 4), jnp.int32)
     for given in ({"segment_ids": tokens}, {"positions": tokens}):
-        with pytest.raises(ValueError, match="shared needs segment_ids and positions"):
-            model.hidden(tokens, shared=jnp.ones(1, jnp.int32), **given)
+        with pytest.raises(ValueError, match="parent_ids needs segment_ids and positions"):
+            model.hidden(tokens, parent_ids=tokens, **given)
 
 
 def test_segments_and_a_cache_exclude_each_other():
@@ -399,7 +433,7 @@ def test_an_adapter_wider_than_the_model_leaves_its_dtype_alone():
     tokens = jnp.zeros(SHAPE, jnp.int32)
     assert jax.eval_shape(model.hidden, tokens).dtype == jnp.bfloat16
     hidden, cache = jax.eval_shape(lambda tokens: model.hidden(tokens, cache=model.init_cache(*SHAPE)), tokens)
-    assert {hidden.dtype, cache.k.dtype, cache.v.dtype} == {jnp.dtype(jnp.bfloat16)}
+    assert {hidden.dtype, *(leaf.dtype for leaf in jax.tree.leaves(cache))} == {jnp.dtype(jnp.bfloat16)}
 
 
 class Counter(nnx.BatchStat):

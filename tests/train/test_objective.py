@@ -128,3 +128,29 @@ def test_no_array_of_tokens_times_vocabulary(tied):
     plain = gradient(lambda a: plain_loss(graphdef, base, a, profile, batch))
     sizes = {int(np.prod(shape)) // VOCABULARY for shape in shapes_with_vocabulary(plain)}
     assert max(sizes) >= 8 * 32  # the check sees what it looks for
+
+
+def test_the_likeliest_is_the_first_of_the_largest_logits():
+    graphdef, base, adapter, profile = make(tied=False)
+    batch = make_batch()
+    embedding = base["lm_head"]["kernel"][...]
+    base["lm_head"]["kernel"][...] = jnp.concatenate([embedding[:, :4]] * 83, axis=1)[:, :VOCABULARY]  # many ties
+    values = nnx.merge(graphdef, base, adapter, profile)(batch["tokens"])
+    best = np.argmax(np.take_along_axis(np.asarray(values), batch["positions"][..., None], axis=1), axis=-1)
+    for shift, expected in ((0, True), (4, False)):
+        asked = {**batch, "targets": jnp.asarray(best + shift, jnp.int32)}
+        likeliest = answer_scores(graphdef, base, adapter, profile, asked, chunk=5)[1]
+        np.testing.assert_array_equal(likeliest, np.full(best.shape, expected))
+
+
+def test_positions_of_the_whole_batch():
+    graphdef, base, adapter, profile = make(tied=False, targets=("lm_head",))
+    profile = set_profile(profile, jax.random.uniform(jax.random.key(3), (3, 3)), per_example=True)
+    batch = make_batch()
+    rows, length = batch["tokens"].shape
+    flat = {name: batch[name].reshape(-1) for name in ("targets", "weights")} | {"tokens": batch["tokens"]}
+    flat["positions"] = (batch["positions"] + length * np.arange(rows)[:, None]).reshape(-1)
+    expected = answer_scores(graphdef, base, adapter, profile, batch, chunk=4)
+    found = answer_scores(graphdef, base, adapter, profile, flat, chunk=4)
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, other.reshape(-1))
