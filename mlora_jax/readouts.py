@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from mlora_jax.adapt import set_profile
+from mlora_jax.adapt import InputGram, set_profile, split, watch_inputs
 from mlora_jax.config import Trial
 from mlora_jax.core import RankHierarchy, readout_profile
+from mlora_jax.core.squeeze import squeeze_factors
 from mlora_jax.evaluate import read_out
 from mlora_jax.experiment import Experiment
 from mlora_jax.models.hugging_face import write_aside
@@ -51,8 +54,14 @@ def read_out_trial(
     if readout == "calibrated":
         profiles = _calibrated(experiment, trial, adapter, hierarchy, pathlib.Path(folder) / CALIBRATED)
         return ReadOut(adapter, profiles)
-    adapted = experiment.adapted(trial.rank)
-    adapter, hierarchy, name = read_out(adapter, adapted.profile, hierarchy, readout, experiment.phases.function(trial))
+    adapted, function = experiment.adapted(trial.rank), experiment.phases.function(trial)
+    if readout == "squeeze_inputs":
+        grams = _input_grams(experiment, trial, adapter, function)
+        squeezed = jax.jit(squeeze_factors)(
+            adapter, set_profile(adapted.profile, function), grams=grams, key=jax.random.key(0)
+        )
+        adapter, hierarchy, readout = squeezed.adapter, dataclasses.replace(hierarchy, scaling="none"), "prefix"
+    adapter, hierarchy, name = read_out(adapter, adapted.profile, hierarchy, readout, function)
     return ReadOut(adapter, {rank: readout_profile(hierarchy, name, rank) for rank in hierarchy.ranks})
 
 
@@ -97,6 +106,26 @@ def read_calibrated(folder) -> dict[int, jax.Array]:
         )
     record = json.loads(file.read_text(encoding="utf-8"))
     return {rank: jnp.asarray(p, float) for rank, p in zip(record["ranks"], record["profiles"], strict=True)}
+
+
+def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Array):
+    """Of the trained function's inputs in a few batches of training data, padding left out."""
+    adapted = experiment.adapted(trial.rank)
+    model = nnx.merge(adapted.evaluation_graphdef, adapted.base, adapted.adapter, adapted.profile)
+    graphdef, base, _, profile, grams = split(watch_inputs(model), mutable=InputGram)
+
+    @jax.jit
+    def add(base, adapter, grams, tokens, real):
+        values = set_profile(profile, real[..., None] * function, per_example=True)  # [B, T, R]
+        model = nnx.merge(graphdef, base, adapter, values, grams)
+        model.hidden(tokens)
+        return nnx.state(model, InputGram)
+
+    for _, batch in zip(range(experiment.config.calibration.batches), _batches(experiment, trial), strict=False):
+        answered = np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1)  # the last token that counts
+        real = np.arange(batch["tokens"].shape[1]) <= answered[:, None]
+        grams = jax.block_until_ready(add(base, adapter, grams, batch["tokens"], real.astype(np.float32)))
+    return grams
 
 
 def _batches(experiment: Experiment, trial: Trial):

@@ -1,9 +1,9 @@
 """Adapters on the linear layers of any Flax NNX model, and the pytrees that pure functions train and read out."""
 
 from mlora_jax.adapt.layers import LAYERS, AdaptedLayer, AdaptedLinear
-from mlora_jax.adapt.model import adapt, split
+from mlora_jax.adapt.model import adapt, split, watch_inputs
 from mlora_jax.adapt.profiles import set_dropout_key, set_profile
-from mlora_jax.adapt.variables import AdapterParam, DropoutKey, RankProfile
+from mlora_jax.adapt.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 
 __all__ = [
     "LAYERS",
@@ -11,9 +11,11 @@ __all__ = [
     "AdaptedLinear",
     "AdapterParam",
     "DropoutKey",
+    "InputGram",
     "RankProfile",
     "adapt",
     "set_dropout_key",
     "set_profile",
     "split",
+    "watch_inputs",
 ]

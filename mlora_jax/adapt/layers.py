@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlora_jax.adapt.letters import Letters, group_shape, kernel_layout, letters_product, parse_letters, place_profile
-from mlora_jax.adapt.variables import AdapterParam, DropoutKey, RankProfile
+from mlora_jax.adapt.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 from mlora_jax.core.product import apply_profile, initialize_factors, p_scaled_product
 
 
@@ -129,7 +129,13 @@ class AdaptedLayer(nnx.Module):
 
 
 class AdaptedLinear(AdaptedLayer):
-    """An `nnx.Linear`, kernel [..., D, F], and its adapter."""
+    """An `nnx.Linear`, kernel [..., D, F], and its adapter.
+
+    Attributes:
+      gram: InputGram if `watch_inputs` was called, else None.
+    """
+
+    gram: InputGram | None = None
 
     @staticmethod
     def factoring(base: nnx.Linear) -> Factoring:
@@ -137,7 +143,14 @@ class AdaptedLinear(AdaptedLayer):
         return Factoring(2, (), *base.kernel.shape[-2:])
 
     def _product(self, x):
+        if self.gram is not None:
+            self._watch(x)
         return p_scaled_product(x, self.a[...], self.b[...], self.p[...], precision=self.base.precision)
+
+    def _watch(self, x: jax.Array) -> None:
+        hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self.p[...])  # [..., R]
+        hidden = hidden.reshape(-1, hidden.shape[-1]).astype(self.gram[...].dtype)
+        self.gram[...] += jnp.matmul(hidden.T, hidden, precision="highest")
 
 
 class AdaptedLinearGeneral(AdaptedLayer):

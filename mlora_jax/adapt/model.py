@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from mlora_jax.adapt.layers import AdaptedLayer, layer_kind
+from mlora_jax.adapt.layers import AdaptedLayer, AdaptedLinear, layer_kind
 from mlora_jax.adapt.targets import matching
-from mlora_jax.adapt.variables import AdapterParam, DropoutKey, RankProfile
+from mlora_jax.adapt.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import path_hash
 
@@ -76,6 +77,25 @@ def adapt(
     for _, node in list(nnx.iter_graph(model)):
         if not isinstance(node, AdaptedLayer):
             _replace_children(node, wrapped)
+    return model
+
+
+def watch_inputs(model: nnx.Module) -> nnx.Module:
+    """Lets every adapted `nnx.Linear` sum up ``H^T H`` of what its B is given, ``H = (x A) * p``, in an `InputGram`.
+
+    `split(model, mutable=InputGram)` then gives a fifth tree, which `mlora_jax.core.squeeze` takes as its `grams`. A
+    profile per token that is zero leaves the token out.
+
+    Args:
+      model: an adapted model; changed in place.
+
+    Returns:
+      The model.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, AdaptedLinear):
+            *stack, rank = module.p.shape
+            module.gram = InputGram(jnp.zeros((*stack, rank, rank), module.p.dtype))
     return model
 
 

@@ -21,5 +21,9 @@ class RankProfile(nnx.Variable):
     """
 
 
+class InputGram(nnx.BatchStat):
+    """The sum ``H^T H`` [..., R, R] over what B was given, ``H = (x A) * p``: see `watch_inputs`."""
+
+
 class DropoutKey(nnx.Variable):
     """The adapter dropout's random key, one per stacked layer. Holds zeros until `set_dropout_key` sets it."""

@@ -41,8 +41,8 @@ def squeeze(
       profile: tree of profiles [..., R]; the function to keep. The scale ends up inside the factors.
       ranks: S of the new hierarchy; None means the powers of two up to R.
       key: `jax.random.key` for the fresh columns; None means `jax.random.key(0)`.
-      grams: tree with ``(X A)^T (X A)`` under the key ``gram`` [..., R, R] beside every pair, in any scale; None
-        weights all directions of the input alike.
+      grams: tree with ``H^T H`` under the key ``gram`` [..., R, R] beside every pair, ``H = X A diag(p)`` being what B
+        is given; in any scale. None weights all directions of the input alike, and so does a gram of zeros.
 
     Returns:
       The new adapter (dtypes and shapes as before) and its hierarchy, whose scaling is "none".
@@ -158,10 +158,8 @@ def _squeeze_one(a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
         # without an inverse.
         turn_a, turn_b = r_left.T @ u * over, over[:, None] * (vt @ r_right)
         if gram is not None:
-            mixed = turn_b * p  # [K, R], diag(p) M transposed
-            left, right, turn_a, turn_b = _reorder(
-                left, right, turn_a, turn_b, root, real, mixed @ gram.astype(wide) @ mixed.T
-            )
+            gram = turn_b @ gram.astype(wide) @ turn_b.T  # of X A' = X A diag(p) M
+            left, right, turn_a, turn_b = _reorder(left, right, turn_a, turn_b, root, real, gram)
     missing = rank - len(s)  # R above D or F: the product cannot have rank R
     left, turn_a = (jnp.pad(x, [(0, 0), (0, missing)]) for x in (left, turn_a))
     right, turn_b = (jnp.pad(x, [(0, missing), (0, 0)]) for x in (right, turn_b))

@@ -96,7 +96,7 @@ def profile_of_a_model():
 
     from mlora_jax.adapt import RankProfile
 
-    return nnx.State({"layer": nnx.State({"p": RankProfile(jnp.zeros((L, R)), names=(), leading=1)})})
+    return nnx.State({"layer": nnx.State({"p": RankProfile(jnp.zeros((L, R)), names=(), leading=1, groups=0)})})
 
 
 @pytest.mark.parametrize("carry", ["reset", "rotate"])
@@ -170,7 +170,7 @@ def test_grams_order_by_what_the_inputs_make_of_each_direction():
     with jax.enable_x64(True):
         a, b, p = pair(3)
         inputs = rng.normal(size=(L, 200, D)) * np.logspace(0, -2, D)
-        grams = {"layer": {"gram": jnp.asarray(np.swapaxes(inputs @ a, -1, -2) @ (inputs @ a))}}
+        grams = {"layer": {"gram": jnp.asarray(np.swapaxes(inputs @ (a * p), -1, -2) @ (inputs @ (a * p)))}}
         new, turns = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0), grams=grams)
         new_a, new_b = (np.asarray(new["layer"][name]) for name in "ab")
         delta = rng.normal(size=(L, D, F))
@@ -193,7 +193,7 @@ def test_directions_that_no_input_takes_are_kept_and_come_last():
         b[:, 4] = b[:, 3]  # rank 4
         seen = np.zeros((D, D))
         seen[0, 0] = 1.0  # inputs along one axis
-        grams = {"layer": {"gram": jnp.asarray(np.swapaxes(a, -1, -2) @ seen @ a)}}
+        grams = {"layer": {"gram": jnp.asarray(np.swapaxes(a * p, -1, -2) @ seen @ (a * p))}}
         new, _ = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0), grams=grams)
         new_a, new_b = (np.asarray(new["layer"][name]) for name in "ab")
     np.testing.assert_allclose(new_a @ new_b, (a * p) @ b, rtol=1e-5, atol=1e-6)
