@@ -1,16 +1,23 @@
 """Between phases: the function stays, moments follow, and every trial is squeezed as if it were alone."""
 
+import copy
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from mlora_jax.adapt import InputGram, RankProfile, adapt, set_profile, split, watch_inputs
 from mlora_jax.config import Trial, resolve
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.core.squeeze import squeeze_factors, turn_gradients
+from mlora_jax.train.calibrate import calibrate
+from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, TrialKeys, Turn, train_trials
 from mlora_jax.train.phases import TrialPhases, squeeze_trials
 from mlora_jax.train.step import init_state, make_optimizer
 
@@ -92,10 +99,6 @@ def states(count, carry, *, seeds=None):
 @functools.cache
 def profile_of_a_model():
     """As `mlora_jax.split` gives it: `set_profile` takes no plain dict."""
-    from flax import nnx
-
-    from mlora_jax.adapt import RankProfile
-
     return nnx.State({"layer": nnx.State({"p": RankProfile(jnp.zeros((L, R)), names=(), leading=1, groups=0)})})
 
 
@@ -136,8 +139,6 @@ def phases_of(method, steps=100, **trials):
 def test_draws_change_with_the_phase():
     phases, trial = phases_of("renest", scaling=("sqrt",))
     keys = jax.vmap(lambda key: jax.random.split(key, 3))(jax.random.split(jax.random.key(0), 1))
-    from mlora_jax.train.loop import TrialKeys
-
     draw = phases.draws([trial], TrialKeys(*(keys[:, i] for i in range(3))))
     first, last = draw(69).profiles, draw(70).profiles
     assert first.shape == (1, 2, 1, 1, 8) and last.shape == (1, 2, 1, 16, 8)
@@ -210,3 +211,114 @@ def test_fold_of_the_squeezed_is_fold_of_the_old():
     np.testing.assert_allclose(
         kernel(new, profile_tree(np.ones(R))), kernel(tree(a, b), profile_tree(p)), rtol=1e-4, atol=1e-5
     )
+
+
+class Stopped:
+    """train_trials over numbers: a step adds 1, a turn multiplies by 10, a validation scores the number itself."""
+
+    def __init__(self, turns, *, patience=0):
+        self.turns = [Turn(at, lambda trials: trials._replace(adapter=10 * trials.adapter)) for at in turns]
+        self.saved, self.patience = None, patience
+
+    def run(self, stop_at=None, steps=10):
+        one = init_state(jnp.zeros(()), optax.identity())
+        state = State(jax.tree.map(lambda leaf: leaf[None], one), jnp.zeros(1))
+        memory, start = Memory.of(1), 0
+        if self.saved:
+            state, values = self.saved
+            memory = Memory(**copy.deepcopy(values))
+            start = memory.step
+
+        def step(trials, batch, draw):
+            del batch, draw
+            metrics = {"loss": jnp.zeros(1), "finite": jnp.ones(1, bool)}
+            return trials._replace(adapter=trials.adapter + 1, step=trials.step + 1), metrics
+
+        def save(state, memory):
+            self.saved = jax.tree.map(jnp.copy, state), copy.deepcopy(dataclasses.asdict(memory))
+
+        return train_trials(
+            step,
+            itertools.repeat({"tokens": np.zeros((1, 1))}, steps - start),
+            lambda at: None,
+            state,
+            memory,
+            steps=steps,
+            cadence=Cadence(log=5, validate=2, save=0, patience=self.patience),
+            log=lambda *values: None,
+            validate=lambda at, adapters, slots: [-float(adapters[0])],
+            save=save,
+            interrupted=lambda: 15 if memory.step == stop_at else 0,
+            turns=self.turns,
+        )
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 5, 7, 9])
+def test_a_run_stopped_before_at_and_after_a_turn_ends_as_one_that_was_not(stop_at):
+    whole = Stopped([4, 7]).run()
+    assert whole.trials.adapter.tolist() == [(4 * 10 + 3) * 10 + 3]
+    broken = Stopped([4, 7])
+    with pytest.raises(Interrupted):
+        broken.run(stop_at)
+    ended = broken.run()
+    assert ended.trials.adapter.tolist() == whole.trials.adapter.tolist()
+    assert ended.best.tolist() == whole.best.tolist()
+
+
+def test_validations_before_the_last_phase_choose_nothing():
+    # The scores fall all the time: the best of all is the first, the best of the last phase is at step 8.
+    assert Stopped([7]).run().best.tolist() == [7 * 10 + 1]
+    assert Stopped([]).run().best.tolist() == [2]
+    # Without progress for two validations a trial stops, but not before its last phase.
+    assert Stopped([], patience=2).run(steps=20).trials.adapter.tolist() == [6]
+    assert Stopped([7], patience=2).run(steps=20).trials.adapter.tolist() == [70 + 12 - 7]
+
+
+def test_calibration_finds_the_numbers_of_every_rank():
+    hierarchy = RankHierarchy((1, 2, 6), "sqrt")
+    targets = jnp.array([[3.0, 0, 0, 0, 0, 0], [0.5, 2.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0.1, 0.2, 0.3]])
+
+    def loss(profiles, batch):
+        ranks = jnp.sum(profiles[:, :2] != 0, axis=1) + (jnp.sum(profiles != 0, axis=1) > 2)
+        return jnp.sum(jnp.square(profiles - targets[ranks - 1]) * batch["weights"])
+
+    batches = itertools.repeat({"tokens": np.zeros((9, 4), int), "weights": np.ones((9, 1), np.float32)})
+    found = calibrate(loss, hierarchy, batches, steps=300, learning_rate=0.3, key=jax.random.key(0))
+    np.testing.assert_allclose(found, targets, atol=0.02)
+    few = calibrate(loss, hierarchy, batches, steps=1, learning_rate=0.1, key=jax.random.key(0))
+    prefixes = np.stack([hierarchy.prefix(rank) for rank in (1, 2, 6)])
+    assert np.all((few == 0) == (prefixes == 0)) and np.allclose(
+        np.abs(few / np.where(few, prefixes, 1) - 1)[few != 0], 0.1
+    )
+
+
+def test_what_b_is_given_is_summed_up_layer_by_layer():
+    def layer(key):
+        return nnx.Linear(D, F, rngs=nnx.Rngs(key))
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            graphdef = nnx.graphdef(layer(jax.random.key(0)))
+            states = jax.vmap(lambda key: nnx.state(layer(key)))(jax.random.split(jax.random.key(0), L))
+            self.layers = nnx.merge(graphdef, states)
+
+    model = watch_inputs(adapt(Stack(), R, ("layers",), key=jax.random.key(1)))
+    graphdef, base, adapter, profile, grams = split(model, mutable=InputGram)
+    x = np.random.default_rng(0).normal(size=(4, 6, D)).astype(np.float32)
+    real = (np.arange(6) < np.array([[6], [2], [3], [1]])).astype(np.float32)
+    p = np.array([3.0, 2.0, 2.0, 1.0, 1.0], np.float32)
+    values = set_profile(profile, jnp.asarray(real[..., None] * p), per_example=True)
+
+    def one(state, gram):
+        layers = nnx.merge(graphdef, base, adapter, values, grams).layers
+        graph, _ = nnx.split(layers)
+        single = nnx.merge(graph, state, gram)
+        single(jnp.asarray(x))
+        return nnx.state(single, InputGram)
+
+    layers = nnx.merge(graphdef, base, adapter, values, grams).layers
+    _, gram, rest = nnx.split(layers, InputGram, ...)
+    found = jax.vmap(one)(rest, gram)["gram"]
+    for number in range(L):
+        hidden = (x @ np.asarray(adapter["layers"]["a"])[number] * p)[real > 0]
+        np.testing.assert_allclose(found[number], hidden.T @ hidden, rtol=1e-4)
