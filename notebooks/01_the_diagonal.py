@@ -354,7 +354,7 @@ steps += [("dylora_original", 0), ("dylora_frozen", 0), ("matryoshka_exact", 0),
 rows, labels = [], []
 for name, step in steps:
     draw = draw_step(POLICIES[name], plain, key_policy, step, accumulation=1)
-    profiles = np.asarray(draw.profiles[0])  # [N, R]
+    profiles = np.asarray(draw.profiles[0, :, 0])  # [N, R], alike for all examples
     gradient = column_gradients(profiles) * np.asarray(draw.update_mask)  # [2, R]
     b = np.count_nonzero(profiles[-1])
     if name == "dylora":
