@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mlora_jax import RankHierarchy, adapt, set_profile, split
-from mlora_jax.adapt import AdaptedLinear
+from mlora_jax.adapt import AdaptedLinear, fold_where_cheaper
 from tests.foreign import MODELS, WIDTH, Unrolled, build
 
 R, B, T = 4, 3, 2  # B is also the number of stacked layers: only per_example tells the two apart
@@ -183,3 +183,34 @@ def test_trials_on_one_base_under_vmap_equal_one_by_one(name):
     by_rank = jax.jit(jax.vmap(lambda p: run(base, adapter, set_profile(profile, p), X)))(P_ROWS)
     for k, p in enumerate(P_ROWS):
         close(by_rank[k], run(base, adapter, set_profile(profile, p), X))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_where_it_is_cheaper_changes_what_is_computed_and_not_the_result(bias):
+    def run(x, p, *, folds, dtype=jnp.float32, per_example=False):
+        layer = nnx.Linear(6, 5, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+        model = adapt(layer, 4, ("model",), key=jax.random.key(1))
+        graphdef, base, adapter, profile = split(model)
+        adapter = jax.tree.map(
+            lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), adapter
+        )
+
+        def call(adapter, p):
+            merged = nnx.merge(graphdef, base, adapter, set_profile(profile, p, per_example=per_example))
+            return (fold_where_cheaper(merged) if folds else merged)(x.astype(dtype))
+
+        shapes = {v.aval.shape for e in jax.make_jaxpr(call)(adapter, p).eqns for v in e.outvars}
+        return call(adapter, p), (*x.shape[:-1], 4) in shapes  # x A
+
+    many, few = (jnp.sin(jnp.arange(6.0 * 3 * n)).reshape(3, n, 6) for n in (20, 1))
+    p = jnp.array([2.0, 1.0, 0.5, 0.0])
+    plain, beside = run(many, p, folds=False)
+    folded, beside_too = run(many, p, folds=True)
+    assert beside and not beside_too
+    np.testing.assert_allclose(folded, plain, rtol=1e-5, atol=1e-5)
+    for x, profile, options in (
+        (few, p, {}),  # too few tokens
+        (many, jnp.stack([p] * 3), {"per_example": True}),
+        (many, p, {"dtype": jnp.bfloat16}),  # the sum would be rounded
+    ):
+        assert run(x, profile, folds=True, **options)[1]

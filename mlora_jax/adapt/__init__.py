@@ -1,7 +1,7 @@
 """Adapters on the linear layers of any Flax NNX model, and the pytrees that pure functions train and read out."""
 
 from mlora_jax.adapt.layers import LAYERS, AdaptedLayer, AdaptedLinear
-from mlora_jax.adapt.model import adapt, split, watch_inputs
+from mlora_jax.adapt.model import adapt, fold_where_cheaper, split, watch_inputs
 from mlora_jax.adapt.profiles import set_dropout_key, set_profile
 from mlora_jax.adapt.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 
@@ -14,6 +14,7 @@ __all__ = [
     "InputGram",
     "RankProfile",
     "adapt",
+    "fold_where_cheaper",
     "set_dropout_key",
     "set_profile",
     "split",

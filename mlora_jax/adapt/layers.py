@@ -133,9 +133,11 @@ class AdaptedLinear(AdaptedLayer):
 
     Attributes:
       gram: InputGram if `watch_inputs` was called, else None.
+      folds: whether `fold_where_cheaper` was called.
     """
 
     gram: InputGram | None = None
+    folds: bool = False
 
     @staticmethod
     def factoring(base: nnx.Linear) -> Factoring:
@@ -146,6 +148,27 @@ class AdaptedLinear(AdaptedLayer):
         if self.gram is not None:
             self._watch(x)
         return p_scaled_product(x, self.a[...], self.b[...], self.p[...], precision=self.base.precision)
+
+    def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
+        """What the base layer's call computes, and the adapter's contribution."""
+        if not self._folds(x):
+            return super().__call__(x, out_sharding)
+        graphdef, state = nnx.split(self.base)
+        kernel = state["kernel"]
+        product = jnp.matmul(self.a[...] * self.p[...], self.b[...], precision=self.base.precision)
+        state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
+        return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
+
+    def _folds(self, x: jax.Array) -> bool:
+        drops = self.dropout and not self.deterministic
+        if not self.folds or drops or self.gram is not None or self.p.ndim != 1:
+            return False
+        if not isinstance(self.base.kernel[...], jax.Array):
+            return False  # quantised
+        (features_in, rank), features_out = self.a.shape, self.b.shape[-1]
+        beside = math.prod(x.shape[:-1]) * rank * (features_in + features_out)
+        exact = jnp.finfo(self.base.kernel.dtype).bits >= 32 and self.base.dtype in (None, self.base.kernel.dtype)
+        return exact and beside > features_in * features_out * (rank + 1)
 
     def _watch(self, x: jax.Array) -> None:
         hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self.p[...])  # [..., R]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlora_jax.adapt import set_profile
+from mlora_jax.adapt import fold_where_cheaper, set_profile
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
 from mlora_jax.models.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class Generator:
             return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
 
         def prefill(slots, base, adapter, profile, tokens, rows, sampling):
-            model = nnx.merge(graphdef, base, adapter, profile)
+            model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, profile))
             hidden, cache = model.prefill(tokens, slots)
             last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
             made = jnp.zeros((), jnp.int32)

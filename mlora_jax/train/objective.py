@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlora_jax.adapt import AdapterParam, RankProfile
+from mlora_jax.adapt import AdapterParam, RankProfile, fold_where_cheaper
 
 
 class AnswerBatch(TypedDict):
@@ -84,7 +84,7 @@ def answer_scores(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk
       Log-likelihoods in nats, and whether the target is the first of the largest logits, in the shape of the targets.
       Padding gets values too.
     """
-    model = nnx.merge(graphdef, base, adapter, profile)
+    model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, profile))
     targets = batch["targets"].reshape(-1)
     chunk = -(-targets.size // -(-targets.size // chunk))  # even ones: little padding in the last
     chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch, **(layout or {})), targets)]
