@@ -1,0 +1,106 @@
+"""The queue of a study's cell: learning rates until the best is not at the edge, then the other seeds."""
+
+import math
+
+import pytest
+
+from mlora_jax.config import resolve
+from mlora_jax.core import aurac
+from mlora_jax.study import queue
+from mlora_jax.study.queue import best_rate, run_cell, score, wanted
+from mlora_jax.study.rivals import GROUPS, Rival, rivals_of, separate
+
+OPTIONS = {"rates": (1e-4, 1e-3, 1e-2, 1e-1), "start": (1e-3, 1e-2), "seeds": (1, 2, 3)}
+RIVAL = Rival("lora", "squeeze")
+
+
+def curves_of(scores, rival=RIVAL, rank=8):
+    """Records as a run writes them; {(rate, seed): accuracy at every rank, or None of a trial that failed}."""
+    found = {}
+    for (rate, seed), accuracy in scores.items():
+        trial = rival.trial(rank, rate, seed)
+        ranks = [r for r in (1, 2, 4, 8) if r <= trial.rank]
+        records = [{"at_rank": r, "accuracy": accuracy} for r in ranks]
+        found[trial.name] = {} if accuracy is None else {(rival.readout, "validation"): records}
+    return found
+
+
+def asked(scores, rival=RIVAL):
+    return [(trial.learning_rate, trial.seed) for trial in wanted(curves_of(scores, rival), rival, 8, OPTIONS)]
+
+
+def test_the_rates_of_the_start_are_screened_with_one_seed():
+    assert asked({}) == [(1e-3, 1), (1e-2, 1)]
+    assert asked({(1e-3, 1): 0.5}) == [(1e-2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "following"),
+    [
+        ({(1e-3, 1): 0.5, (1e-2, 1): 0.6}, [(1e-1, 1)]),  # the best is the largest of those tried
+        ({(1e-3, 1): 0.7, (1e-2, 1): 0.6}, [(1e-4, 1)]),
+        ({(1e-3, 1): 0.5, (1e-2, 1): 0.6, (1e-1, 1): 0.1}, [(1e-2, 2), (1e-2, 3)]),
+        ({(1e-3, 1): 0.5, (1e-2, 1): 0.6, (1e-1, 1): 0.8}, [(1e-1, 2), (1e-1, 3)]),  # no larger one is there
+        ({(1e-3, 1): 0.5, (1e-2, 1): 0.6, (1e-1, 1): None}, [(1e-2, 2), (1e-2, 3)]),  # failed
+        ({(1e-3, 1): None, (1e-2, 1): None}, [(1e-4, 1)]),
+        ({(1e-3, 1): 0.5, (1e-2, 1): 0.6, (1e-1, 1): 0.1, (1e-2, 3): 0.0}, [(1e-2, 2)]),
+        ({(1e-3, 1): 0.5, (1e-2, 1): 0.6, (1e-1, 1): 0.1, (1e-2, 2): 0.2, (1e-2, 3): None}, []),
+    ],
+)
+def test_what_comes_next(scores, following):
+    assert asked(scores) == following
+
+
+def test_a_rate_is_chosen_by_aurac_on_validation_or_the_accuracy_at_the_only_rank():
+    trial = RIVAL.trial(4, 1e-3, 1)
+    records = [{"at_rank": r, "accuracy": a} for r, a in ((1, 0.1), (2, 0.5), (4, 0.6))]
+    other = [{"at_rank": r, "accuracy": 0.9} for r in (1, 2, 4)]
+    curves = {
+        trial.name: {("squeeze", "validation"): records, ("squeeze", "test"): other, ("prefix", "validation"): other}
+    }
+    assert score(curves, RIVAL, trial) == aurac((0.1, 0.5, 0.6), (1, 2, 4))
+    assert score(curves, Rival("lora", "masked"), trial) is None
+    assert score({trial.name: {}}, RIVAL, trial) == -math.inf
+    alone = Rival("lora", rank=4)
+    assert score({trial.name: {("prefix", "validation"): records}}, alone, alone.trial(32, 1e-3, 1)) == 0.6
+    assert best_rate({1e-3: 0.5, 1e-2: 0.5, 1e-1: None}) == 1e-3
+
+
+def test_rivals_are_trials():
+    sqrt = Rival("matryoshka", "masked", "sqrt", "inverse").trial(8, 1e-3, 1)
+    assert (sqrt.scaling, sqrt.rank) == ("sqrt", 8)
+    assert sqrt.weights == pytest.approx([r**0.5 for r in (1, 2, 4, 8)])
+    assert Rival("matryoshka", weights="mean").trial(8, 1e-3, 1).weights == (0.25,) * 4
+    assert Rival("per_example", weights="ends").trial(8, 1e-3, 1).weights == pytest.approx([1 / 3, 1 / 6, 1 / 6, 1 / 3])
+    assert [rival.rank for rival in separate(12)] == [1, 2, 4, 8]
+    names = [rival.name for group in GROUPS for rival in GROUPS[group]]
+    assert len(set(names)) == len(names)
+    assert Rival("matryoshka", "masked", "sqrt", "mean").name == "matryoshka + masked (s = sqrt, w = mean)"
+    with pytest.raises(ValueError, match=r"unknown group 'best' of config.study.groups; known: separate, leading"):
+        rivals_of(["best"], 8)
+
+
+def test_a_cell_is_trained_until_nothing_is_wanted(monkeypatch, tmp_path):
+    """A stand-in for training whose validation is best at 1e-2."""
+    best, calls, curves = 1e-2, [], {}
+
+    def train(config, workdir):
+        resolve(config)
+        calls.append([entry["learning_rate"][0] for entry in config["trials"]["list"]])
+        assert config["evaluation"]["readouts"]["lora"] == ("prefix", "squeeze")
+        for entry in config["trials"]["list"]:
+            rival = Rival(entry["method"][0])
+            trial = rival.trial(8, entry["learning_rate"][0], entry["seed"][0])
+            accuracy = 1 / (1 + abs(math.log10(trial.learning_rate / best)))
+            records = [{"at_rank": r, "accuracy": accuracy} for r in (1, 2, 4, 8)]
+            curves[trial.name] = {(name, "validation"): records for name in ("prefix", "squeeze")}
+
+    monkeypatch.setattr(queue, "train", train)
+    monkeypatch.setattr(queue, "read_curves", lambda path: curves)
+    config = resolve({"study": {"rank": 8}})
+    run_cell(config, tmp_path, groups=("leading",))
+    methods = len({rival.method for rival in GROUPS["leading"]})
+    assert [len(call) for call in calls] == [3 * methods, methods, 2 * methods]
+    assert set(calls[1]) == {3e-2} and set(calls[2]) == {1e-2}
+    run_cell(config, tmp_path, groups=("leading",))
+    assert len(calls) == 3
