@@ -30,7 +30,7 @@ EXTRAS = {
     ],
 }
 
-COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks")
+COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks", "study")
 
 setup(
     name="mlora_jax",

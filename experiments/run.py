@@ -17,8 +17,6 @@ from ml_collections import ConfigDict, config_flags
 from mlora_jax.config import check_key, resolve
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
-
-
 SHIPPED = pathlib.Path(__file__).parents[1] / "configs"  # beside this package, in a checkout and where it is installed
 
 

@@ -13,9 +13,8 @@ import threading
 
 from absl import app, flags, logging
 
-from experiments.run import WORKDIR, read_config
+from experiments.run import SHIPPED, WORKDIR, read_config
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CELLS = flags.DEFINE_list("cells", [], "Names such as trec_656k of configs/study_NAME.py; all if not given.")
 MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")
 DATA = flags.DEFINE_string("data", "", "Folder that holds the raw data's folders; without it they are downloaded.")
@@ -55,12 +54,12 @@ def _study(left: list[str]) -> None:
 
 def _cells() -> dict:
     """Name -> config of the cells asked for, models and data found."""
-    known = [file.stem.removeprefix("study_") for file in sorted(CONFIGS.glob("study_*.py"))]
+    known = [file.stem.removeprefix("study_") for file in sorted(SHIPPED.glob("study_*.py"))]
     cells = {}
     for name in CELLS.value or known:
         if name not in known:
             raise ValueError(f"there is no cell {name!r}; cells: {', '.join(known)}")
-        config = read_config(str(CONFIGS / f"study_{name}.py"))
+        config = read_config(f"study_{name}")
         with config.unlocked():
             if config.model.path != "quickstart":
                 config.model.path = str(pathlib.Path(MODELS.value) / config.model.path)
