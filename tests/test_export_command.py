@@ -271,7 +271,7 @@ def test_the_installed_commands(installed, tmp_path):
         done = start(f"mlora-{name}", *arguments)
         assert flag[name] in done.stdout, (name, done.stdout, done.stderr)
     done = start("mlora-run", "--config", "quickstart", "--workdir", "out", "--config.model.path=nowhere")
-    assert done.returncode == 1 and "'nowhere' is not a folder" in done.stderr, done.stderr
+    assert done.returncode == 1 and "'nowhere' is neither a folder" in done.stderr, done.stderr
     few = ("--config.train.epochs=1", "--config.trials.method=('lora',)", "--config.evaluation.limit=8")
     done = start("mlora-plan", "--config", "quickstart", *few, "--timed_steps=1")
     assert done.returncode == 0 and "2 trials of 150 steps" in done.stdout, (done.stdout, done.stderr)
