@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
             "validation": {"holdout": 0.1, "limit": 256},
             "checkpoint": {"every": 0},
             "evaluation": {"batch_size": 128},
-            "study": {"groups": ("leading", "separate", "variants", "further", "matryoshka"), "rank": 16},
+            "study": {"groups": ("leading", "variants", "separate", "further", "matryoshka"), "rank": 16},
         }
     )

@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
             "train": {"epochs": 2, "batch_size": 32, "trials_at_once": 1},
             "validation": {"holdout": 0.1, "limit": 256},
             "checkpoint": {"every": 0},
-            "study": {"groups": ("leading", "separate", "variants"), "rank": 32},
+            "study": {"groups": ("leading", "variants", "separate"), "rank": 32},
         }
     )

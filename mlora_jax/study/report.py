@@ -20,8 +20,9 @@ from mlora_jax.study.results import Cell, Measured, area_interval, difference, r
 from mlora_jax.study.rivals import GROUPS, Rival
 
 MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
-CHAMPION = Rival("renest")
+CHAMPIONS = Rival("renest"), Rival("renest_30")
 PANEL = (4.4, 3.3)  # inches
+_SHOWN = tuple(dict.fromkeys((*GROUPS["leading"], *CHAMPIONS)))
 
 
 def write_study(workdir, configs: Mapping[str, ConfigDict]) -> str:
@@ -39,7 +40,13 @@ def write_study(workdir, configs: Mapping[str, ConfigDict]) -> str:
     cells = [read_cell(name, config, folder / name) for name, config in configs.items()]
     begun = [cell for cell in cells if cell.measured]
     parts = [_cell_text(cell) for cell in begun]
-    parts += [_differences(begun), _pairs(begun), _regrets(begun), _rates(begun), _unfinished(cells)]
+    parts += [
+        *(_differences(begun, champion) for champion in CHAMPIONS),
+        _pairs(begun),
+        _regrets(begun),
+        _rates(begun),
+        _unfinished(cells),
+    ]
     text = "\n".join(part for part in parts if part)
     with write_aside(folder / MARKDOWN) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -85,18 +92,20 @@ def _cell_text(cell: Cell) -> str:
     )
 
 
-def _differences(cells: Sequence[Cell]) -> str:
-    """The champion against each rival in each cell."""
+def _differences(cells: Sequence[Cell], champion: Rival) -> str:
+    """One rival against each other in each cell."""
     rivals = [rival for rival in dict.fromkeys(r for cell in cells for r in cell.measured) if rival.rank is None]
     rows = []
     for rival in rivals:
-        cells_of = [_against(cell, CHAMPION, rival) for cell in cells]
-        if rival != CHAMPION and any(cells_of):
+        cells_of = [_against(cell, champion, rival) for cell in cells]
+        if rival != champion and any(cells_of):
             rows.append([rival.name, *cells_of])
     if not rows:
         return ""
-    header = [f"{CHAMPION.name} less ...", *(cell.name for cell in cells)]
-    return f"### Differences in AURAC (log2), 95 % paired interval\n\n{to_markdown(Table(header, rows))}"
+    header = [f"{champion.name} less ...", *(cell.name for cell in cells)]
+    return (
+        f"### {champion.name} less the others: AURAC (log2), 95 % paired interval\n\n{to_markdown(Table(header, rows))}"
+    )
 
 
 def _against(cell: Cell, first: Rival, second: Rival) -> str:
@@ -118,7 +127,7 @@ def _outcome(cell: Cell, first: Rival, second: Rival) -> Interval | None:
 
 def _pairs(cells: Sequence[Cell]) -> str:
     """Wins, ties and losses over the cells of every two leading rivals."""
-    leading = [rival for rival in GROUPS["leading"] if any(rival in cell.measured for cell in cells)]
+    leading = [rival for rival in _SHOWN if any(rival in cell.measured for cell in cells)]
     counts = {}
     for first, second in itertools.permutations(leading, 2):
         found = [outcome for cell in cells if (outcome := _outcome(cell, first, second))]
@@ -138,7 +147,7 @@ def _regrets(cells: Sequence[Cell]) -> str:
         separate = cell.separate()
         if len(separate) < 2:
             continue
-        for rival in GROUPS["leading"]:
+        for rival in _SHOWN:
             if rival in cell.measured:
                 found = cell.measured[rival]
                 shown = [_regret(found, separate.get(rank)) for rank in ranks]
@@ -153,7 +162,7 @@ def _regrets(cells: Sequence[Cell]) -> str:
 
 
 def _regret(found: Measured, ceiling: Measured | None) -> str:
-    if ceiling is None or not set(found.verdicts) & set(ceiling.verdicts) or found.rival == ceiling.rival:
+    if ceiling is None or not set(found.verdicts) & set(ceiling.verdicts):
         return ""
     return _signed(regret(found, ceiling)) if ceiling.ranks[-1] in found.ranks else ""
 
@@ -207,7 +216,7 @@ def draw_study(cells: Sequence[Cell]) -> Figure:
         area.set_axis_off()
     shown = {}
     for cell, area in zip(cells, areas, strict=False):
-        for color, rival in zip(PALETTE, GROUPS["leading"], strict=False):
+        for color, rival in zip(PALETTE, _SHOWN, strict=False):
             if rival in cell.measured:
                 found = cell.measured[rival]
                 values = found.accuracies()
@@ -220,7 +229,7 @@ def draw_study(cells: Sequence[Cell]) -> Figure:
         separate = cell.separate()
         if len(separate) > 1:
             ranks = sorted(separate)
-            means = [separate[rank].accuracies()[:, -1].mean() for rank in ranks]
+            means = [separate[rank].accuracies().mean() for rank in ranks]
             (line,) = area.plot(ranks, means, color="0.35", linestyle=":", marker="x", markersize=5)
             shown.setdefault("lora at each rank by itself", line)
         shown.setdefault("base", area.axhline(cell.base, color="0.6", linewidth=1))

@@ -73,9 +73,7 @@ class Cell:
 
     def separate(self) -> dict[int, Measured]:
         """Rank -> LoRA trained at that rank by itself."""
-        own = {rival.rank: found for rival, found in self.measured.items() if rival.rank is not None}
-        full = self.measured.get(Rival("lora"))
-        return own | ({self.rank: full} if full else {})
+        return {rival.rank: found for rival, found in self.measured.items() if rival.rank is not None}
 
 
 def read_cell(name: str, config: ConfigDict, workdir) -> Cell:

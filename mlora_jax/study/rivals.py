@@ -53,8 +53,8 @@ class Rival:
 
 
 def separate(rank: int) -> tuple[Rival, ...]:
-    """LoRA trained at each rank of S below R by itself: with LoRA of rank R the ceiling."""
-    return tuple(Rival("lora", rank=r) for r in powers_of_two(rank)[:-1])
+    """LoRA trained at each rank of S by itself, with a learning rate of its own: the ceiling."""
+    return tuple(Rival("lora", rank=r) for r in powers_of_two(rank))
 
 
 _MATRYOSHKA = tuple(

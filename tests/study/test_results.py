@@ -121,7 +121,7 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     assert (workdir / "study.md").read_text() == text
     assert "| renest | 1.00 | 0.01 | 2 |" in text and "| lora | 1.00 | 0.1* | 2 |" in text
     assert "| dylora (unfinished) | 1.00 | 0.01 | 1 |" in text
-    assert "lora at each rank by itself | 2 |" in text
+    assert "lora at each rank by itself | 2 |" in text and "### renest less the others" in text
     assert "- other: lora, lora + squeeze, dylora" in text
     lines = (workdir / "study.csv").read_text().splitlines()
     assert lines[0] == "cell,rival,cost,learning_rate,seed,rank,accuracy,items,complete"
