@@ -6,10 +6,13 @@ where it was. Every cell has a folder of its name in DIR; tables and figures of 
 it has come.
 """
 
+import math
 import os
 import pathlib
 import signal
+import sys
 import threading
+import time
 
 from absl import app, flags, logging
 
@@ -39,6 +42,14 @@ def _study(left: list[str]) -> None:
     from mlora_jax.study.report import write_study
 
     workdir, cells = pathlib.Path(WORKDIR.value), _cells()
+    end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
+
+    def leave_if_late():
+        if time.monotonic() >= end:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    # Between two rounds of training, which listen for themselves, a signal ends the command with its report too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if TRAIN.value:
             if HOURS.value:
@@ -47,7 +58,7 @@ def _study(left: list[str]) -> None:
                 timer.start()
             for stage in range(max(len(config.study.groups) for config in cells.values())):
                 for name, config in cells.items():
-                    run_cell(config, workdir / name, groups=config.study.groups[: stage + 1])
+                    run_cell(config, workdir / name, groups=config.study.groups[: stage + 1], before_each=leave_if_late)
     finally:
         print(write_study(workdir, cells))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -68,29 +69,30 @@ def read_out_trial(
 def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHierarchy, file: pathlib.Path) -> dict:
     if not file.is_file():
         adapted, options = experiment.adapted(trial.rank), experiment.config.calibration
-
-        def loss(profiles, batch):
-            values = set_profile(adapted.profile, profiles, per_example=True)
-            return answer_loss(
-                adapted.evaluation_graphdef,
-                adapted.base,
-                adapter,
-                values,
-                batch,
-                chunk=experiment.config.train.loss_chunk,
-            )
-
         profiles = calibrate(
-            loss,
+            _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk),
+            (adapted.base, adapter, adapted.profile),
             hierarchy,
             _batches(experiment, trial),
-            steps=options.steps,
+            steps=min(options.steps, experiment.steps),
             learning_rate=options.learning_rate,
             key=jax.random.fold_in(trial_keys(trial.seed).draws, experiment.steps),
         )
         with write_aside(file) as aside:
             aside.write_text(json.dumps({"ranks": hierarchy.ranks, "profiles": profiles.tolist()}) + "\n", "utf-8")
     return read_calibrated(file.parent)
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_of(graphdef, chunk: int):
+    """(trees, profiles [B, R], batch) -> nats; one function for all trials of a model, so that it compiles once."""
+
+    def loss(trees, profiles, batch):
+        base, adapter, profile = trees
+        values = set_profile(profile, profiles, per_example=True)
+        return answer_loss(graphdef, base, adapter, values, batch, chunk=chunk)
+
+    return loss
 
 
 def read_calibrated(folder) -> dict[int, jax.Array]:
@@ -114,18 +116,27 @@ def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Ar
     model = nnx.merge(adapted.evaluation_graphdef, adapted.base, adapted.adapter, adapted.profile)
     graphdef, base, _, profile, grams = split(watch_inputs(model), mutable=InputGram)
 
+    add = _sum_of(graphdef)
+    for _, batch in zip(range(experiment.config.calibration.batches), _batches(experiment, trial), strict=False):
+        answered = np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1)  # the last token that counts
+        real = np.arange(batch["tokens"].shape[1]) <= answered[:, None]
+        profiles = real.astype(np.float32)[..., None] * function  # [B, T, R]
+        grams = jax.block_until_ready(add(base, adapter, profile, grams, batch["tokens"], profiles))
+    return grams
+
+
+@functools.lru_cache(maxsize=16)
+def _sum_of(graphdef):
+    """(base, adapter, profile, grams, tokens [B, T], profiles [B, T, R]) -> grams with those of these tokens added."""
+
     @jax.jit
-    def add(base, adapter, grams, tokens, real):
-        values = set_profile(profile, real[..., None] * function, per_example=True)  # [B, T, R]
+    def add(base, adapter, profile, grams, tokens, profiles):
+        values = set_profile(profile, profiles, per_example=True)
         model = nnx.merge(graphdef, base, adapter, values, grams)
         model.hidden(tokens)
         return nnx.state(model, InputGram)
 
-    for _, batch in zip(range(experiment.config.calibration.batches), _batches(experiment, trial), strict=False):
-        answered = np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1)  # the last token that counts
-        real = np.arange(batch["tokens"].shape[1]) <= answered[:, None]
-        grams = jax.block_until_ready(add(base, adapter, grams, batch["tokens"], real.astype(np.float32)))
-    return grams
+    return add
 
 
 def _batches(experiment: Experiment, trial: Trial):

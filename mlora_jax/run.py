@@ -154,6 +154,7 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
                 for trial in batch.trials:
                     _evaluate_trial(run, trial)
             _evaluate_on_tasks(run, trials)
+            run.leave_if_asked()
         except Interrupted:
             progress.say(f"stopped by a signal, all is saved in {folder.path}: run the same command to go on")
             raise
@@ -315,7 +316,7 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
     for slot, trial in enumerate(batch.trials):
         description = {
             "trial": dataclasses.asdict(trial),
-            "phases": [[phase.policy, phase.fraction] for phase in run.experiment.phases.method(trial).phases],
+            "phases": run.experiment.phases.begun(trial, memory.step),
             "base_model": run.config.model.path,
             "task": run.experiment.data.task.name,
             "targets": list(run.config.adapter.targets),
@@ -325,7 +326,8 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
         if state.best is not None and scored[slot]:
             at, score = memory.best(slot)
             description["best"] = {"step": min((at + 1) * run.config.validation.every, memory.step), "score": score}
-        hierarchy = run.experiment.hierarchy(trial)
+        # Where all trials of a batch failed before a squeeze, there was none.
+        hierarchy = run.experiment.phases.hierarchy_at(trial, memory.step)
         save_adapter(run.folder.adapter(trial), take_trial(adapters, slot), hierarchy, description)
 
 

@@ -100,13 +100,16 @@ def read_curves(path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
     """
     file, found = pathlib.Path(path) / CURVES, {}
     for record in read_json_lines(file) if file.is_file() else ():
-        curves = found.setdefault(record["trial"], {})
-        if not record.get("failed") and not record.get("harness"):
+        if record.get("failed"):
+            found[record["trial"]] = {}
+        elif not record.get("harness"):
+            curves = found.setdefault(record["trial"], {})
             curves.setdefault((record["readout"], record["split"]), []).append(record)
-    return {
+    whole = {
         trial: {key: records for key, records in curves.items() if len(records) == records[0]["of_ranks"]}
         for trial, curves in found.items()
     }
+    return {trial: curves for trial, curves in whole.items() if curves or not found[trial]}
 
 
 class RunFolder:

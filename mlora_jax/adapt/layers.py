@@ -154,10 +154,16 @@ class AdaptedLinear(AdaptedLayer):
         if not self._folds(x):
             return super().__call__(x, out_sharding)
         graphdef, state = nnx.split(self.base)
-        kernel = state["kernel"]
-        product = jnp.matmul(self.a[...] * self.p[...], self.b[...], precision=self.base.precision)
-        state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
-        return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
+        beside = super().__call__
+
+        def folded(x):
+            kernel = state["kernel"]
+            product = jnp.matmul(self.a[...] * self.p[...], self.b[...], precision=self.base.precision)
+            state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
+            return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
+
+        # Accelerators multiply float32 at a precision that would lose what is added to the kernel.
+        return jax.lax.platform_dependent(x, cpu=folded, default=lambda x: beside(x, out_sharding))
 
     def _folds(self, x: jax.Array) -> bool:
         drops = self.dropout and not self.deterministic

@@ -83,9 +83,9 @@ def adapt(
 def fold_where_cheaper(model: nnx.Module) -> nnx.Module:
     """Lets every adapted `nnx.Linear` compute ``x (W + A diag(p) B)`` where that takes fewer multiplications.
 
-    That is with one profile for all of many tokens. The kernel must be float32 or wider: a narrower one would lose what
-    is added to it. For models that are run, not trained: the gradient of a factor would go through one of the kernel's
-    size.
+    That is on a CPU, with one profile for all of many tokens. The kernel must be float32 or wider: a narrower one would
+    lose what is added to it. For models that are run, not trained: the gradient of a factor would go through one of the
+    kernel's size.
 
     Args:
       model: an adapted model; changed in place.

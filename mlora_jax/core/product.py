@@ -45,7 +45,7 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
       precision: of both products, as in `jax.numpy.matmul`.
 
     Returns:
-      [..., F] in the dtype of `x`.
+      [..., F] in the dtype of `x`. Differentiable in reverse mode only (`jax.grad`, `jax.vjp`).
 
     Raises:
       ValueError: `p` has another R than the factors, or leading axes that are not those of `x`.
@@ -77,7 +77,7 @@ def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x: jax.Array, w: jax.Array, dtype, precision) -> jax.Array:
-    """x [..., D] times w [D, F] as `dtype`.
+    """x [..., D] times w [D, F] as `dtype`; differentiable in reverse mode only.
 
     The gradient of w is one product of two matrices: left to itself a CPU's compiler transposes the large cotangent in
     memory first, which takes longer than the product.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mlora_jax.config import READOUT_NAMES
+from mlora_jax.config import FACTOR_READOUTS
 from mlora_jax.core import RankHierarchy, readout_profile, squeeze
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import path_names
@@ -60,8 +60,8 @@ def layer_factors(
       ValueError: an unknown read-out, a rank outside 0..R, ranks of other modules or layers than the adapter's, factors
         of another R than the hierarchy's.
     """
-    if readout not in READOUT_NAMES:
-        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(READOUT_NAMES)}")
+    if readout not in FACTOR_READOUTS:
+        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(FACTOR_READOUTS)}")
     factors = by_path(adapter)
     for path, pair in factors.items():
         if pair["a"].shape[-1] != hierarchy.max_rank:

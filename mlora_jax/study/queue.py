@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def wanted(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) 
       options: `config.study`.
     """
     ladder, seed = options["rates"], options["seeds"][0]
-    tried = {rate: score(curves, rival, rival.trial(rank, rate, seed)) for rate in ladder}
+    tried = scores(curves, rival, rank, options)
     missing = [rate for rate in options["start"] if tried[rate] is None]
     if missing:
         return [rival.trial(rank, rate, seed) for rate in missing]
@@ -59,8 +59,20 @@ def wanted(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) 
     missing = [rate for rate in ladder[max(at - 1, 0) : at + 2] if tried[rate] is None]
     if missing:
         return [rival.trial(rank, rate, seed) for rate in missing]
+    if tried[best] == -math.inf:
+        return []  # all have failed
     trials = [rival.trial(rank, best, seed) for seed in options["seeds"][1:]]
     return [trial for trial in trials if score(curves, rival, trial) is None]
+
+
+def scores(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) -> dict[float, float | None]:
+    """The score of every learning rate by the first seed; -inf where any seed failed."""
+    first, *others = options["seeds"]
+    found = {rate: score(curves, rival, rival.trial(rank, rate, first)) for rate in options["rates"]}
+    for rate in found:
+        if any(score(curves, rival, rival.trial(rank, rate, seed)) == -math.inf for seed in others):
+            found[rate] = -math.inf
+    return found
 
 
 def best_rate(tried: Mapping[float, float | None]) -> float:
@@ -68,13 +80,16 @@ def best_rate(tried: Mapping[float, float | None]) -> float:
     return max((rate for rate in tried if tried[rate] is not None), key=lambda rate: (tried[rate], -rate))
 
 
-def run_cell(config: ConfigDict, workdir, *, groups: Sequence[str]) -> None:
+def run_cell(
+    config: ConfigDict, workdir, *, groups: Sequence[str], before_each: Callable[[], None] = lambda: None
+) -> None:
     """Trains a cell to its end; what an earlier call has finished is kept.
 
     Args:
       config: of the experiment, whose `study` says what is compared; its trials are replaced.
       workdir: of the cell.
       groups: those of `config.study.groups` to train.
+      before_each: called before each round of trials; may raise to leave.
 
     Raises:
       Interrupted: a signal came; all is saved, and another call goes on.
@@ -91,6 +106,7 @@ def run_cell(config: ConfigDict, workdir, *, groups: Sequence[str]) -> None:
         trials = list(dict.fromkeys(trial for rival in rivals for trial in wanted(curves, rival, rank, config.study)))
         if not trials:
             return
+        before_each()
         values["trials"]["list"] = tuple(as_entry(trial) for trial in trials)
         train(values, pathlib.Path(workdir))
 

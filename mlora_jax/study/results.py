@@ -14,7 +14,7 @@ from mlora_jax.config import further_methods
 from mlora_jax.core import aurac, get_method
 from mlora_jax.evaluate import Interval
 from mlora_jax.run_folder import load_verdicts, read_curves
-from mlora_jax.study.queue import best_rate, score, wanted
+from mlora_jax.study.queue import best_rate, scores, wanted
 from mlora_jax.study.rivals import Rival, rivals_of
 
 SAMPLES = 4000  # of every bootstrap
@@ -97,8 +97,8 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
 
 
 def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Measured | None:
-    tried = {rate: score(curves, rival, rival.trial(rank, rate, options.seeds[0])) for rate in options.rates}
-    if all(value is None for value in tried.values()):
+    tried = scores(curves, rival, rank, options)
+    if all(value in (None, -math.inf) for value in tried.values()):
         return None
     best = best_rate(tried)
     verdicts, ranks = {}, ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from mlora_jax.train.objective import AnswerBatch
 
 
 def calibrate(
-    loss: Callable[[jax.Array, AnswerBatch], jax.Array],
+    loss: Callable[[Any, jax.Array, AnswerBatch], jax.Array],
+    trees: Any,
     hierarchy: RankHierarchy,
     batches: Iterable[AnswerBatch],
     *,
@@ -29,31 +32,39 @@ def calibrate(
     every batch, so all are fitted in the time of one.
 
     Args:
-      loss: (profiles [B, R], batch) -> nats summed over the answer tokens; differentiable in the profiles.
+      loss: (trees, profiles [B, R], batch) -> nats summed over the answer tokens; differentiable in the profiles. The
+        same function compiles once.
+      trees: arrays that `loss` needs.
       hierarchy: S and scales of the adapter.
-      batches: at least `steps` of them are not needed: fitting ends with the last.
-      steps: at most.
+      batches: at least `steps`.
+      steps: of the optimizer.
       learning_rate: of the numbers, at the first step.
       key: `jax.random.key` for which example is of which rank.
 
     Returns:
       Profiles [ranks of S, R], zero beyond each rank.
     """
-    prefixes = jnp.stack([hierarchy.prefix(rank) for rank in hierarchy.ranks])  # [ranks, R]
-    optimizer = optax.adam(optax.linear_schedule(learning_rate, 0.0, steps))
-
-    @jax.jit
-    def step(numbers, state, batch, key):
-        def mean(numbers):
-            drawn = hierarchy.spread(key, len(batch["tokens"]))  # [B]
-            rows = jnp.searchsorted(jnp.array(hierarchy.ranks), drawn)
-            return loss((prefixes * numbers)[rows], batch) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-
-        updates, state = optimizer.update(jax.grad(mean)(numbers), state, numbers)
-        return optax.apply_updates(numbers, updates), state
-
+    prefixes = _prefixes(hierarchy)
     numbers = jnp.ones_like(prefixes)
-    state = optimizer.init(numbers)
+    state = optax.scale_by_adam().init(numbers)
     for number, batch in zip(range(steps), batches, strict=False):
-        numbers, state = jax.block_until_ready(step(numbers, state, batch, jax.random.fold_in(key, number)))
+        rate = learning_rate * (1 - number / steps)
+        keys = jax.random.fold_in(key, number)
+        numbers, state = jax.block_until_ready(_step(loss, hierarchy, trees, numbers, state, batch, keys, rate))
     return np.asarray(prefixes * numbers)
+
+
+def _prefixes(hierarchy: RankHierarchy) -> jax.Array:
+    return jnp.stack([hierarchy.prefix(rank) for rank in hierarchy.ranks])  # [ranks, R]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(loss, hierarchy: RankHierarchy, trees, numbers, state, batch, key, rate):
+    def mean(numbers):
+        drawn = hierarchy.spread(key, len(batch["tokens"]))  # [B]
+        rows = jnp.searchsorted(jnp.array(hierarchy.ranks), drawn)
+        total = loss(trees, (_prefixes(hierarchy) * numbers)[rows], batch)
+        return total / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    updates, state = optax.scale_by_adam().update(jax.grad(mean)(numbers), state)
+    return jax.tree.map(lambda x, update: x - rate * update, numbers, updates), state

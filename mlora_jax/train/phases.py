@@ -61,6 +61,12 @@ class TrialPhases:
         starts = self.method(trial).starts(self.steps)
         return self.hierarchy(trial, max(bisect.bisect_left(starts, step) - 1, 0))
 
+    def begun(self, trial: Trial, step: int) -> list[tuple[str, float]]:
+        """Policies and fractions of the phases that a trial has trained in when so many steps are finished."""
+        method = self.method(trial)
+        count = max(bisect.bisect_left(method.starts(self.steps), step), 1)
+        return [(phase.policy, phase.fraction) for phase in method.phases[:count]]
+
     def function(self, trial: Trial, phase: int = -1) -> jax.Array:
         """The profile [R] of the function that a phase trains at full rank, by default the last one."""
         return self.method(trial).policies[phase].function(self.hierarchy(trial, phase))

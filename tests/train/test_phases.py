@@ -278,14 +278,14 @@ def test_calibration_finds_the_numbers_of_every_rank():
     hierarchy = RankHierarchy((1, 2, 6), "sqrt")
     targets = jnp.array([[3.0, 0, 0, 0, 0, 0], [0.5, 2.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0.1, 0.2, 0.3]])
 
-    def loss(profiles, batch):
+    def loss(trees, profiles, batch):
         ranks = jnp.sum(profiles[:, :2] != 0, axis=1) + (jnp.sum(profiles != 0, axis=1) > 2)
-        return jnp.sum(jnp.square(profiles - targets[ranks - 1]) * batch["weights"])
+        return jnp.sum(jnp.square(profiles - trees[ranks - 1]) * batch["weights"])
 
     batches = itertools.repeat({"tokens": np.zeros((9, 4), int), "weights": np.ones((9, 1), np.float32)})
-    found = calibrate(loss, hierarchy, batches, steps=300, learning_rate=0.3, key=jax.random.key(0))
+    found = calibrate(loss, targets, hierarchy, batches, steps=300, learning_rate=0.3, key=jax.random.key(0))
     np.testing.assert_allclose(found, targets, atol=0.02)
-    few = calibrate(loss, hierarchy, batches, steps=1, learning_rate=0.1, key=jax.random.key(0))
+    few = calibrate(loss, targets, hierarchy, batches, steps=1, learning_rate=0.1, key=jax.random.key(0))
     prefixes = np.stack([hierarchy.prefix(rank) for rank in (1, 2, 6)])
     assert np.all((few == 0) == (prefixes == 0)) and np.allclose(
         np.abs(few / np.where(few, prefixes, 1) - 1)[few != 0], 0.1
