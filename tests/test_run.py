@@ -19,12 +19,15 @@ from mlora_jax.config import DEFAULTS, expand_trials, resolve
 from mlora_jax.core import RankHierarchy
 from mlora_jax.experiment import Experiment, StepTiming, model_folder
 from mlora_jax.interop import export_peft
+from mlora_jax.readouts import read_out_trial
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
+from mlora_jax.train.adapter_file import load_adapter
 from mlora_jax.train.records import read_json_lines
 from tests import test_run_tasks
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
+from tests.study import test_queue
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
 
@@ -178,8 +181,10 @@ def test_a_diverging_trial_fails_and_the_others_go_on(folders, tmp_path):
 CHANGES = {
     "model.path": lambda f: f["other_model"],
     "model.dtype": lambda f: "bfloat16",
+    "model.quantization": lambda f: "int8",
     "data.task": None,  # test_own_data_key, as the keys that only own data has
     "data.max_length": lambda f: 28,
+    "data.limit": lambda f: 8,
     "data.overflow": None,
     "data.pad_multiple": None,
     "adapter.targets": lambda f: ("v_proj",),
@@ -236,6 +241,10 @@ ELSEWHERE = {
     "report.choose_on": "test_key_of_the_report",
     "evaluation.tasks": "test_a_further_task_is_measured_without_training_again",
     "evaluation.raw_dir": "test_a_task_without_local_data_is_told",
+    "calibration.steps": "test_keys_of_calibration",
+    "calibration.learning_rate": "test_keys_of_calibration",
+    "calibration.batches": "test_keys_of_calibration",
+    **{f"study.{key}": "test_keys_of_the_study" for key in DEFAULTS["study"]},
 }
 
 
@@ -248,7 +257,8 @@ def test_every_key_has_a_test():
     readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
     tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
     assert tested == set(all_keys())
-    assert all(test in globals() or hasattr(test_run_tasks, test) for test in ELSEWHERE.values())
+    homes = (sys.modules[__name__], test_run_tasks, test_queue)
+    assert all(any(hasattr(home, test) for home in homes) for test in ELSEWHERE.values())
 
 
 @pytest.mark.parametrize("name", [name for name, value in CHANGES.items() if value])
@@ -262,6 +272,30 @@ def test_key_changes_the_outcome(folders, first_run, tmp_path, name):
         assert records != first_run[0]
     else:
         assert list(adapters.values()) != list(first_run[1].values())
+
+
+def test_keys_of_calibration(folders, first_run, tmp_path):
+    """The read-outs that look at training data, of the adapter that the first run trained."""
+    config = choice_config(folders)
+    trained = train(config, tmp_path).trials[0]
+
+    def found(readout, **changed):
+        experiment = Experiment.load(resolve(config | {"calibration": changed}))
+        adapter, hierarchy, _ = load_adapter(trained.adapter, experiment.adapted(4).adapter)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        read = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
+        again = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
+        np.testing.assert_array_equal(np.stack([*read.profiles.values()]), np.stack([*again.profiles.values()]))
+        return np.stack([*read.profiles.values()]), np.asarray(jax.tree.leaves(read.adapter)[0])
+
+    fitted, same = found("calibrated", steps=3)
+    assert np.array_equal(fitted != 0, np.arange(4) < np.array([[1], [2], [4]]))
+    assert not np.allclose(fitted, found("calibrated", steps=4)[0])
+    assert not np.allclose(fitted, found("calibrated", steps=3, learning_rate=0.01)[0])
+    profiles, squeezed = found("squeeze_inputs", batches=1)
+    assert set(np.unique(profiles)) == {0.0, 1.0} and not np.allclose(squeezed, same)
+    assert not np.allclose(squeezed, found("squeeze_inputs", batches=2)[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", DEFAULTS["evaluation"]["readouts"])

@@ -13,6 +13,7 @@ from mlora_jax.experiment import Experiment
 from mlora_jax.train.checkpoint import Restored
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.loop import Memory
+from mlora_jax.train.phases import TrialPhases
 from mlora_jax.train.records import JsonLines, read_json_lines
 
 
@@ -110,8 +111,11 @@ def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_pat
         rows={"test": [], "validation": []},
         adapted=lambda rank: adapted,
         data=types.SimpleNamespace(task=types.SimpleNamespace(name="trec")),
+        phases=TrialPhases(config, 10),
     )
-    folder = types.SimpleNamespace(curves=dict, failed=set, adapter=lambda trial: None)
+    folder = types.SimpleNamespace(
+        curves=dict, failed=set, adapter=lambda trial: None, save_verdicts=lambda *values: None
+    )
     (trial,) = expand_trials(config)
     monkeypatch.setattr(run, "load_adapter", lambda *arguments: (0, trial.hierarchy(), {"finite": True}))
     stages = stand_in(config=config, experiment=experiment, folder=folder, interrupted=evaluator.interrupted)
@@ -126,7 +130,7 @@ def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_pat
 
 def test_a_signal_ends_planning_before_the_next_group():
     config = resolve({"trials": {"rank": (4, 8)}, "train": {"trials_at_once": 1}})
-    planned = Experiment(config, None, None, None, None, {})
+    planned = Experiment(config, None, None, None, types.SimpleNamespace(examples=[0] * 64), {})
     assert len(planned.plan(expand_trials(config))) == 2
 
     def leave():

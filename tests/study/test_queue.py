@@ -81,6 +81,23 @@ def test_rivals_are_trials():
         rivals_of(["best"], 8)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("groups", ("further",)), ("rank", 16), ("rates", (1e-3, 3e-3, 1e-2)), ("start", (3e-3,)), ("seeds", (7,))],
+)
+def test_keys_of_the_study(key, value):
+    """Each changes the trials that are asked for, of a rival whose rates of the start are measured."""
+
+    def all_asked(**changed):
+        study = resolve({"study": changed}).study
+        rivals = rivals_of(study.groups, study.rank)
+        measured = {(rate, 42): rate for rate in (1e-3, 3e-3, 1e-2)}
+        curves = curves_of(measured, Rival("lora"), study.rank)
+        return [trial for rival in rivals for trial in wanted(curves, rival, study.rank, study)]
+
+    assert all_asked(**{key: value}) != all_asked()
+
+
 def test_a_cell_is_trained_until_nothing_is_wanted(monkeypatch, tmp_path):
     """A stand-in for training whose validation is best at 1e-2."""
     best, calls, curves = 1e-2, [], {}

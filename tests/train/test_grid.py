@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlora_jax import experiment
-from mlora_jax.config import resolve
+from mlora_jax.config import expand_trials, resolve
 from mlora_jax.experiment import Experiment
 from mlora_jax.train.grid import TrialBatch, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.step import make_optimizer
@@ -83,12 +83,14 @@ def test_a_device_s_memory_is_not_planned_to_the_last_byte(monkeypatch):
 @pytest.mark.parametrize(("keep", "most"), [("last", 5), ("best", 3)])
 def test_what_a_trial_needs_beside_its_step_counts(monkeypatch, keep, most):
     """A save copies its state, 3082 bytes here; a best adapter of 1 KiB is there and in the copy."""
-    config = resolve({"validation": {"keep": keep, "every": 1}, "train": {"memory_gib": 23_000 / 2**30}})
+    config = resolve(
+        {"trials": {"rank": (4,)}, "validation": {"keep": keep, "every": 1}, "train": {"memory_gib": 23_000 / 2**30}}
+    )
     optimizer = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
     adapter = {"a": jnp.zeros((16, 16))}
-    tiny = Experiment(config, None, None, None, None, {})
+    tiny = Experiment(config, None, None, None, types.SimpleNamespace(examples=[0] * 64), {})
     tiny._by_rank[4] = types.SimpleNamespace(base={"w": jnp.zeros(250)}, adapter=adapter, optimizer=optimizer)
-    monkeypatch.setattr(Experiment, "compile_largest", lambda self, trial, count: 1000 + 1000 * count)
+    monkeypatch.setattr(Experiment, "compile_largest", lambda self, trial, count, phase: 1000 + 1000 * count)
     monkeypatch.setattr(experiment, "memory_of", lambda compiled: compiled)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert tiny._fitting([types.SimpleNamespace(rank=4)] * 12) == most
+    assert tiny._fitting(expand_trials(config)[:1] * 12) == most

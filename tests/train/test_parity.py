@@ -123,8 +123,9 @@ def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="f
     assert error < TOLERANCE[dtype] * size
 
 
-# In float32 the methods of several profiles a step take longest and are the least sharp.
-LONG = [("float32", "matryoshka_exact"), ("float32", "sandwich")]
+# The methods of several profiles a step take longest.
+LONG = [(dtype, method) for dtype in ("float32", "float64") for method in ("matryoshka_exact", "sandwich")]
+LONG.append(("float32", "per_example"))
 
 
 @pytest.mark.parametrize(

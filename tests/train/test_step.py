@@ -135,7 +135,7 @@ def test_a_trial_that_is_not_finite_is_frozen_and_stays_so():
     step, base, profile, state = make()
     state, metrics = take(step, base, profile, state)
     good = jax.tree.map(np.asarray, (state.adapter, state.optimizer))
-    broken = Draw(jnp.full((1, 1, 6), jnp.nan), jnp.ones(6), jnp.ones(1))
+    broken = Draw(jnp.full((1, 1, 1, 6), jnp.nan), jnp.ones(6), jnp.ones(1))
     state, metrics = take(step, base, profile, state, draw=broken)
     assert not metrics["finite"]
     state, metrics = take(step, base, profile, state)
