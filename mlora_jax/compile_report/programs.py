@@ -10,20 +10,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mlora_jax.adapt import adapt, split
 from mlora_jax.config import Trial, expand_trials
-from mlora_jax.evaluate.generation import STEPS, Generator
+from mlora_jax.evaluate.generation import Generator, PromptRows
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
-from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
+from mlora_jax.parallel.mesh import EVALUATED, make_mesh
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
 from mlora_jax.train.loop import TrialsStep, stack_trees, trial_keys
 from mlora_jax.train.phases import TrialPhases
 from mlora_jax.train.step import Schedule, init_state, make_optimizer
 
 OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Requests(Placement):
+    """Rows of requests along all axes but `tensor`."""
+
+    rows = EVALUATED
+
+    def activations(self, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, rows_sharding(self.mesh, x.ndim, 0, over=EVALUATED))
+
+
+def _placed(tree, placed):
+    """Structures of arrays that lie like this."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Abstract:
     profile: Any
 
 
-def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh) -> Abstract:
+def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh, flash_from: int | None) -> Abstract:
     """The adapted decoder of an experiment on a mesh; nothing of its size is made.
 
     Args:
@@ -49,12 +65,13 @@ def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh) ->
       shape: of the decoder.
       rank: R.
       mesh: None for one device.
+      flash_from: see `Decoder`.
     """
     options = config.adapter
 
     def make():
         model = Decoder(shape, dtype=jnp.dtype(config.model.dtype or "bfloat16"), rngs=nnx.Rngs(0))
-        model.remat = config.train.remat
+        model.remat, model.flash_from = config.train.remat, flash_from
         model.placement = None if mesh is None else Placement(mesh)
         key = jax.random.key(0)
         return adapt(model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
@@ -62,12 +79,13 @@ def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh) ->
     model = nnx.eval_shape(make)
     graphdef, base, adapter, profile = split(model)
     model.eval()
+    model.placement = None if mesh is None else _Requests(mesh)
     return Abstract((graphdef, split(model)[0]), base, adapter, profile)
 
 
 def base_bytes(config: ConfigDict, shape: DecoderConfig) -> int:
     """Of the frozen base."""
-    base = abstract_model(config, shape, 1, None).base
+    base = abstract_model(config, shape, 1, None, None).base
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
 
 
@@ -81,6 +99,7 @@ class Programs:
       rank: R.
       slice: to compile for.
       sizes: of the axes of the mesh.
+      flash_from: tokens from which attention is the flash kernel; None: never.
     """
 
     config: ConfigDict
@@ -88,6 +107,7 @@ class Programs:
     rank: int
     slice: Slice
     sizes: Mapping[str, int]
+    flash_from: int | None
 
     @functools.cached_property
     def mesh(self):
@@ -97,7 +117,7 @@ class Programs:
     @functools.cached_property
     def model(self) -> Abstract:
         """The adapted decoder."""
-        return abstract_model(self.config, self.shape, self.rank, self.mesh)
+        return abstract_model(self.config, self.shape, self.rank, self.mesh, self.flash_from)
 
     @functools.cached_property
     def optimizer(self):
@@ -119,7 +139,7 @@ class Programs:
         many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((trials, *leaf.shape), leaf.dtype), one)
         return self.weights(many, trials=True)
 
-    def train(self, batch: int, accumulation: int) -> jax.stages.Lowered:
+    def train(self, batch: int, accumulation: int) -> jax.stages.Compiled:
         """A step of as many trials as the trial axis is long, each of `batch` rows in `accumulation` micro-batches."""
         config, trials = self.config, self.sizes["trial"]
         shape = (trials, accumulation, batch // accumulation)
@@ -130,9 +150,9 @@ class Programs:
             "targets": integers(self.answers),
             "weights": jax.ShapeDtypeStruct((*shape, self.answers), jnp.float32),
         }
-        with config.unlocked():
-            sized = ConfigDict(config)
-        sized.train.batch_size, sized.train.accumulation = batch, accumulation
+        sized = config.copy_and_resolve_references()
+        with sized.unlocked():
+            sized.train.batch_size, sized.train.accumulation = batch, accumulation
         trial = self._trial()
         draws = TrialPhases(sized, 1000).draws_in(0, [trial], stack_trees([trial_keys(0)]))
         draw = jax.tree.map(
@@ -146,3 +166,43 @@ class Programs:
 
     def _trial(self) -> Trial:
         return dataclasses.replace(expand_trials(self.config)[0], rank=self.rank)
+
+    def prefill(self, batch: int) -> jax.stages.Compiled:
+        """Of the prompts of a batch, each as long as the longest training row, with room for an answer."""
+        return self._generator.prefill.lower(self.slots, *self._weights, *self._prompts(batch), None).compile()
+
+    def decode(self, batch: int) -> jax.stages.Compiled:
+        """Of `STEPS` tokens of each row of a batch, in the cache that prefilling leaves."""
+        tokens, rows = self._prompts(batch)
+        prefill = functools.partial(self._generator.prefill, self.slots)
+        made = jax.eval_shape(prefill, *self._weights, tokens, rows, None)
+        state = _placed(made[0], jax.tree.map(self._kept, made[0]))
+        return self._generator.decode.lower(*self._weights, state, rows, None).compile()
+
+    @property
+    def slots(self) -> int:
+        """Of the cache: for prompt and answer."""
+        return self.config.data.max_length + self.config.evaluation.max_new_tokens
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        model, options = self.model, dict(pad_multiple=self.config.data.pad_multiple, eos=self.shape.eos_token_ids)
+        return Generator(model.graphdefs[1], model.base, model.profile, max_length=self.slots, batch_size=1, **options)
+
+    def _prompts(self, batch: int) -> tuple:
+        """Tokens [B, T] and what every row goes by."""
+        rows = functools.partial(rows_sharding, self.mesh, axis=0, over=EVALUATED)
+        tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=rows(2))
+        one = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows(1))
+        return tokens, PromptRows(one, one, one)
+
+    def _kept(self, leaf) -> jax.sharding.Sharding:
+        """Of a cache [B, KV, ...], of one number for each row, or of a number for all."""
+        if leaf.ndim == 0:
+            return replicated(self.mesh)
+        heads = "tensor" if leaf.ndim == 4 and leaf.shape[1] % self.sizes["tensor"] == 0 else None
+        return NamedSharding(self.mesh, PartitionSpec(EVALUATED, *(heads for _ in range(leaf.ndim > 1))))
+
+    @functools.cached_property
+    def _weights(self) -> tuple:
+        return tuple(self.weights(tree) for tree in (self.model.base, self.model.adapter, self.model.profile))

@@ -68,6 +68,6 @@ def model_shape(path: str) -> DecoderConfig:
         if re.fullmatch(pattern, path.rpartition("/")[2]):
             return DecoderConfig.from_hugging_face(values)
     raise ValueError(
-        f"the shape of the model {path!r} is not known: give a folder with its {CONFIG_FILE}, the hub id of one that was "
-        f"downloaded, or one of Llama-3.2-1B, Llama-3.1-8B (and their -Instruct)"
+        f"the shape of the model {path!r} is not known: set config.model.path to a folder with its {CONFIG_FILE}, the "
+        "hub id of one that was downloaded, or one of Llama-3.2-1B, Llama-3.1-8B and their -Instruct"
     )

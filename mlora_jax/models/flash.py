@@ -5,14 +5,36 @@ Axes: B batch, T tokens, H query heads, KV key and value heads, Hd features of a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 
 BLOCKS = (512, 256, 128)  # queries and keys that a kernel holds at a time; the largest that divides T
+LEAST = 512  # tokens from which the kernel takes less time than an array of scores; see docs/compile_report.md
+
+
+@dataclasses.dataclass(frozen=True)
+class Flash:
+    """When and where the kernel runs.
+
+    Attributes:
+        least: T from which it does; None: never.
+        mesh: that arrays lie on; None for one device.
+        rows: axes of the mesh that B lies along, but for those of a `jax.vmap` around.
+    """
+
+    least: int | None = LEAST
+    mesh: Mesh | None = None
+    rows: tuple[str, ...] = ()
+
+    def takes(self, query: jax.Array, key: jax.Array) -> bool:
+        """Whether it runs for these, [B, T, H, Hd] and [B, T, KV, Hd]: on TPUs alone."""
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        long = self.least is not None and query.shape[1] >= self.least
+        return platform == "tpu" and long and fits_flash(query, key)
 
 
 def fits_flash(query: jax.Array, key: jax.Array) -> bool:
@@ -53,6 +75,8 @@ def flash_attend(
 
     Source: Dao et al. (arXiv 2205.14135); the kernel is `jax.experimental.pallas.ops.tpu.splash_attention`.
     """
+    # Here rather than above: the kernel's language takes a second to import.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def own_part(query, key, value):
         length, heads, features = query.shape[1:]

@@ -31,8 +31,8 @@ from mlora_jax.parallel.hlo_text import (
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
-# What a device sends, and receives, around a ring of n, in payloads. An all-reduce is a reduce-scatter and an all-gather.
-# Source: Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005.
+# What a device sends, and receives, around a ring of n, in payloads; an all-reduce is a reduce-scatter and then an
+# all-gather. Source: Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005.
 _PAYLOADS_MOVED = {
     "all-gather": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
