@@ -31,6 +31,8 @@ from mlora_jax.parallel.hlo_text import (
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
+# Custom calls that compute.
+KERNELS = ("tpu_custom_call",)
 # What a device sends, and receives, around a ring of n, in payloads; an all-reduce is a reduce-scatter and then an
 # all-gather. Source: Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005.
 _PAYLOADS_MOVED = {
@@ -82,7 +84,7 @@ class Costs:
       main_bytes: read from and written to main memory by the instructions that are not inside a fusion.
       traffic: of collectives.
       open_loops: loops whose trip count is not in the program.
-      silent_kernels: custom calls that state no costs: how often each target runs.
+      silent_kernels: kernels that state no costs, by name: how often each runs.
     """
 
     flops: float
@@ -262,13 +264,16 @@ class _Counter:
         return found
 
     def _kernel(self, one: Instruction, computation: Computation) -> _Sum:
+        target = re.search(r'custom_call_target="([^"]*)"', one.rest)
+        if target is None or target[1] not in KERNELS:
+            # Of the compiler itself: a place in memory, or a hint.
+            return _Sum()
         found = _Sum(main_bytes=_moved(one, computation))
         estimate = re.search(r'"cost_estimate":(\{[^{}]*\})', one.rest)
         if estimate:
             found.flops = float(json.loads(estimate[1]).get("flops", 0))
         else:
-            target = re.search(r'custom_call_target="([^"]*)"', one.rest)
-            found.silent[target[1] if target else "?"] += 1
+            found.silent[re.sub(r"[.\d]+$", "", one.name)] += 1
         return found
 
     def _fusion(self, one: Instruction, computation: Computation) -> _Sum:
