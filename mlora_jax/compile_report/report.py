@@ -74,6 +74,7 @@ class Reporter:
       flash_from: tokens from which attention is the flash kernel; None: never.
       programs: some of `PROGRAMS`.
       say: called with a line before every compilation.
+      slices: name -> slice.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Reporter:
         flash_from: int | None,
         programs: Sequence[str] = PROGRAMS,
         say: Callable[[str], None] = lambda line: None,
+        slices: Callable[[str], Slice] = topology,
     ):
         self._config, self._records, self._flash_from, self._say = config, records, flash_from, say
         self._programs = programs
-        self._slice = functools.cache(topology)
+        self._slice = functools.cache(slices)
         self._shape = functools.cache(model_shape)
         self._base_bytes = functools.cache(lambda model: base_bytes(config, self._shape(model)))
         self._made = functools.lru_cache(maxsize=4)(self._make)
