@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -11,12 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mlora_jax.parallel.chips import GIB, Slice
 from mlora_jax.parallel.hlo import Costs, program_costs
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_TOO_MUCH = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,7 @@ def measure(
         key=dict(key),
         fits=True,
         needed=needed,
-        limit=int(chip.memory * share),
+        limit=usable_memory(slice_),
         parameters=parameters,
         optimizer=optimizer,
         activations=needed - parameters - optimizer,
@@ -143,6 +148,19 @@ def measure(
         notes=_notes(costs, runs, kernel_flops),
         compile_seconds=elapsed,
     )
+
+
+@functools.cache
+def usable_memory(slice_: Slice) -> int:
+    """Bytes of one device that the compiler gives to programs: a little less than a chip has."""
+    memory = int(slice_.chip.memory * slice_.per_device)
+    device = jax.sharding.SingleDeviceSharding(slice_.devices[0])
+    too_many = jax.ShapeDtypeStruct((2, memory), jnp.int8, sharding=device)
+    try:
+        jax.jit(lambda x: x + 1).lower(too_many).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return out_of_memory(str(error))[1]
+    return memory  # of a compiler that does not look
 
 
 def _notes(costs: Costs, runs: int, kernel_flops: float) -> list[str]:
@@ -164,7 +182,7 @@ def out_of_memory(message: str) -> tuple[int, int]:
     >>> out_of_memory("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ...")
     (21474836480, 16911433728)
     """
-    found = _TOO_MUCH.search(message)
+    found = next(filter(None, (pattern.search(message) for pattern in _TOO_MUCH)), None)
     if not found:
         raise ValueError(f"the program does not compile: {message[:2000]}")
     amounts = (found[1], found[2]), (found[3], found[4])

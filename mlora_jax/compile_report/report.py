@@ -20,13 +20,14 @@ from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.evaluate.generation import STEPS
 from mlora_jax.models import DecoderConfig
 from mlora_jax.models.flash import BLOCKS
-from mlora_jax.parallel.chips import topology
+from mlora_jax.parallel.chips import Slice, topology
 
 LARGEST = "largest"
 PROGRAMS = ("train", "prefill", "decode")
 # Config groups that decide about a program, besides what a row says itself.
 DECIDING = ("adapter", "train", "methods", "parallel")
 ATTEMPTS = 6  # compilations in search of the largest batch
+ENOUGH = 0.97  # the share of memory at which a batch is called the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Reporter:
         )
 
     def _largest(self, row: Row, first: Layout) -> tuple[Layout, Record]:
-        """The largest batch that fits at one time, in steps of a row on every chip: memory is nearly linear in it."""
+        """The largest batch that fits at one time, in steps of a row on every chip; memory is nearly linear in it."""
 
         def attempt(rows: int) -> Record:
             found[rows] = self._train(row, layout(rows))
@@ -134,19 +135,17 @@ class Reporter:
             return dataclasses.replace(first, batch=rows * first.row_shards, accumulation=1)
 
         found: dict[int, Record] = {}
-        rows = max(first.batch // first.row_shards, 1)
-        attempt(rows)
-        # The compiler's own limit, which only an error tells, is a little below the chip's memory.
+        attempt(first.rows * first.accumulation)
+        limit = min(record.limit for record in found.values())
         for _ in range(ATTEMPTS):
-            fitting, failing = [n for n in found if found[n].fits], [n for n in found if not found[n].fits]
-            low, high = max(fitting, default=0), min(failing, default=None)
+            low = max((rows for rows in found if found[rows].fits), default=0)
+            high = min((rows for rows in found if not found[rows].fits), default=None)
             if high is not None and high - low <= max(1, low // 32):
                 break
-            guess = _guess(found, 0.98 * min(record.limit for record in found.values()))
-            guess = max(low + 1, guess if high is None else min(guess, high - 1))
-            if guess in found or (high is None and guess <= low):
+            if low and found[low].needed >= ENOUGH * limit:
                 break
-            attempt(guess)
+            guess = max(low + 1, _guess(found, (1 + ENOUGH) / 2 * limit))
+            attempt(guess if high is None else min(guess, high - 1))
         fitting = [n for n in found if found[n].fits]
         rows = max(fitting, default=min(found))
         return layout(rows), found[rows]

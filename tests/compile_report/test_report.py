@@ -6,7 +6,6 @@ import json
 import jax
 import pytest
 
-from mlora_jax.compile_report import report
 from mlora_jax.compile_report.layout import choose_layout
 from mlora_jax.compile_report.records import Record, Records, out_of_memory, too_large
 from mlora_jax.compile_report.report import LARGEST, Reporter, Row, causal_product
@@ -144,7 +143,9 @@ def test_the_largest_batch(monkeypatch, each, held):
     result = reporter.result(Row("Llama-3.2-1B", "v5e:2x2", 8, LARGEST))
     most = max(rows for rows in range(1, 5000) if needed(rows) <= 16 * GIB)
     assert result.records["train"].fits and result.layout.accumulation == 1
-    assert 0.95 * most <= result.layout.rows <= most and len(tried) <= report.ATTEMPTS + 1
+    rows = result.layout.rows
+    assert 0.95 * most <= rows <= most or 0.97 <= needed(rows) / (16 * GIB) <= 1
+    assert len(tried) <= 4
 
 
 @pytest.fixture(scope="module")
