@@ -43,7 +43,7 @@ class PromptBatch(NamedTuple):
     lengths: np.ndarray
 
 
-class _Rows(NamedTuple):
+class PromptRows(NamedTuple):
     """What every row of a batch goes by: all [B] int32."""
 
     lengths: jax.Array  # of the prompt
@@ -99,7 +99,7 @@ class Generator:
     ):
         ends = np.asarray(sorted(set(eos)), np.int32)
 
-        def choose(model, hidden, rows: _Rows, sampling, made, done):
+        def choose(model, hidden, rows: PromptRows, sampling, made, done):
             """The next token [B] of hidden states [B, D], that token or -1 where the row is over, who is done."""
             newest = next_tokens(model.head(hidden), sampling, rows.numbers, made)
             over = done | jnp.any(newest[:, None] == ends, axis=-1)
@@ -299,7 +299,7 @@ class Generator:
         limits = np.minimum(max_new_tokens, self._max_length - batch.lengths)
         limits[len(batch.members) :] = 0
         numbers = range(size) if numbers is None else numbers
-        rows = _Rows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
+        rows = PromptRows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
         slots = max(length, min(length + self._padded(max_new_tokens), self._padded(self._max_length)))
         adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
         rows, sampling = put_replicated((rows, sampling), self._mesh)
@@ -320,7 +320,7 @@ class Generator:
             start, at = at, min(at + STEPS, max_new_tokens)
             made[:, start:at] = np.asarray(shown).reshape(size, -1)[:, : at - start]
 
-    def _prefill(self, slots: int, adapter, p, per_example: bool, tokens: np.ndarray, rows: _Rows, sampling):
+    def _prefill(self, slots: int, adapter, p, per_example: bool, tokens: np.ndarray, rows: PromptRows, sampling):
         """A batch's state and first tokens [B]: on a CPU by parts, which stay in its cache from layer to layer."""
         size, length = tokens.shape
         if self._mesh is not None:
