@@ -135,6 +135,11 @@ class TrialsStep:
         return len(self._executables)
 
     @property
+    def executables(self) -> tuple[jax.stages.Compiled, ...]:
+        """Those that were compiled."""
+        return tuple(self._executables.values())
+
+    @property
     def compile_seconds(self) -> float:
         """Mean over them."""
         return float(np.mean(self._seconds))
