@@ -38,7 +38,7 @@ from mlora_jax.parallel.arrays import (
     put_rows,
     put_weights,
 )
-from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
+from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, shards_of
 from mlora_jax.parallel.rules import Placement, shardings, spec_of
 from mlora_jax.train.grid import bytes_on_device, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
@@ -415,18 +415,28 @@ class Experiment:
 
 
 def run_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh of `config.parallel` over all devices; None for a single one.
+    """The mesh of `config.parallel`; None for a single device.
+
+    Where `data` is -1 it is the most that the devices and the rows of a micro-batch leave; devices that it cannot use
+    stay idle, except that no process may.
 
     Raises:
-      ValueError: axes that do not fit the devices, or a batch that they do not divide.
+      ValueError: axes that do not fit the devices, or rows that they do not divide.
     """
-    mesh = make_mesh(config.parallel)
+    options, devices = config.parallel, jax.devices()
+    sizes = {axis: options[axis] for axis in AXES}
+    rows = config.train.batch_size // config.train.accumulation
+    if sizes["data"] == -1 and hosts.count() == 1 and min(sizes["trial"], sizes["fsdp"], sizes["tensor"]) > 0:
+        others = sizes["trial"] * sizes["fsdp"] * sizes["tensor"]
+        fitting = [n for n in range(1, len(devices) // others + 1) if rows % (n * sizes["fsdp"]) == 0]
+        if fitting:
+            devices = devices[: fitting[-1] * others]
+    mesh = make_mesh(sizes, devices)
     if mesh.size == 1:
         return None
-    if config.parallel.engine == "pmap" and hosts.count() > 1:
+    if options.engine == "pmap" and hosts.count() > 1:
         raise ValueError("config.parallel.engine='pmap' is for the devices of one process: use 'jit'")
-    rows, parts = config.train.batch_size // config.train.accumulation, shards_of(mesh)
-    if rows % parts:
+    if rows % (parts := shards_of(mesh)):
         raise ValueError(
             f"the {rows} rows of a micro-batch (config.train.batch_size {config.train.batch_size} / "
             f"config.train.accumulation {config.train.accumulation}) do not divide into {parts} parts "
