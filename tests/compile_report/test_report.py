@@ -188,7 +188,8 @@ def test_a_row_from_end_to_end(tiny):
     factors = train.optimizer / 3
     assert {kind for kind, *_ in train.collectives} == {"all-reduce"}
     assert 1.5 * factors <= train.moved <= 1.6 * factors
-    assert not prefill.collectives and train.needed > train.parameters + train.optimizer
+    # The next tokens of eight rows.
+    assert prefill.moved < 1000 and train.needed > train.parameters + train.optimizer
     text = describe(result)
     for part in ("data 4", "train: batch 8 in 2 micro-batches of 1 rows a chip", "all-reduce over 4 chips", "bound by"):
         assert part in text
