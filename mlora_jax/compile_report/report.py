@@ -18,8 +18,6 @@ from mlora_jax.compile_report.programs import Programs, base_bytes
 from mlora_jax.compile_report.records import Record, Records, measure
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.evaluate.generation import STEPS
-from mlora_jax.models import DecoderConfig
-from mlora_jax.models.flash import BLOCKS
 from mlora_jax.parallel.chips import Slice, topology
 
 LARGEST = "largest"
@@ -158,16 +156,12 @@ class Reporter:
             "accumulation": layout.accumulation,
             "answers": self._config.data.max_length // 2,
         }
-        rows = layout.batch // layout.row_shards
-        # Two products forward, again in the backward pass if layers are recomputed, and seven for the gradients.
-        products = 2 + 2 * self._config.train.remat + 7
         return self._record(
             key,
             row,
             lambda: programs().train(layout.batch, layout.accumulation),
             parameters=parameters,
             optimizer=optimizer,
-            kernel_flops=rows * products * self._attention_product(row, layout),
         )
 
     def _generation(self, name: str, row: Row, layout: Layout, requests: int) -> Record:
@@ -175,11 +169,9 @@ class Reporter:
         parameters, _ = self._held(row, layout)
         new = self._config.evaluation.max_new_tokens
         key = self._key(row, layout, name) | {"requests": requests, "new_tokens": new}
-        shards = math.prod(layout.sizes.values()) // layout.sizes["tensor"]
-        flops = requests // shards * 2 * self._attention_product(row, layout) if name == "prefill" else 0.0
         compiled = lambda: getattr(programs(), name)(requests)  # noqa: E731
         runs = STEPS if name == "decode" else 1
-        return self._record(key, row, compiled, parameters=parameters, optimizer=0, runs=runs, kernel_flops=flops)
+        return self._record(key, row, compiled, parameters=parameters, optimizer=0, runs=runs)
 
     def _record(self, key: dict[str, Any], row: Row, compiled, **options) -> Record:
         def make():
@@ -217,20 +209,6 @@ class Reporter:
         programs = self._of(row, layout)()
         base = programs.weights(programs.model.base)
         return _bytes_on_one(base), _bytes_on_one(programs.state(layout.trials))
-
-    def _attention_product(self, row: Row, layout: Layout) -> float:
-        """FLOPs on one chip of one of the flash kernel's products for one row, all layers; 0 if it does not run."""
-        length, shape = self._config.data.max_length, self._shape(row.model)
-        if self._flash_from is None or length < self._flash_from or length % BLOCKS[-1]:
-            return 0.0
-        return causal_product(shape, length) / (layout.sizes["tensor"] if shape.num_kv_heads else 1)
-
-
-def causal_product(shape: DecoderConfig, length: int) -> float:
-    """FLOPs of queries times keys over all heads and layers for one row, in the blocks that causality leaves."""
-    size = next(size for size in BLOCKS if length % size == 0)
-    blocks = length // size * (length // size + 1) // 2
-    return 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * size * size * blocks
 
 
 def _bytes_on_one(tree) -> int:

@@ -46,6 +46,22 @@ def fits_flash(query: jax.Array, key: jax.Array) -> bool:
     return same and query.dtype in (jnp.bfloat16, jnp.float32)
 
 
+def product_flops(heads: int, length: int, features: int) -> float:
+    """FLOPs of queries times keys in the kernel: in the blocks of a row that causality leaves.
+
+    Args:
+        heads: query heads, over all rows.
+        length: T.
+        features: Hd.
+
+    >>> product_flops(1, 1024, 64) == 2 * 64 * 3 * 512**2
+    True
+    """
+    size = next(size for size in BLOCKS if length % size == 0)
+    blocks = length // size * (length // size + 1) // 2
+    return 2.0 * heads * features * size * size * blocks
+
+
 def flash_attend(
     query: jax.Array,
     key: jax.Array,

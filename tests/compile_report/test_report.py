@@ -7,12 +7,13 @@ import jax
 import pytest
 
 from mlora_jax.compile_report.layout import choose_layout
-from mlora_jax.compile_report.records import Record, Records, out_of_memory, too_large
-from mlora_jax.compile_report.report import LARGEST, Reporter, Row, causal_product
+from mlora_jax.compile_report.records import FLASH, Record, Records, out_of_memory, too_large
+from mlora_jax.compile_report.report import LARGEST, Reporter, Row
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.compile_report.table import describe, markdown, write_tables
 from mlora_jax.config import resolve
 from mlora_jax.parallel.chips import CHIPS, GIB, Slice, parse_topology, topology
+from mlora_jax.parallel.hlo_text import Shape
 from tests.tiny import tiny_config
 
 OPEN = {"trial": 1, "data": -1, "fsdp": 1, "tensor": 1}
@@ -94,10 +95,13 @@ def test_shapes_of_models(tmp_path):
         model_shape("Llama-9")
 
 
-def test_flops_of_causal_attention():
-    """Blocks of 512 on and below the diagonal, all heads, all layers."""
-    shape = model_shape("Llama-3.2-1B")
-    assert causal_product(shape, 2048) == 16 * 32 * 2 * 64 * 512 * 512 * (4 + 3 + 2 + 1)
+def test_flops_of_the_flash_kernels():
+    """Blocks of 512 on and below the diagonal, for three rows of 32 heads."""
+    queries, keys = Shape("bf16", (3, 32, 2048, 64)), Shape("bf16", (3, 8, 2048, 64))
+    operands = [Shape("s8", (1, 4, 4)), queries, keys, keys]
+    block = 2 * 64 * 512 * 512
+    found = {name: flops(operands) / (3 * 32 * block * (4 + 3 + 2 + 1)) for name, flops in FLASH.items()}
+    assert found == {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def record(key, needed, limit=16 * GIB, **changes):

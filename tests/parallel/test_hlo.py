@@ -187,6 +187,8 @@ def test_a_limit_that_the_loop_changes_is_no_trip_count():
 def test_kernels_that_state_nothing_are_named():
     silent = TPU.replace('"cost_estimate":{"flops":"1000","bytes_accessed":"5"}', '"other":1')
     assert program_costs(silent).silent_kernels == {"kernel": 1}
+    told = program_costs(silent, kernels={"ker": lambda operands: float(operands[0].sizes[0])})
+    assert told.flops == program_costs(silent).flops + 16 and told.silent_kernels == {}
 
 
 def test_text_that_is_no_program():
