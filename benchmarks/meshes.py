@@ -7,7 +7,9 @@ line each.
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 
 MESHES = (
@@ -90,7 +92,8 @@ def run(mesh_options: dict, method: str, steps: int):
         losses.append(np.asarray(metrics["loss"], np.float64))
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(state.adapter)]
     if mesh is not None:
-        facts["moved"] = moved(step.executables[0].as_text())
+        text = step.executables[0].as_text()
+        facts |= {"moved": moved(text), "largest_gather": largest_gather(text)}
     return np.array(losses), np.concatenate(leaves), facts
 
 
@@ -115,6 +118,12 @@ def moved(text: str) -> dict[str, dict[str, float]]:
         kind = found.setdefault(traffic.kind, {"count": 0, "bytes": 0})
         kind["count"], kind["bytes"] = kind["count"] + traffic.count, kind["bytes"] + traffic.payload
     return found
+
+
+def largest_gather(text: str) -> int:
+    """Numbers in the largest array that a compiled program gathers."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r"\b(?:branch_computations|called_computations)=\{([^}]*)\}|\b(?:true|false)_computation=%?([\w.\-]+)"
 )
-_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +192,8 @@ def group_size(rest: str) -> int:
         # An axis, or a part of it: 'name':(how many are before)how many.
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
         return math.prod(int(part or sizes[name]) for name, part in parts)
+    if re.search(r"replica_groups=(?!\{\})", rest):
+        raise ValueError(f"replica groups in a form that is not known: {rest[rest.index('replica_groups=') :][:120]}")
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|$|\s)", rest)
     return 2 if pairs else 1
 

@@ -1,0 +1,137 @@
+"""The mesh, and the rules that say where arrays lie."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mlora_jax.adapt import adapt, split
+from mlora_jax.config import resolve
+from mlora_jax.core.product import path_names
+from mlora_jax.experiment import run_mesh
+from mlora_jax.models import Decoder
+from mlora_jax.parallel.arrays import fetch, local_rows, on_one_device, put_rows, put_weights, split_rows
+from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, mesh_sizes, shards_of
+from mlora_jax.parallel.rules import shardings, spec_of
+from tests.tiny import tiny_config
+
+FOUR = jax.devices()[:4]
+ALL = {"trial": 1, "data": 1, "fsdp": 2, "tensor": 2}
+SHAPE = jax.sharding.AbstractMesh((1, 2, 2, 2), AXES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "config.parallel asks for trial 1 x fsdp 3 x tensor 1 = 3 devices, and there are 8"),
+        ({"data": 4}, "trial 1 x data 4 x fsdp 1 x tensor 1 = 4 devices, and there are 8"),
+        ({"fsdp": 0}, "config.parallel.fsdp must be at least 1, or -1"),
+        ({"fsdp": -1}, "config.parallel.data and config.parallel.fsdp are both -1"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mesh_sizes({"trial": 1, "data": -1, "fsdp": 1, "tensor": 1} | sizes, 8)
+
+
+def test_neighbours_lie_along_tensor():
+    mesh = make_mesh({"trial": 1, "data": 1, "fsdp": 2, "tensor": -1}, FOUR)
+    assert [[device.id for device in row] for row in mesh.devices[0, 0]] == [[0, 1], [2, 3]]
+    assert shards_of(mesh) == shards_of(mesh, EVALUATED) == 2 and shards_of(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "axes", "expected"),
+    [
+        (8, 1, {}, {"data": 4}),
+        (12, 2, {}, {"data": 3}),  # 6 rows on 4 devices: one is idle
+        (2, 2, {}, None),  # one row
+        (8, 2, {"fsdp": 2}, {"data": 2, "fsdp": 2}),
+        (2, 1, {"fsdp": 2}, {"fsdp": 2}),
+        (3, 1, {"tensor": 4}, {"tensor": 4}),
+    ],
+)
+def test_data_takes_what_devices_and_rows_leave(monkeypatch, rows, accumulation, axes, expected):
+    monkeypatch.setattr(jax, "devices", lambda: FOUR)
+    mesh = run_mesh(resolve({"train": {"batch_size": rows, "accumulation": accumulation}, "parallel": axes}))
+    assert (mesh and {axis: size for axis, size in mesh.shape.items() if size > 1}) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": 4}, "the 2 rows of a micro-batch (config.train.batch_size 4 / config.train.accumulation 2) do not"),
+        ({"data": 3}, "= 3 devices, and there are 4"),
+        ({"fsdp": 4}, "do not divide into 4 parts (config.parallel.data 1 x config.parallel.fsdp 4)"),
+    ],
+)
+def test_a_mesh_that_the_run_cannot_use(monkeypatch, changes, message):
+    monkeypatch.setattr(jax, "devices", lambda: FOUR)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_mesh(resolve({"train": {"batch_size": 4, "accumulation": 2}, "parallel": changes}))
+
+
+def test_pmap_cuts_rows_only():
+    with pytest.raises(ValueError, match=r"config\.parallel\.engine='pmap' cuts the rows only"):
+        resolve({"parallel": {"engine": "pmap", "tensor": 2}})
+
+
+def test_no_rule_cuts_the_layers_and_factors_follow_their_kernel():
+    targets = ("q_proj", "o_proj", "up_proj", "down_proj", "lm_head", "embed_tokens")
+    model = Decoder(tiny_config(vocab_size=32, tie_word_embeddings=False), rngs=nnx.Rngs(0))
+    _, base, adapter, profile = split(adapt(model, 4, targets, key=jax.random.key(0)))
+    found = {}
+    for tree in (base, adapter, profile):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[".".join(path_names(path))] = spec_of(".".join(path_names(path)), leaf.shape, SHAPE)
+    assert all(spec[0] is None for path, spec in found.items() if path.startswith("layers"))
+    both = ("tensor", "fsdp")
+    assert found["layers.self_attn.q_proj.base.kernel"] == P(None, "fsdp", "tensor")
+    assert found["layers.self_attn.q_proj.a"] == P(None, "fsdp", None)
+    assert found["layers.self_attn.q_proj.b"] == P(None, None, both)
+    assert found["layers.mlp.down_proj.base.kernel"] == P(None, "tensor", "fsdp")
+    assert found["layers.mlp.down_proj.a"] == P(None, both, None)
+    assert found["layers.mlp.down_proj.b"] == P(None, None, "fsdp")
+    assert found["layers.mlp.gate_proj.kernel"] == P(None, "fsdp", "tensor")  # not adapted
+    assert found["embed_tokens.base.embedding"] == P("tensor", "fsdp")
+    assert found["lm_head.base.kernel"] == P("fsdp", "tensor") and found["lm_head.b"] == P(None, both)
+    assert found["norm.weight"] == P(None) and found["layers.self_attn.q_proj.p"] == P(None, None)
+
+
+def test_a_state_follows_its_adapter_behind_the_trials():
+    mesh = jax.sharding.AbstractMesh((2, 1, 2, 2), AXES)
+    assert spec_of("optimizer.1.mu.layers.mlp.up_proj.a", (4, 3, 8, 6), mesh, trials=True) == P(
+        "trial", None, "fsdp", None
+    )
+    assert spec_of("step", (4,), mesh, trials=True) == P("trial")
+    # Seven outputs: nothing divides them; six: the first of two axes does.
+    assert spec_of("layers.mlp.up_proj.b", (2, 6, 7), mesh) == P(None, None, None)
+    assert spec_of("layers.mlp.up_proj.b", (2, 6, 6), mesh) == P(None, None, "tensor")
+    assert spec_of("layers.mlp.up_proj.kernel", (8, 6), mesh, gathered=True) == P(None, "tensor")
+
+
+def test_bytes_of_a_device_fall_and_values_stay():
+    mesh = make_mesh(ALL, FOUR)
+    tree = {"layers": {"mlp": {"up_proj": {"kernel": np.arange(2 * 8 * 12.0).reshape(2, 8, 12)}}}}
+    placed = put_weights(tree, mesh)["layers"]["mlp"]["up_proj"]["kernel"]
+    assert {part.data.shape for part in placed.addressable_shards} == {(2, 4, 6)}
+    assert put_weights({"kernel": placed}, None)["kernel"] is placed
+    whole = on_one_device({"x": placed, "key": jax.random.key(3)})
+    assert len(whole["x"].devices()) == 1 and whole["key"] == jax.random.key(3)
+    np.testing.assert_array_equal(fetch(whole["x"]), tree["layers"]["mlp"]["up_proj"]["kernel"])
+    assert jax.tree.leaves(shardings(tree, mesh))[0] == placed.sharding
+
+
+def test_rows_in_parts():
+    mesh = make_mesh({"trial": 1, "data": 2, "fsdp": 2, "tensor": 1}, FOUR)
+    x = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    parts = split_rows(x, 1, 4)
+    assert parts.shape == (4, 2, 2, 3)
+    np.testing.assert_array_equal(parts[1], x[:, 2:4])
+    placed = put_rows(x, mesh, 1)
+    for number, part in enumerate(sorted(placed.addressable_shards, key=lambda part: part.device.id)):
+        np.testing.assert_array_equal(part.data, parts[number])
+    assert local_rows(mesh, 8) == (0, 8)
