@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -126,7 +127,10 @@ def program_costs(text: str, *, open_trips: int = 1, kernels: Mapping[str, Kerne
     (48.0, 104.0)
     """
     computations, entry = parse_program(text)
-    counter = _Counter(computations, open_trips, kernels or {})
+    everyone = math.prod(
+        int(size) for size in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
+    )
+    counter = _Counter(computations, open_trips, kernels or {}, everyone)
     total = counter.costs(entry)
     traffic = tuple(
         Traffic(kind, group, count, payload) for (kind, group), (count, payload) in sorted(total.traffic.items())
@@ -152,8 +156,15 @@ class _Sum:
 
 
 class _Counter:
-    def __init__(self, computations: Mapping[str, Computation], open_trips: int, kernels: Mapping[str, KernelFlops]):
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        open_trips: int,
+        kernels: Mapping[str, KernelFlops],
+        everyone: int,
+    ):
         self._computations, self._open_trips, self._kernels = computations, open_trips, kernels
+        self._everyone = everyone
         self._loops = {
             id(computations[role(one, part)]): (one, computation)
             for computation in computations.values()
@@ -260,7 +271,7 @@ class _Counter:
         # The result of a start holds the operand too, and that of a permutation its flags.
         result = max(one.bytes - operands, 0) if one.opcode.endswith("-start") and len(one.shapes) > 1 else one.bytes
         payload = operands if kind == "collective-permute" else max(operands, result)
-        group = group_size(one.rest)
+        group = group_size(one.rest, self._everyone)
         found = _Sum(main_bytes=_moved(one, computation))
         if group > 1:
             found.traffic[kind, group] = 1.0, float(payload)
