@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mlora_jax.models import attention
+from mlora_jax.models import attention, flash
 from mlora_jax.models.flash import Flash, fits_flash, flash_attend
 
 AXES = ("trial", "data", "fsdp", "tensor")
@@ -51,9 +51,11 @@ def run(attend, arrays, cotangent):
     return found, *gradients
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_values_and_gradients(groups):
-    arrays = inputs(groups=groups)
+@pytest.mark.parametrize(("groups", "length"), [(2, 256), pytest.param(4, 384, marks=pytest.mark.slow)])
+def test_values_and_gradients(monkeypatch, groups, length):
+    """In blocks of 128: some of them are behind every key that a query sees, some on the diagonal, some before it."""
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    arrays = inputs(groups=groups, length=length)
     cotangent = np.random.default_rng(1).standard_normal(arrays[0].shape).astype(np.float32)
     found = run(functools.partial(flash_attend, interpret=True), arrays, cotangent)
     for mine, other in zip(found, numpy_attention(*arrays, cotangent), strict=True):
