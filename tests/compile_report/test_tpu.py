@@ -62,9 +62,11 @@ def test_every_program_and_the_kernel(model, tmp_path):
         {each["key"]["program"]: each for each in kept if (each["key"]["flash_from"] is None) == none}
         for none in (False, True)
     )
-    # The kernel computes gradients in two passes, and keeps no scores: a little more to compute, less to move.
+    # The kernel computes gradients in two passes, and keeps no scores: a little more to compute, less to move. A row of
+    # 512 tokens is one block, so that it leaves nothing out.
+    assert plain["train"]["flops"] < kernel["train"]["flops"] < 1.2 * plain["train"]["flops"]
+    assert plain["prefill"]["flops"] == kernel["prefill"]["flops"]
     for program in ("train", "prefill"):
-        assert plain[program]["flops"] < kernel[program]["flops"] < 1.2 * plain[program]["flops"]
         assert kernel[program]["main_bytes"] < 0.95 * plain[program]["main_bytes"]
     # Megatron's sums over `tensor` in every layer, and gradients over `data`.
     assert {(kind, group) for kind, group, *_ in kernel["train"]["collectives"]} >= {("all-reduce", 2)}
