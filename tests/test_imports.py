@@ -30,14 +30,15 @@ MAY_IMPORT = {
     "report": {"core", "config", "train.records"},
     "experiment": BELOW_EVALUATE | {"evaluate", "interop"},
     "run_folder": BELOW_EVALUATE,
-    "plan": BELOW_EVALUATE | {"evaluate", "experiment"},
+    "estimate": BELOW_EVALUATE | {"experiment"},
+    "plan": BELOW_EVALUATE | {"evaluate", "estimate", "experiment"},
     "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
     "readouts": BELOW_EVALUATE | {"evaluate", "experiment"},
     "run_tasks": BELOW_EVALUATE | {"evaluate", "experiment", "readouts", "run_folder"},
     "study": BELOW_EVALUATE | {"evaluate", "report", "run", "run_folder"},
     "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "readouts", "run_folder", "run_tasks"},
     "experiments": BELOW_EVALUATE
-    | {"evaluate", "interop", "report", "experiment", "run_folder", "plan", "ranks", "run", "study"},
+    | {"evaluate", "interop", "report", "estimate", "experiment", "run_folder", "plan", "ranks", "run", "study"},
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
