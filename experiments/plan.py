@@ -81,7 +81,7 @@ def _print_estimate(config) -> None:
     from mlora_jax.estimate import estimate
 
     found = estimate(config)
-    parameters = ", ".join(f"{count:,} at R = {rank}" for rank, count in found.adapter_parameters.items())
+    parameters = ", ".join(f"{count:,} (R = {rank})" for rank, count in found.adapter_parameters.items())
     work = {
         "training": found.training_operations,
         "curves on its own rows": found.own_operations,
@@ -97,7 +97,7 @@ def _print_estimate(config) -> None:
         f"{found.trials} trials of {found.steps} steps on {found.rows:,} rows; about {found.tokens:,} tokens, a step "
         f"costs {found.passes:.2f} LoRA steps on average\n"
         f"base: {found.parameters:,} parameters, {found.base_bytes:,} bytes\n"
-        f"adapter of a trial: {parameters} parameters; with gradients and optimizer {found.trial_bytes:,} bytes\n"
+        f"parameters of an adapter: {parameters}; with gradients and optimizer {found.trial_bytes:,} bytes\n"
         f"all adapters: {found.adapter_bytes:,} bytes\n"
         f"{found.curves:,} rank-accuracy curves on its own rows\n"
         f"{_tasks(found.tasks)}"

@@ -1,4 +1,4 @@
-"""What an experiment will cost by arithmetic alone: no weights, no accelerator, and of the data at most the raw rows."""
+"""What an experiment will cost by arithmetic: no weights, no accelerator, and of the data at most the raw rows."""
 
 from __future__ import annotations
 
