@@ -38,6 +38,7 @@ CHANGEABLE = (
     "records",
     "study",
     "checkpoint",
+    "parallel",
     "train.trials_at_once",
     "train.memory_gib",
     "data.raw_dir",
@@ -113,6 +114,19 @@ DEFAULTS: dict[str, Any] = {
         "measure": "aurac",  # what those look at: aurac (over log2 rank, by prefix) | loss (its mean over the prefixes)
         "keep": "last",  # the adapter that a trial ends with: last | best (by those validations)
         "patience": 0,  # a trial stops after so many validations without a better one; 0 never stops it
+    },
+    "parallel": {  # the mesh of all devices of all processes; its sizes multiply to their number
+        "trial": 1,  # trials that train side by side
+        "data": -1,  # parts of a batch's rows, each with a copy of the base; -1 is what the others leave
+        "fsdp": 1,  # parts of the rows that share one base, gathered layer by layer, and one adapter and optimizer
+        "tensor": 1,  # parts of every layer's features
+        "engine": "jit",  # of the training step: jit | pmap (`data` only, one process)
+        # Whether to join other processes: those of the cluster that jax detects (SLURM, GKE, Cloud TPU, Open MPI), or
+        # those that the next three keys name.
+        "distributed": False,
+        "coordinator_address": "",  # HOST:PORT of the first process
+        "num_processes": 0,
+        "process_id": -1,  # of this process, 0 for the first
     },
     "checkpoint": {
         "every": 100,  # optimizer steps between checkpoints; 0 saves at the end of a batch only
@@ -388,6 +402,8 @@ RANGES = (
     ("data.max_length", 2, None),
     ("data.pad_multiple", 1, None),
     ("adapter.dropout", 0.0, 0.999),
+    ("parallel.num_processes", 0, None),
+    ("parallel.process_id", -1, None),
     ("train.epochs", 1, None),
     ("train.batch_size", 1, None),
     ("train.accumulation", 1, None),
@@ -411,6 +427,7 @@ CHOICES = (
     ("validation.measure", ("aurac", "loss")),
     ("validation.keep", ("last", "best")),
     ("report.choose_on", ("validation", "test")),
+    ("parallel.engine", ("jit", "pmap")),
 )
 
 
@@ -459,6 +476,9 @@ def _check(config: dict) -> None:
                 f"config.trials.weights {trial.weights} would change nothing for {trial.method!r}; methods with "
                 f"weights: {users}. config.trials.list can give them weights of their own"
             )
+    parallel = config["parallel"]
+    if parallel["engine"] == "pmap" and any(parallel[axis] != 1 for axis in ("trial", "fsdp", "tensor")):
+        raise ValueError("config.parallel.engine='pmap' cuts the rows only: leave trial, fsdp and tensor at 1")
     if not config["validation"]["every"]:
         for key, default in (("keep", "last"), ("patience", 0)):
             if config["validation"][key] != default:

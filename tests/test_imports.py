@@ -16,14 +16,15 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {"core", "adapt", "config", "models", "data", "train"}
+BELOW_EVALUATE = {"core", "adapt", "config", "models", "data", "parallel", "train"}
 MAY_IMPORT = {
     "core": set(),
     "adapt": {"core"},
     "config": {"core"},
     "models": {"core"},
     "data": {"core", "models"},
-    "train": {"core", "adapt", "config", "models", "data"},
+    "parallel": {"core"},
+    "train": {"core", "adapt", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
     "lm_eval": BELOW_EVALUATE | {"evaluate"},

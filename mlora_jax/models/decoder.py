@@ -240,6 +240,8 @@ class Decoder(nnx.Module):
 
     Attributes:
         remat: recompute each layer in the backward pass instead of keeping what is inside it.
+        placement: None, or how weights and activations lie on a mesh where they are used: an object like
+            `mlora_jax.parallel.rules.Placement`.
 
     Example:
         >>> from flax import nnx
@@ -257,6 +259,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = False
+        self.placement = None
         normal = nnx.initializers.normal(config.initializer_range)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=normal, rngs=rngs
@@ -389,7 +392,13 @@ class Decoder(nnx.Module):
                 turn = jnp.where(rotates, rotation[0], 1.0), jnp.where(rotates, rotation[1], 0.0)
             return layer(x, turn, seen, positions, part, spans)
 
-        x = self.embed_tokens(tokens)
+        placement = self.placement
+        if placement is None:
+            x = self.embed_tokens(tokens)
+        else:
+            graphdef, table = nnx.split(self.embed_tokens)
+            table = placement.weights({"embed_tokens": table})["embed_tokens"]
+            x = placement.activations(nnx.merge(graphdef, table)(tokens))
         if cache is not None:
             # No scan: it would copy the whole cache, as its input or its output, at every step of decoding.
             written = []
@@ -402,8 +411,12 @@ class Decoder(nnx.Module):
 
         def step(x, inputs):
             window, rotates, *state = inputs
+            if placement is not None:
+                state = placement.weights(state)
             layer = nnx.merge(graphdef, *state)
             x, part = run(layer, x, window, rotates, None)
+            if placement is not None:
+                x = placement.activations(x)
             return x, (nnx.state(layer, _MUTABLE), part if keep else None)
 
         if self.remat:

@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.policies import Draw, Policy, draw_step
-from mlora_jax.train.step import TrialState, train_step
+from mlora_jax.parallel.arrays import put, split_rows
+from mlora_jax.parallel.mesh import ROWS, shards_of
+from mlora_jax.parallel.rules import replicated, rows_sharding, shardings
+from mlora_jax.train.step import SHARDS, TrialState, train_step
 
 
 class TrialKeys(NamedTuple):
@@ -38,15 +42,28 @@ class TrialsStep:
     Called with base, profile tree, and then state, batch, draw, schedule and dropout key with a leading K. The state's
     buffers are reused for the result.
 
+    On a mesh the trials lie along `trial` and the rows of a batch along `data` and `fsdp`. Every part of the rows has
+    a gradient of its own until they are summed, once, at the end of the step.
+
     Args:
       graphdef: of the adapted decoder in training mode.
       optimizer: from `make_optimizer`.
       chunk: answer positions with logits at one time.
+      mesh: None for one device. K is a multiple of its `trial`, B of its `data` x `fsdp`.
+      engine: "jit", or "pmap" for `jax.pmap` over the rows, all else being on each of one host's devices.
     """
 
-    def __init__(self, graphdef, optimizer: optax.GradientTransformation, *, chunk: int):
-        step = functools.partial(train_step, graphdef, optimizer, chunk)
-        self._jitted = jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)), donate_argnums=(2,))
+    def __init__(
+        self,
+        graphdef,
+        optimizer: optax.GradientTransformation,
+        *,
+        chunk: int,
+        mesh: Mesh | None = None,
+        engine: str = "jit",
+    ):
+        self._step = functools.partial(train_step, graphdef, optimizer, chunk)
+        self._mesh, self._engine = mesh, engine if shards_of(mesh) > 1 else "jit"
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         self._seconds: list[float] = []
 
@@ -55,12 +72,62 @@ class TrialsStep:
         key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2:]))
         if key not in self._executables:
             start = time.monotonic()
-            self._executables[key] = self._jitted.lower(*arguments).compile()
+            if self._mesh is not None:
+                base, profile, *rest = arguments
+                rest = jax.eval_shape(self._arrange, *rest)
+                arguments = base, profile, *map(_laid_out, rest, self.layout(*rest))
+            self._executables[key] = self._traceable(arguments).lower(*arguments).compile()
             self._seconds.append(time.monotonic() - start)
         return self._executables[key]
 
-    def __call__(self, *arguments) -> tuple[TrialState, dict[str, jax.Array]]:
-        return self.compile(*arguments)(*arguments)
+    def __call__(self, base, profile, *arguments) -> tuple[TrialState, dict[str, jax.Array]]:
+        compiled = self.compile(base, profile, *arguments)
+        if self._mesh is not None:
+            arguments = self._arrange(*arguments)
+            arguments = map(put, arguments, self.layout(*arguments))
+        return compiled(base, profile, *arguments)
+
+    def _arrange(self, state, batch, draw, schedule, keys) -> tuple:
+        """For `jax.pmap`, which maps over a leading axis: batch and profiles as [S, K, ...]."""
+        if self._engine == "pmap":
+            batch, draw = _in_shards(batch, draw, shards_of(self._mesh), trials=True)
+        return state, batch, draw, schedule, keys
+
+    def layout(self, state, batch, draw, schedule, keys) -> tuple:
+        """How the arguments behind base and profile tree lie on the mesh: trees of shardings."""
+        whole = replicated(self._mesh)
+        if self._engine == "pmap":
+            rows, trial, state = (
+                NamedSharding(self._mesh, PartitionSpec(ROWS)),
+                whole,
+                jax.tree.map(lambda _: whole, state),
+            )
+            batch, profiles = jax.tree.map(lambda _: rows, batch), rows if draw.profiles.ndim == 6 else whole
+        else:
+            trial, state = NamedSharding(self._mesh, PartitionSpec("trial")), shardings(state, self._mesh, trials=True)
+            rows = functools.partial(rows_sharding, self._mesh, trials=True)
+            batch = jax.tree.map(lambda leaf: rows(leaf.ndim, 2), batch)
+            profiles = rows(5, 3) if draw.profiles.shape[3] > 1 else trial
+        return state, batch, Draw(profiles, trial, trial), jax.tree.map(lambda _: trial, schedule), trial
+
+    def _traceable(self, arguments):
+        """What is compiled, for arguments of this structure."""
+        shards, in_axes = shards_of(self._mesh), (None, None, 0, 0, 0, 0, 0)
+        if self._mesh is None:
+            return jax.jit(jax.vmap(self._step, in_axes=in_axes), donate_argnums=2)
+        step = functools.partial(self._step, sharded=shards > 1)
+        if self._engine == "pmap":
+            return jax.pmap(
+                jax.vmap(step, in_axes=in_axes),
+                **_over_shards(per_example=arguments[4].profiles.ndim == 6),
+                devices=self._mesh.devices.flat,
+                donate_argnums=2,
+            )
+        if shards > 1:
+            step = functools.partial(_step_in_shards, step, shards)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, arguments[2]), replicated(self._mesh)
+        step = jax.vmap(step, in_axes=in_axes, spmd_axis_name="trial")
+        return jax.jit(step, donate_argnums=2, out_shardings=placed)
 
     @property
     def compilations(self) -> int:
@@ -71,6 +138,34 @@ class TrialsStep:
     def compile_seconds(self) -> float:
         """Mean over them."""
         return float(np.mean(self._seconds))
+
+
+def _laid_out(tree, placed):
+    """Structures of arrays that lie like this."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
+
+
+def _step_in_shards(step, shards: int, base, profile, state, batch, draw: Draw, schedule, key):
+    """One trial's step, mapped over parts of its rows."""
+    per_example = draw.profiles.shape[2] > 1
+    batch, draw = _in_shards(batch, draw, shards, trials=False)
+    mapped = jax.vmap(step, **_over_shards(per_example=per_example), spmd_axis_name=ROWS)
+    return mapped(base, profile, state, batch, draw, schedule, key)
+
+
+def _over_shards(*, per_example: bool) -> dict[str, Any]:
+    """How a training step is mapped over parts of its rows."""
+    drawn = Draw(0 if per_example else None, None, None)
+    return dict(in_axes=(None, None, None, 0, drawn, None, None), out_axes=None, axis_name=SHARDS)
+
+
+def _in_shards(batch, draw: Draw, shards: int, *, trials: bool) -> tuple[Any, Draw]:
+    """Rows [M, B, ...], with K in front for `trials`, as [S, M, B / S, ...], and profiles per example alike."""
+    axis = 1 + trials
+    batch = jax.tree.map(lambda x: split_rows(x, axis, shards), batch)
+    if draw.profiles.shape[axis + 1] > 1:
+        draw = draw._replace(profiles=split_rows(draw.profiles, axis + 1, shards))
+    return batch, draw
 
 
 def compile_draws(

@@ -14,6 +14,8 @@ from mlora_jax.core.policies import Draw
 from mlora_jax.core.product import scale_ranks
 from mlora_jax.train.objective import AnswerBatch, answer_loss
 
+SHARDS = "shards"  # the name of the axis over parts of the rows
+
 
 class Schedule(NamedTuple):
     """Traced numbers that may differ between trials of one executable.
@@ -105,6 +107,8 @@ def train_step(
     draw: Draw,
     schedule: Schedule,
     dropout_key: jax.Array,
+    *,
+    sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
     """One optimizer step: M micro-batches, N profiles each.
 
@@ -123,20 +127,23 @@ def train_step(
       draw: profiles [M, N, E, R] with E one or B, update_mask [R], loss_weights [N].
       schedule: learning rate and lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
+      sharded: whether this is mapped over parts of the rows, by an axis of the name `SHARDS`: gradients are summed over
+        it once, after all micro-batches, and the result is the same in every part.
 
     Returns:
       The next state, and scalars: loss [nats per answer token], gradient_norm (before clipping),
       learning_rate and finite (bool).
     """
-    answers = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    total = functools.partial(jax.lax.psum, axis_name=SHARDS) if sharded else lambda tree: tree
+    answers = jnp.maximum(total(jnp.sum(batch["weights"])), 1.0)
     count = draw.profiles.shape[1]
 
     def loss_under(adapter, micro_batch, p, weight, key):
         shared = p.shape[0] == 1  # [E, R]
         values = set_profile(profile, p[0] if shared else p, per_example=not shared)
         values = set_dropout_key(values, key)
-        total = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
-        return total * (weight / answers).astype(total.dtype)
+        nats = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
+        return nats * (weight / answers).astype(nats.dtype)
 
     def add_profile(carry, xs):
         loss, gradient = jax.value_and_grad(loss_under)(state.adapter, *xs)
@@ -149,8 +156,11 @@ def train_step(
         return jax.lax.scan(lambda c, x: add_profile(c, (micro_batch, *x)), carry, each)[0], None
 
     zero = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter))
-    keys = jax.random.split(jax.random.fold_in(dropout_key, state.step), draw.profiles.shape[0])
+    key = jax.random.fold_in(dropout_key, state.step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(SHARDS)) if sharded else key
+    keys = jax.random.split(key, draw.profiles.shape[0])
     (loss, gradient), _ = jax.lax.scan(add_micro_batch, zero, (batch, draw.profiles, keys))
+    loss, gradient = total((loss, gradient))
 
     gradient = scale_ranks(gradient, draw.update_mask)
     rate = learning_rate_at(schedule, state.step)

@@ -1,0 +1,130 @@
+"""Where every array lies: rules from an array's path to the axes of the mesh that its own axes are cut along.
+
+`tensor` cuts features as Megatron does (Shoeybi et al., arXiv 1909.08053): the outputs of the projections that begin a
+block and the inputs of those that end it, so that a block sums once. `fsdp` cuts the other axis of a kernel, which is
+gathered where it is used. Factors follow their kernel: A its inputs, B its outputs. The layer axis is never cut: a scan
+over cut layers would gather them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlora_jax.core.product import path_names
+
+_BEGIN = r"(q|k|v|gate|up)_proj"
+_END = r"(o|down)_proj"
+_BOTH = ("tensor", "fsdp")
+# A path's tail, and what its array's last axes are cut along. What no rule names is on every device.
+RULES: tuple[tuple[str, tuple], ...] = (
+    (rf"{_BEGIN}(\.base)?\.kernel.*", ("fsdp", "tensor")),  # [D, F]
+    (rf"{_END}(\.base)?\.kernel.*", ("tensor", "fsdp")),  # [F, D]
+    (rf"{_BEGIN}(\.base)?\.bias", ("tensor",)),
+    (rf"{_BEGIN}\.a", ("fsdp", None)),  # [D, R]
+    (rf"{_BEGIN}\.b", (None, _BOTH)),  # [R, F]
+    (rf"{_END}\.a", (_BOTH, None)),
+    (rf"{_END}\.b", (None, "fsdp")),
+    (r"embed_tokens(\.base)?\.embedding", ("tensor", "fsdp")),  # [V, D]
+    (r"embed_tokens\.a", (_BOTH, None)),
+    (r"embed_tokens\.b", (None, "fsdp")),
+    (r"lm_head(\.base)?\.kernel", ("fsdp", "tensor")),  # [D, V]
+    (r"lm_head\.a", ("fsdp", None)),
+    (r"lm_head\.b", (None, _BOTH)),
+)
+_COMPILED = tuple((re.compile(rf"(?:.*\.)?{pattern}"), axes) for pattern, axes in RULES)
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, trials: bool = False, gathered: bool = False):
+    """The `PartitionSpec` of one array.
+
+    Args:
+      path: dotted, such as layers.mlp.up_proj.kernel.
+      shape: of the array. An axis of the mesh that does not divide the array's is left out there.
+      mesh: with all of `AXES`.
+      trials: whether the first axis of the array counts trials.
+      gathered: as where it is used: nothing lies along `fsdp`.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), ("trial", "data", "fsdp", "tensor"))
+    >>> spec_of("layers.mlp.up_proj.kernel", (4, 8, 16), mesh)
+    PartitionSpec(None, 'fsdp', 'tensor')
+    >>> spec_of("layers.mlp.up_proj.kernel", (4, 8, 15), mesh)
+    PartitionSpec(None, 'fsdp', None)
+    """
+    axes = next((axes for pattern, axes in _COMPILED if pattern.fullmatch(path)), ())
+    axes = axes[-len(shape) :] if shape else ()
+    first = ["trial"] if trials else []
+    free = [None] * (len(shape) - len(axes) - len(first))
+    left_out = ("fsdp",) if gathered else ()
+    entries = [*first, *free, *axes]
+    return PartitionSpec(*(_fitting(entry, size, mesh, left_out) for entry, size in zip(entries, shape, strict=True)))
+
+
+def _fitting(entry, size: int, mesh: Mesh, left_out: tuple[str, ...]):
+    """The axes of an entry that divide a size; None if none does."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    names = tuple(name for name in names if name not in left_out and mesh.shape[name] > 1)
+    while names and size % math.prod(mesh.shape[name] for name in names):
+        names = names[:-1]
+    return names[0] if len(names) == 1 else names or None
+
+
+def shardings(tree, mesh: Mesh, *, trials: bool = False):
+    """The sharding of every array of a tree, by its path.
+
+    Args:
+      tree: of arrays or `jax.ShapeDtypeStruct`s: what `mlora_jax.split` gives, or a state of training.
+      mesh: with all of `AXES`.
+      trials: whether the first axis of every array counts trials.
+    """
+
+    def one(path, leaf):
+        spec = spec_of(".".join(path_names(path)), leaf.shape, mesh, trials=trials)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def rows_sharding(mesh: Mesh, ndim: int, axis: int, *, trials: bool = False, over=("data", "fsdp")) -> NamedSharding:
+    """The sharding of an array whose `axis` counts rows, and whose first one counts trials if it has `trials`."""
+    entries: list[Any] = [None] * ndim
+    entries[axis] = over
+    if trials:
+        entries[0] = "trial"
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What a decoder keeps to while it runs on a mesh: see `Decoder.placement`.
+
+    Attributes:
+      mesh: with all of `AXES`.
+    """
+
+    mesh: Mesh
+
+    def weights(self, tree):
+        """Weights of one layer, gathered over `fsdp` where they are used."""
+
+        def one(path, leaf):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return leaf
+            spec = spec_of(".".join(path_names(path)), leaf.shape, self.mesh, gathered=True)
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def activations(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] of one shard of the rows, whole on each of its devices."""
+        return jax.lax.with_sharding_constraint(x, replicated(self.mesh))
