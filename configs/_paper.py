@@ -64,11 +64,11 @@ FULL = {"model": {"dtype": "bfloat16"}}
 # One batch of 24 trials of two steps, one shape: next to nothing to compile.
 SMOKE = {
     "model": {"path": "", "dtype": "float32"},
-    "data": {"limit": 16, "pad_multiple": 512},
+    "data": {"limit": 8, "pad_multiple": 512},
     "trials": {"learning_rate": (1e-3, 1e-2), "seed": (42, 666), "scaling": ("none", "sqrt"), "rank": (2,)},
-    "train": {"epochs": 1, "batch_size": 8, "accumulation": 2, "remat": False, "log_every": 1, "trials_at_once": 24},
-    "validation": {"limit": 4},
-    "evaluation": {"limit": 4, "batch_size": 16, "max_new_tokens": 8},
+    "train": {"epochs": 1, "batch_size": 4, "accumulation": 2, "remat": False, "log_every": 1, "trials_at_once": 24},
+    "validation": {"limit": 2},
+    "evaluation": {"limit": 2, "batch_size": 16, "max_new_tokens": 4},
 }
 VARIANTS = {
     "r32": {**FULL, "trials": {"rank": (32,)}},

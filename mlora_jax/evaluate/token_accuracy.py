@@ -15,8 +15,8 @@ from mlora_jax.models.tokenizer import Tokenizer
 class TokenEvaluator:
     """Whether each token of the answers is the likeliest one behind the true text before it.
 
-    `evaluator(adapter, p)` gives one verdict per token, the end of an answer included. Tokens of one answer hang
-    together, so a standard error over them is too small.
+    `evaluator(adapter, p)` gives one verdict per token, the end of an answer included, always in one order. Tokens of
+    one answer hang together, so a standard error over them is too small.
 
     Args:
       scorer: of the adapted decoder.
