@@ -96,6 +96,7 @@ def main() -> None:
 
 
 def _run(config: ConfigDict) -> None:
+    from mlora_jax.parallel import hosts
     from mlora_jax.run import train
     from mlora_jax.run_folder import stored_threads
 
@@ -103,6 +104,8 @@ def _run(config: ConfigDict) -> None:
         # The last bits depend on how XLA divides its work; it reads this when it starts.
         os.environ.setdefault("NPROC", str(threads))
     results = train(config, WORKDIR.value)
+    if not hosts.is_first():
+        return
     compiled = ", ".join(f"{count} for {use}" for use, count in results.compilations.items())
     print(f"\n{(results.workdir / 'table.md').read_text(encoding='utf-8')}")
     print(f"executables compiled: {compiled}\nresults in {results.workdir}")

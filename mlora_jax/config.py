@@ -117,7 +117,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "parallel": {  # the mesh of all devices of all processes; its sizes multiply to their number
         "trial": 1,  # trials that train side by side
-        "data": -1,  # parts of a batch's rows, each with a copy of the base; -1 is what the others leave
+        "data": -1,  # parts of a batch's rows, each with a copy of the base; -1 is the most that the others leave
         "fsdp": 1,  # parts of the rows that share one base, gathered layer by layer, and one adapter and optimizer
         "tensor": 1,  # parts of every layer's features
         "engine": "jit",  # of the training step: jit | pmap (`data` only, one process)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mlora_jax.adapt import adapt, set_profile, split
@@ -27,8 +28,19 @@ from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
 from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
-from mlora_jax.models.quantized import stored_bytes
-from mlora_jax.train.grid import bytes_of, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
+from mlora_jax.parallel import hosts
+from mlora_jax.parallel.arrays import (
+    GlobalBatches,
+    fetch,
+    local_rows,
+    on_one_device,
+    put_replicated,
+    put_rows,
+    put_weights,
+)
+from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, shards_of
+from mlora_jax.parallel.rules import Placement, shardings, spec_of
+from mlora_jax.train.grid import bytes_on_device, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
 from mlora_jax.train.phases import TrialPhases, squeeze_trials
@@ -42,7 +54,7 @@ class Adapted:
     """The adapted model of one rank.
 
     Attributes:
-      base, adapter, profile: trees of `mlora_jax.split`; the adapter is one trial's.
+      base, adapter, profile: trees of `mlora_jax.split`; the adapter is one trial's, before training.
       evaluation_graphdef: of the model in evaluation mode.
       optimizer: optax transformation.
       step: trains K trials at once.
@@ -77,6 +89,7 @@ class Experiment:
       data: the task's rows.
       examples: what is trained on.
       rows: split -> the rows to evaluate on: "test", and "validation" if some are held out.
+      mesh: of all devices; None if there is but one.
     """
 
     config: ConfigDict
@@ -85,6 +98,7 @@ class Experiment:
     data: TaskData
     examples: Tokenized
     rows: dict[str, list[dict]]
+    mesh: Mesh | None = None
 
     @classmethod
     def load(cls, config: ConfigDict) -> Experiment:
@@ -93,8 +107,9 @@ class Experiment:
         Raises:
           ValueError, FileNotFoundError: a model or data that cannot be used; the message names it.
         """
-        model, tokenizer = load_model(config)
-        data = load_data(config, tokenizer)
+        mesh = run_mesh(config)
+        model, tokenizer = load_model(config, mesh)
+        data = hosts.first_then_others("data", lambda: load_data(config, tokenizer))
         check_context(config, model, generates=data.task.metric == "exact_match")
         train, validation = hold_out_validation(data, config.validation.holdout, config.validation.limit)
         options = config.data
@@ -112,7 +127,7 @@ class Experiment:
         for name, some in {"train": train, **rows}.items():
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
-        experiment = cls(config, model, tokenizer, data, examples, rows)
+        experiment = cls(config, model, tokenizer, data, examples, rows, mesh)
         if experiment.validates_by_loss:
             experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
         return experiment
@@ -154,8 +169,19 @@ class Experiment:
             "evaluation": sum(evaluator.compilations for evaluator in evaluators),
         }
 
-    def pipeline(self, trials: Sequence[Trial]) -> TrialsPipeline:
-        """The batches of these trials."""
+    def batches(self, trials: Sequence[Trial]):
+        """An iterator over the batches of these trials, with `get_state` and `set_state`.
+
+        With several processes each of them makes the rows that its devices hold.
+        """
+        if hosts.count() == 1:
+            return iter(self.pipeline(trials))
+        rows = self.config.train.batch_size // self.config.train.accumulation
+        columns = local_rows(self.mesh, rows)
+        return GlobalBatches(iter(self.pipeline(trials, columns=columns)), self.mesh, rows, columns)
+
+    def pipeline(self, trials: Sequence[Trial], columns: tuple[int, int] | None = None) -> TrialsPipeline:
+        """The batches of these trials; of their rows those of `columns`, see `mlora_jax.data.pipeline.collate`."""
         return make_trials_pipeline(
             self.examples.examples,
             seeds=[trial.seed for trial in trials],
@@ -163,6 +189,7 @@ class Experiment:
             accumulation=self.config.train.accumulation,
             epochs=self.config.train.epochs,
             pad_multiple=self.config.data.pad_multiple,
+            columns=columns,
         )
 
     @functools.cached_property
@@ -175,7 +202,8 @@ class Experiment:
         adapted = self.adapted(trials[0].rank)
         keys = [trial_keys(trial.seed) for trial in trials]
         adapters = [self._first_adapter(trial, key.adapter) for trial, key in zip(trials, keys, strict=True)]
-        return stack_trees(init_state(adapter, adapted.optimizer) for adapter in adapters), stack_trees(keys)
+        state = stack_trees(init_state(adapter, adapted.optimizer) for adapter in adapters)
+        return put_weights(state, self.mesh, trials=True), stack_trees(keys)
 
     def _first_adapter(self, trial: Trial, key: jax.Array):
         model, path = self._adapt(trial.rank, key), self.config.adapter.start_from
@@ -205,7 +233,9 @@ class Experiment:
         adapted, carry = self.adapted(trials[0].rank), self.phases.method(trials[0]).carry
         functions = jnp.stack([self.phases.function(trial, phase) for trial in trials])
         fresh = jax.vmap(lambda key: jax.random.fold_in(key, phase))(keys.adapter)
-        return squeeze_trials(adapted.optimizer, carry, adapted.profile, state, functions, fresh)
+        whole = state if self.mesh is None else on_one_device(state)
+        squeezed = squeeze_trials(adapted.optimizer, carry, adapted.profile, whole, functions, fresh)
+        return put_weights(squeezed, self.mesh, trials=True)
 
     def hierarchy(self, trial: Trial) -> RankHierarchy:
         """S, scales and weights that a trained trial is read out with."""
@@ -227,27 +257,44 @@ class Experiment:
         batches = []
         for group in groups:
             before_each()
-            batches += cut_evenly(group, min(self.config.train.trials_at_once or self._fitting(group), len(group)))
+            at_once = self.config.train.trials_at_once or self._fitting(group)
+            # Slots fill the trial axis of the mesh.
+            batches += [(some, self._filled(slots)) for some, slots in cut_evenly(group, min(at_once, len(group)))]
         return batches
 
+    def _filled(self, count: int) -> int:
+        axis = 1 if self.mesh is None else self.mesh.shape["trial"]
+        return -(-count // axis) * axis
+
     def _fitting(self, group: Sequence[Trial]) -> int:
-        base, beside = stored_bytes(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
+        base, beside = bytes_on_device(self.adapted(group[0].rank).base), self._beside_a_step(group[0].rank)
         limit = memory_limit(self.config.train.memory_gib)
         phases = range(len(self.phases.shape(group[0])))
 
         def needed(count):
+            count = self._filled(count)
             return max(memory_of(self.compile_largest(group[0], count, phase)) for phase in phases) + count * beside
 
-        most = largest_batch(needed, base, len(group), limit)
-        if most == 1 or jax.default_backend() != "cpu":
+        most = hosts.agree(largest_batch(needed, base, len(group), limit))
+        fewest = min(self._filled(1), len(group))
+        if most <= fewest or jax.default_backend() != "cpu":
             return most
         # On a CPU many trials at once fall out of its caches, and may be slower than one after the other.
-        return min((most, 1), key=lambda count: self.time_steps(group[:count], 2).seconds / count)
+        per_trial = lambda count: self.time_steps(self._slotted(group, count), 2).seconds / count  # noqa: E731
+        return hosts.agree(min((most, fewest), key=per_trial))
+
+    def _slotted(self, group: Sequence[Trial], count: int) -> list[Trial]:
+        return [*group[:count], *[group[0]] * (self._filled(count) - count)]
 
     def _beside_a_step(self, rank: int) -> int:
         """Bytes of one trial while it trains besides those of its step: its best adapter, and a copy that is saved."""
         best = self.adapted(rank).adapter if self.config.validation.keep == "best" else None
-        return bytes_of(self._one_state(rank)) + 2 * bytes_of(best)
+        return self._trial_bytes(self._one_state(rank)) + 2 * self._trial_bytes(best)
+
+    def _trial_bytes(self, tree) -> int:
+        """Of one trial's share of a tree that lies along the trial axis, on one device."""
+        axis = 1 if self.mesh is None else self.mesh.shape["trial"]
+        return -(-bytes_on_device(tree, None if self.mesh is None else shardings(tree, self.mesh)) // axis)
 
     def _one_state(self, rank: int) -> TrialState:
         """Shapes of one trial's state."""
@@ -258,7 +305,7 @@ class Experiment:
         """Trains trials of one group for a few steps as in one of their phases, and forgets them."""
         adapted, schedules = self.adapted(trials[0].rank), self.schedules(trials)
         state, keys = self.start(trials)
-        arrays, draws = next(iter(self.pipeline(trials))), self.phases.draws_in(phase, trials, keys)
+        arrays, draws = next(self.batches(trials)), self.phases.draws_in(phase, trials, keys)
         seconds = []
         for number in range(steps + 1):
             start = time.monotonic()
@@ -299,11 +346,13 @@ class Experiment:
     def _adapt_for_rank(self, rank: int) -> Adapted:
         config, adapted = self.config, self._adapt(rank, jax.random.key(0))
         train_graphdef, base, adapter, profile = split(adapted)
+        base = put_weights(base, self.mesh)
         graphdef, *_ = split(_in_evaluation_mode(adapted))
         names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
         optimizer = make_optimizer(**{name: config.train[name] for name in names})
         evaluators = {name: self._evaluator(graphdef, base, profile, rows) for name, rows in self.rows.items()}
-        step = TrialsStep(train_graphdef, optimizer, chunk=config.train.loss_chunk)
+        options = dict(chunk=config.train.loss_chunk, mesh=self.mesh, engine=config.parallel.engine)
+        step = TrialsStep(train_graphdef, optimizer, **options)
         loss = functools.partial(self._validation_loss, graphdef, base, profile)
         return Adapted(base, adapter, profile, graphdef, optimizer, step, evaluators, functools.cache(loss))
 
@@ -315,6 +364,7 @@ class Experiment:
             max_length=config.data.max_length,
             batch_size=config.evaluation.batch_size,
             pad_multiple=config.data.pad_multiple,
+            mesh=self.mesh,
         )
         if data.task.metric in SCORED:
             seam = shapes.pop("seam")
@@ -337,37 +387,81 @@ class Experiment:
 
     def _validation_loss(self, graphdef, base, profile):
         """(adapter, p [R]) -> nats per answer token on the validation rows."""
-        config, examples = self.config, self.validation.examples
-        batches = [
-            {
-                name: part[0]
-                for name, part in collate(
-                    examples[start : start + config.evaluation.batch_size],
-                    batch_size=config.evaluation.batch_size,
-                    pad_multiple=config.data.pad_multiple,
-                ).items()
-            }
-            for start in range(0, len(examples), config.evaluation.batch_size)
+        config, examples, mesh = self.config, self.validation.examples, self.mesh
+        shards = shards_of(mesh, EVALUATED)
+        size = -(-config.evaluation.batch_size // shards) * shards
+        parts = [
+            collate(examples[start : start + size], batch_size=size, pad_multiple=config.data.pad_multiple)
+            for start in range(0, len(examples), size)
         ]
-        answers = sum(batch["weights"].sum() for batch in batches)
+        answers = sum(part["weights"].sum() for part in parts)
+        # [S, B / S, ...]
+        batches = [{name: x.reshape(shards, -1, x.shape[-1]) for name, x in part.items()} for part in parts]
+        batches = [put_rows(batch, mesh, 0, over=EVALUATED) for batch in batches]
 
         @jax.jit
         def total(base, adapter, p, batch):
             values = set_profile(profile, p)
-            return answer_loss(graphdef, base, adapter, values, batch, chunk=config.train.loss_chunk)
+            one = lambda part: answer_loss(  # noqa: E731
+                graphdef, base, adapter, values, part, chunk=config.train.loss_chunk
+            )
+            if mesh is None:
+                return one(jax.tree.map(lambda x: x[0], batch))
+            return jnp.sum(jax.vmap(one, spmd_axis_name=EVALUATED)(batch))
 
-        return lambda adapter, p: sum(float(total(base, adapter, p, batch)) for batch in batches) / answers
+        def mean(adapter, p):
+            adapter, p = put_weights(adapter, mesh), put_replicated(p, mesh)
+            return sum(float(fetch(total(base, adapter, p, batch))) for batch in batches) / answers
+
+        return mean
 
 
-def load_model(config: ConfigDict) -> tuple[Decoder, Tokenizer]:
-    """The frozen base and its tokenizer, from `config.model`."""
+def run_mesh(config: ConfigDict) -> Mesh | None:
+    """The mesh of `config.parallel`; None for a single device.
+
+    Where `data` is -1 it is the most that the devices and the rows of a micro-batch leave; devices that it cannot use
+    stay idle, except that no process may.
+
+    Raises:
+      ValueError: axes that do not fit the devices, or rows that they do not divide.
+    """
+    options, devices = config.parallel, jax.devices()
+    sizes = {axis: options[axis] for axis in AXES}
+    rows = config.train.batch_size // config.train.accumulation
+    if sizes["data"] == -1 and hosts.count() == 1 and min(sizes["trial"], sizes["fsdp"], sizes["tensor"]) > 0:
+        others = sizes["trial"] * sizes["fsdp"] * sizes["tensor"]
+        fitting = [n for n in range(1, len(devices) // others + 1) if rows % (n * sizes["fsdp"]) == 0]
+        if fitting:
+            devices = devices[: fitting[-1] * others]
+    mesh = make_mesh(sizes, devices)
+    if mesh.size == 1:
+        return None
+    if options.engine == "pmap" and hosts.count() > 1:
+        raise ValueError("config.parallel.engine='pmap' is for the devices of one process: use 'jit'")
+    if rows % (parts := shards_of(mesh)):
+        raise ValueError(
+            f"the {rows} rows of a micro-batch (config.train.batch_size {config.train.batch_size} / "
+            f"config.train.accumulation {config.train.accumulation}) do not divide into {parts} parts "
+            f"(config.parallel.data {mesh.shape['data']} x config.parallel.fsdp {mesh.shape['fsdp']}): lower the "
+            "accumulation, or give devices to config.parallel.trial or config.parallel.tensor"
+        )
+    return mesh
+
+
+def load_model(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Decoder, Tokenizer]:
+    """The frozen base, laid out on the mesh as it is read, and its tokenizer, from `config.model`."""
     dtype = config.model.dtype
     if dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("config.model.dtype='float64' needs the environment variable JAX_ENABLE_X64=1")
     folder = model_folder(config.model.path)
-    model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None)
+    sharding = None
+    if mesh is not None:
+        sharding = lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh))  # noqa: E731
+    model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None, sharding=sharding)
     if config.model.quantization:
         model = quantize_decoder(model, config.model.quantization)
+    if mesh is not None and config.parallel.engine == "jit":
+        model.placement = Placement(mesh)
     model.remat = config.train.remat
     return model, Tokenizer.load(folder)
 

@@ -20,6 +20,7 @@ from mlora_jax.core.squeeze import squeeze_factors
 from mlora_jax.evaluate import read_out
 from mlora_jax.experiment import Experiment
 from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.parallel import hosts
 from mlora_jax.train.calibrate import calibrate
 from mlora_jax.train.loop import trial_keys
 from mlora_jax.train.objective import answer_loss
@@ -67,7 +68,7 @@ def read_out_trial(
 
 
 def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHierarchy, file: pathlib.Path) -> dict:
-    if not file.is_file():
+    if not hosts.agree(file.is_file()):
         adapted, options = experiment.adapted(trial.rank), experiment.config.calibration
         profiles = calibrate(
             _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk),
@@ -78,9 +79,13 @@ def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHi
             learning_rate=options.learning_rate,
             key=jax.random.fold_in(trial_keys(trial.seed).draws, experiment.steps),
         )
-        with write_aside(file) as aside:
-            aside.write_text(json.dumps({"ranks": hierarchy.ranks, "profiles": profiles.tolist()}) + "\n", "utf-8")
+        hosts.together(lambda: _write_calibrated(file, hierarchy, profiles))
     return read_calibrated(file.parent)
+
+
+def _write_calibrated(file: pathlib.Path, hierarchy: RankHierarchy, profiles: np.ndarray) -> None:
+    with write_aside(file) as aside:
+        aside.write_text(json.dumps({"ranks": hierarchy.ranks, "profiles": profiles.tolist()}) + "\n", "utf-8")
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from mlora_jax.config import Trial, expand_trials, resolve
 from mlora_jax.core import summarize
 from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.experiment import Experiment
+from mlora_jax.parallel import hosts
+from mlora_jax.parallel.arrays import fetch
 from mlora_jax.readouts import read_out_trial
 from mlora_jax.report import write_report
 from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run, task_key
@@ -30,7 +33,7 @@ from mlora_jax.train.checkpoint import Checkpoints
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, TrialKeys, select_trials, take_trial, train_trials
 from mlora_jax.train.progress import RunProgress
-from mlora_jax.train.records import JsonLines
+from mlora_jax.train.records import JsonLines, NoRecords
 from mlora_jax.train.trackers import Tracker, make_trackers
 
 __all__ = ["Interrupted", "Results", "TrialResult", "train"]
@@ -109,14 +112,16 @@ def train(config: ConfigDict | dict, workdir) -> Results:
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     config = resolve(config)
+    hosts.join(config.parallel)
     trials = expand_trials(config)
-    with only_one_run(workdir):
+    with contextlib.ExitStack() as stack:
+        hosts.together(lambda: stack.enter_context(only_one_run(workdir)))
         folder = RunFolder(workdir, config)
-        folder.list_not_compared(unavailable_tasks(config))
+        folder.list_not_compared(hosts.first_then_others("tasks", lambda: unavailable_tasks(config)))
         compilations = {"train": 0, "evaluation": 0}
         if not _all_done(config, folder, trials):
             compilations = _run_what_is_missing(config, folder, trials)
-        write_report(folder.path)
+        hosts.together(lambda: write_report(folder.path))
         return _results(config, folder, trials, compilations)
 
 
@@ -131,14 +136,15 @@ def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
 
 def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
-        metrics = stack.enter_context(JsonLines(folder.path / METRICS))
-        curves = stack.enter_context(JsonLines(folder.path / CURVES))
-        trackers = make_trackers(folder.path, **config.records)
+        records = JsonLines if hosts.is_first() else lambda path: NoRecords()
+        metrics = stack.enter_context(records(folder.path / METRICS))
+        curves = stack.enter_context(records(folder.path / CURVES))
+        trackers = make_trackers(folder.path, **config.records) if hosts.is_first() else []
         for tracker in trackers:
             stack.callback(tracker.close)
         experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
         interrupted = stack.enter_context(_until_asked_to_stop())
-        progress = stack.enter_context(RunProgress())
+        progress = stack.enter_context(RunProgress(console=None if hosts.is_first() else Console(quiet=True)))
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
         progress.say(_describe(experiment))
         try:
@@ -166,7 +172,7 @@ def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
     """The number of the signal to stop that has come, or 0; a second one has its usual effect."""
     came = [0]
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # only the main thread may listen
+        yield lambda: hosts.largest(0)  # only the main thread may listen
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -178,23 +184,33 @@ def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: came[0]
+        yield lambda: hosts.largest(came[0])  # a signal to any process stops all of them
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _describe(experiment: Experiment) -> str:
-    config, data, examples, device = experiment.config, experiment.data, experiment.examples, jax.devices()[0]
+    config, data, examples = experiment.config, experiment.data, experiment.examples
     held = str(len(experiment.rows.get("validation", ())))
     if experiment.validates_by_loss and (dropped := experiment.validation.dropped):
         held += f" ({dropped} too long for their loss)"
     quantization = getattr(experiment.model, "quantization", None)
     return (f"{quantization}\n" if quantization else "") + (
-        f"{config.model.path} on {jax.device_count()} x {device.device_kind}; task {data.task.name}: "
-        f"{examples.kept} examples to train on ({examples.dropped} dropped, {examples.truncated} truncated), "
+        f"{config.model.path} on {_devices(experiment)}; "
+        f"task {data.task.name}: {examples.kept} examples to train on ({examples.dropped} dropped, "
+        f"{examples.truncated} truncated), "
         f"{held} to validate on, {len(experiment.rows['test'])} to test on; {experiment.steps} steps a trial"
     )
+
+
+def _devices(experiment: Experiment) -> str:
+    mesh, there, kind = experiment.mesh, jax.device_count(), jax.devices()[0].device_kind
+    if mesh is None:
+        return f"1 x {kind}" + (f" (of {there})" if there > 1 else "")
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    idle = f", {there - mesh.size} idle" if there > mesh.size else ""
+    return f"{mesh.size} x {kind} ({axes}{idle}{f', {hosts.count()} processes' if hosts.count() > 1 else ''})"
 
 
 def _evaluate_base(run: _Run, rank: int) -> None:
@@ -260,7 +276,7 @@ def _values(memory: Memory, batches) -> dict[str, Any]:
 
 def _resume(run: _Run, batch: TrialBatch, checkpoints: Checkpoints, start: State):
     """State, memory and data of the newest sound checkpoint, records cut back to it; or the beginning."""
-    batches = iter(run.experiment.pipeline(batch.slotted))
+    batches = run.experiment.batches(batch.slotted)
     names = [trial.name for trial in batch.trials]
     restored = checkpoints.restore(start)
     if restored is None:
@@ -309,10 +325,12 @@ def _score(run: _Run, trial: Trial, step: int, adapter) -> float:
 
 
 def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -> None:
-    adapters, finite = state.trials.adapter, np.asarray(state.trials.finite)
+    adapters, finite = state.trials.adapter, np.asarray(fetch(state.trials.finite))
+    steps = np.asarray(fetch(state.trials.step))
     scored = np.array([memory.best(slot)[0] >= 0 for slot in range(batch.slots)])
     if state.best is not None:
         adapters = select_trials(scored, state.best, adapters)
+    adapters = fetch(adapters)
     for slot, trial in enumerate(batch.trials):
         description = {
             "trial": dataclasses.asdict(trial),
@@ -320,7 +338,7 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
             "base_model": run.config.model.path,
             "task": run.experiment.data.task.name,
             "targets": list(run.config.adapter.targets),
-            "steps": int(state.trials.step[slot]),
+            "steps": int(steps[slot]),
             "finite": bool(finite[slot]),
         }
         if state.best is not None and scored[slot]:
@@ -328,7 +346,9 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
             description["best"] = {"step": min((at + 1) * run.config.validation.every, memory.step), "score": score}
         # Where all trials of a batch failed before a squeeze, there was none.
         hierarchy = run.experiment.phases.hierarchy_at(trial, memory.step)
-        save_adapter(run.folder.adapter(trial), take_trial(adapters, slot), hierarchy, description)
+        if hosts.is_first():
+            save_adapter(run.folder.adapter(trial), take_trial(adapters, slot), hierarchy, description)
+    hosts.wait("adapters are saved")
 
 
 def _evaluate_trial(run: _Run, trial: Trial) -> None:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
 from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.parallel import hosts
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.records import keep_records, read_json_lines
 
@@ -115,6 +116,8 @@ def read_curves(path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
 class RunFolder:
     """What a run has on disk.
 
+    With several processes it lies where all of them see it. The first one writes, and what it reads all of them get.
+
     Args:
       path: of the folder; made if it is not there.
       config: resolved.
@@ -129,15 +132,18 @@ class RunFolder:
 
     def __init__(self, path, config: ConfigDict):
         self.path = pathlib.Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._drop_partial_files()
-        self._check_config(config)
+        hosts.together(lambda: self._prepare(config))
         self.batches: list[TrialBatch] = []
         self._trained: set[str] = set()
         self._machine = _machine()
         if (self.path / LEDGER).is_file():
             self._read_ledger()
-        self.drop_half_curves()
+
+    def _prepare(self, config: ConfigDict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._drop_partial_files()
+        self._check_config(config)
+        self._drop_half_curves()
 
     def _drop_partial_files(self) -> None:
         """What a killed process was writing; a lock keeps out any other one."""
@@ -148,7 +154,7 @@ class RunFolder:
     def _check_config(self, config: ConfigDict) -> None:
         file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))
         # Before that a run has only looked at its config, model and data, and may have found something to correct.
-        begun = (self.path / LEDGER).is_file() or bool(self._whole_curves())
+        begun = (self.path / LEDGER).is_file() or bool(self._read_whole_curves())
         if file.is_file() and begun:
             changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new)
             if changed:
@@ -182,6 +188,8 @@ class RunFolder:
                 self._trained.add(batch["name"])
 
     def _write_ledger(self) -> None:
+        if not hosts.is_first():
+            return
         batches = [{**dataclasses.asdict(batch), "trained": self.trained(batch)} for batch in self.batches]
         record = {"schema": SCHEMA, "machine": self._machine, "batches": batches}
         with write_aside(self.path / LEDGER) as aside:
@@ -206,7 +214,8 @@ class RunFolder:
         """Marks a batch as trained, and deletes its checkpoints."""
         self._trained.add(batch.name)
         self._write_ledger()
-        shutil.rmtree(self.checkpoints(batch), ignore_errors=True)
+        if hosts.is_first():
+            shutil.rmtree(self.checkpoints(batch), ignore_errors=True)
 
     def checkpoints(self, batch: TrialBatch) -> pathlib.Path:
         """The folder of its checkpoints."""
@@ -216,9 +225,9 @@ class RunFolder:
         """The folder of its adapter."""
         return self.path / ADAPTERS / trial.name
 
-    def drop_half_curves(self) -> None:
+    def _drop_half_curves(self) -> None:
         """Drops curves of which not every rank was written."""
-        whole = self._whole_curves()
+        whole = self._read_whole_curves()
         keep_records(self.path / CURVES, lambda record: record.get("failed") or _key(record) in whole)
 
     def curves(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
@@ -231,6 +240,9 @@ class RunFolder:
         return {(trial, readout, *task): records for (trial, _, readout, task), records in whole if task}
 
     def _whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
+        return hosts.agree(self._read_whole_curves() if hosts.is_first() else {})
+
+    def _read_whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
         found: dict[tuple, list[dict[str, Any]]] = {}
         if (self.path / CURVES).is_file():
             for record in read_json_lines(self.path / CURVES):
@@ -247,6 +259,8 @@ class RunFolder:
           measured_on: the split of the run's own task, or what `task_key` says of another one.
           verdicts: one row per rank.
         """
+        if not hosts.is_first():
+            return
         path = _verdicts(self.path, trial, readout, measured_on)
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_aside(path) as aside, aside.open("wb") as file:
@@ -258,6 +272,8 @@ class RunFolder:
 
     def list_not_compared(self, reasons: dict[str, str]) -> None:
         """Notes the tasks that cannot be measured, and why; the report says so."""
+        if not hosts.is_first():
+            return
         if reasons:
             with write_aside(self.path / NOT_COMPARED) as aside:
                 aside.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
@@ -267,12 +283,14 @@ class RunFolder:
     def not_compared(self) -> dict[str, str]:
         """The tasks that `list_not_compared` noted, and the reasons."""
         file = self.path / NOT_COMPARED
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        reads = hosts.is_first() and file.is_file()
+        return hosts.agree(json.loads(file.read_text(encoding="utf-8")) if reads else {})
 
     def failed(self) -> set[str]:
         """Names of the trials whose loss was not finite."""
         file = self.path / CURVES
-        return {r["trial"] for r in read_json_lines(file) if r.get("failed")} if file.is_file() else set()
+        reads = hosts.is_first() and file.is_file()
+        return hosts.agree({r["trial"] for r in read_json_lines(file) if r.get("failed")} if reads else set())
 
 
 def _machine() -> dict[str, Any]:

@@ -144,6 +144,7 @@ def _language_model(experiment: Experiment, rank: int, make, variant):
         max_length=model.max_position_embeddings,
         batch_size=config.evaluation.batch_size,
         pad_multiple=config.data.pad_multiple,
+        mesh=experiment.mesh,
     )
     eos = sorted({*experiment.tokenizer.eos_ids, *model.eos_token_ids})
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
-DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "interop", "models", "report", "train")
+DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report", "train")
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -50,6 +50,7 @@ def collate(
     pad_multiple: int = 32,
     length: int | None = None,
     answers: int | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """One step's batch: the examples in order, row after row, part after part.
 
@@ -62,6 +63,7 @@ def collate(
         pad_multiple: the time axis is rounded up to a multiple of it.
         length: forces the time axis T, for several pipelines in one batch.
         answers: forces the answer axis A.
+        columns: (first, end) of the axis B, for one process's share of it; None is all of it.
 
     Returns:
         tokens [M, B, T] int32 (padding 0), positions [M, B, A] int32, targets [M, B, A] int32,
@@ -84,7 +86,11 @@ def collate(
     positions = np.zeros((batch_size, answers), np.int32)
     targets = np.zeros((batch_size, answers), np.int32)
     weights = np.zeros((batch_size, answers), np.float32)
+    rows = batch_size // accumulation
+    first, end = columns or (0, rows)
     for row, example in enumerate(examples):
+        if not first <= row % rows < end:
+            continue
         tokens[row, : len(example.tokens)] = example.tokens
         at = np.flatnonzero(example.loss_mask)
         if len(at) > answers:
@@ -93,7 +99,7 @@ def collate(
         targets[row, : len(at)] = example.tokens[at]
         weights[row, : len(at)] = 1.0
     arrays = {"tokens": tokens, "positions": positions, "targets": targets, "weights": weights}
-    return {name: array.reshape(accumulation, -1, array.shape[1]) for name, array in arrays.items()}
+    return {name: array.reshape(accumulation, rows, -1)[:, first:end] for name, array in arrays.items()}
 
 
 def check_batch(batch_size: int, accumulation: int) -> None:
@@ -112,7 +118,7 @@ class Pipeline:
 
     Attributes:
         batches: the grain data set behind it, one element (a list of examples) a step.
-        batch_size, accumulation, pad_multiple, length, answers: as in `collate`.
+        batch_size, accumulation, pad_multiple, length, answers, columns: as in `collate`.
     """
 
     batches: grain.MapDataset
@@ -121,6 +127,7 @@ class Pipeline:
     pad_multiple: int
     length: int | None
     answers: int | None
+    columns: tuple[int, int] | None = None
 
     @property
     def steps(self) -> int:
@@ -144,6 +151,7 @@ class Pipeline:
             pad_multiple=self.pad_multiple,
             length=self.length,
             answers=self.answers,
+            columns=self.columns,
         )
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -160,6 +168,7 @@ def make_pipeline(
     pad_multiple: int = 32,
     length: int | None = None,
     answers: int | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> Pipeline:
     """A pipeline over the examples.
 
@@ -171,6 +180,7 @@ def make_pipeline(
         epochs: how often every example appears.
         pad_multiple: the time axis is rounded up to a multiple of it.
         length, answers: force the time and answer axes of every batch (see `batch_shape`).
+        columns: as in `collate`: the rows that this process makes, of a batch whose shape all of them know.
 
     Raises:
         ValueError: no examples, or a value out of its range.
@@ -192,7 +202,7 @@ def make_pipeline(
     # `seed` hashes the seed before `shuffle` adds the epoch's number: neighbouring seeds share no epoch.
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)
-    return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers)
+    return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers, columns)
 
 
 @dataclasses.dataclass(frozen=True)

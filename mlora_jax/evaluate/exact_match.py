@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from mlora_jax.data.tasks import Task
 from mlora_jax.data.tokenize import prompt_tokens
@@ -45,6 +46,7 @@ class GenerationEvaluator:
       batch_size: the largest B; batches are cut evenly.
       pad_multiple: prompt lengths are padded to a multiple of this.
       stop: token ids that end an answer.
+      mesh: as in `Generator`.
 
     Attributes:
       generator: what answers.
@@ -66,6 +68,7 @@ class GenerationEvaluator:
         batch_size: int,
         pad_multiple: int,
         stop: Sequence[int],
+        mesh: Mesh | None = None,
     ):
         self.generator = Generator(
             graphdef,
@@ -75,6 +78,7 @@ class GenerationEvaluator:
             batch_size=batch_size,
             pad_multiple=pad_multiple,
             eos=stop,
+            mesh=mesh,
         )
         self._ends = StopStrings(tokenizer, task.stop)
         self._task, self._max_new_tokens = task, max_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,17 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mlora_jax.adapt import fold_where_cheaper, set_profile
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
 from mlora_jax.models.tokenizer import Tokenizer
+from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights, split_rows
+from mlora_jax.parallel.mesh import EVALUATED, shards_of
+from mlora_jax.parallel.rules import replicated
 
 logger = logging.getLogger(__name__)
 
 LENGTHS = 16  # see `few_lengths`: a length is two executables, and most of their time may be their compilation
 PREFILLED = 1024  # tokens at least that a CPU prefills at a time, if a batch has as many
 STEPS = 16  # of decoding at most before the host looks for stop strings
+SHARDS = "shards"  # the name of the axis over parts of the rows
 
 
 class PromptBatch(NamedTuple):
@@ -37,7 +43,7 @@ class PromptBatch(NamedTuple):
     lengths: np.ndarray
 
 
-class _Rows(NamedTuple):
+class PromptRows(NamedTuple):
     """What every row of a batch goes by: all [B] int32."""
 
     lengths: jax.Array  # of the prompt
@@ -52,6 +58,10 @@ class _State(NamedTuple):
     newest: jax.Array  # [B] int32
     made: jax.Array  # int32 scalar, tokens made by the rows that are not done
     done: jax.Array  # [B] bool
+
+
+# On a mesh all but `made` has the mesh's parts of the rows in front: [S, B / S].
+_STATE_AXES = _State(0, 0, None, 0)
 
 
 class Generator:
@@ -69,38 +79,52 @@ class Generator:
       batch_size: the largest B; batches are cut evenly.
       pad_multiple: the lengths of prompts and answers that there are slots for are multiples of this.
       eos: token ids that end an answer.
+      mesh: None for one device. On a mesh the rows of a batch lie along all axes but `tensor`.
 
     Attributes:
       prefill, decode: the jitted functions; their cache sizes count compilations.
     """
 
     def __init__(
-        self, graphdef, base, profile, *, max_length: int, batch_size: int, pad_multiple: int, eos: Sequence[int]
+        self,
+        graphdef,
+        base,
+        profile,
+        *,
+        max_length: int,
+        batch_size: int,
+        pad_multiple: int,
+        eos: Sequence[int],
+        mesh: Mesh | None = None,
     ):
         ends = np.asarray(sorted(set(eos)), np.int32)
 
-        def choose(model, hidden, rows: _Rows, sampling, made, done):
+        def choose(model, hidden, rows: PromptRows, sampling, made, done):
             """The next token [B] of hidden states [B, D], that token or -1 where the row is over, who is done."""
             newest = next_tokens(model.head(hidden), sampling, rows.numbers, made)
             over = done | jnp.any(newest[:, None] == ends, axis=-1)
             shown = jnp.where(over, -1, newest)
             return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
 
-        def prefill(slots, base, adapter, profile, tokens, rows, sampling):
-            model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, profile))
+        def prefill(slots, per_example, base, adapter, p, tokens, rows, sampling):
+            values = set_profile(profile, p, per_example=per_example)
+            model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, values))
             hidden, cache = model.prefill(tokens, slots)
             last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
             made = jnp.zeros((), jnp.int32)
             newest, shown, done = choose(model, last, rows, sampling, made, rows.limits < 1)
             return _State(cache, newest, made + 1, done), shown
 
-        def decode(base, adapter, profile, state, rows, sampling):
-            model = nnx.merge(graphdef, base, adapter, profile)
+        def decode(per_example, base, adapter, p, state, rows, sampling):
+            model = nnx.merge(graphdef, base, adapter, set_profile(profile, p, per_example=per_example))
             layers = model.single_layers()  # outside the loop, which would slice every weight at every step
 
             def going(carry):
                 step, state, _ = carry
-                return (step < STEPS) & ~jnp.all(state.done)
+                left = ~jnp.all(state.done)
+                # All parts of the rows go on together: they may have to talk within a layer.
+                left = left if mesh is None else jax.lax.pmax(left.astype(jnp.int32), SHARDS) > 0
+                return (step < STEPS) & left
 
             def advance(carry):
                 step, state, shown = carry
@@ -115,10 +139,30 @@ class Generator:
             _, state, shown = jax.lax.while_loop(going, advance, (jnp.zeros((), jnp.int32), state, shown))
             return state, shown
 
-        self.prefill = jax.jit(prefill, static_argnums=0)
-        self.decode = jax.jit(decode, donate_argnames="state")
-        self._base, self._profile = base, profile
+        self._mesh, self._shards = mesh, shards_of(mesh, EVALUATED)
+        if mesh is not None:
+            prefill, decode = (functools.partial(self._on_mesh, function) for function in (prefill, decode))
+        self.prefill = jax.jit(prefill, static_argnums=(0, 1))
+        self.decode = jax.jit(decode, static_argnums=0, donate_argnums=4)
+        self._base = base
         self._max_length, self._batch_size, self._pad_multiple = max_length, batch_size, pad_multiple
+
+    def _on_mesh(self, function, *arguments):
+        """`prefill` or `decode` over parts of the rows; what the host looks at is the same on every device."""
+        *static, per_example, base, adapter, p, what, rows, sampling = arguments
+        parts = functools.partial(split_rows, axis=0, shards=self._shards)
+        p = parts(p) if per_example else p
+        decodes = isinstance(what, _State)
+        mapped = jax.vmap(
+            functools.partial(function, *static, per_example),
+            in_axes=(None, None, 0 if per_example else None, _STATE_AXES if decodes else 0, 0, None),
+            out_axes=(_STATE_AXES, 0),
+            axis_name=SHARDS,
+            spmd_axis_name=EVALUATED,
+        )
+        state, shown = mapped(base, adapter, p, what if decodes else parts(what), jax.tree.map(parts, rows), sampling)
+        done, shown = jax.lax.with_sharding_constraint((state.done, shown), replicated(self._mesh))
+        return state._replace(done=done), shown
 
     @property
     def compilations(self) -> int:
@@ -208,6 +252,7 @@ class Generator:
                 )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = even_batch_size(len(order), self._batch_size)
+        size = -(-size // self._shards) * self._shards
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         padded = few_lengths([len(prompts[members[-1]]) for members in parts], self._pad_multiple, LENGTHS)
         batches = []
@@ -254,36 +299,41 @@ class Generator:
         limits = np.minimum(max_new_tokens, self._max_length - batch.lengths)
         limits[len(batch.members) :] = 0
         numbers = range(size) if numbers is None else numbers
-        rows = _Rows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
+        rows = PromptRows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
         slots = max(length, min(length + self._padded(max_new_tokens), self._padded(self._max_length)))
-        trees = self._base, adapter, set_profile(self._profile, p, per_example=per_example)
+        adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
+        rows, sampling = put_replicated((rows, sampling), self._mesh)
         state, shown = self._prefill(slots, adapter, p, per_example, batch.tokens, rows, sampling)
         made = np.full((size, max_new_tokens), -1, np.int32)
-        made[:, 0], start, at = shown, 0, 1
+        made[:, 0], start, at = np.asarray(shown).reshape(-1), 0, 1
         going = limits > 0
         while True:
-            ended = np.array(state.done)
+            ended = np.array(state.done).reshape(-1)
             if stop is not None:
                 for row in np.flatnonzero(going):
                     ended[row] |= _cut(made[row], start, stop)
             going = ~ended
             if not going.any():
                 return made
-            state, shown = self.decode(*trees, state._replace(done=jnp.asarray(ended)), rows, sampling)
+            done = put_replicated(jnp.asarray(ended.reshape(state.done.shape)), self._mesh)
+            state, shown = self.decode(per_example, self._base, adapter, p, state._replace(done=done), rows, sampling)
             start, at = at, min(at + STEPS, max_new_tokens)
-            made[:, start:at] = np.asarray(shown)[:, : at - start]
+            made[:, start:at] = np.asarray(shown).reshape(size, -1)[:, : at - start]
 
-    def _prefill(self, slots: int, adapter, p, per_example: bool, tokens: np.ndarray, rows: _Rows, sampling):
+    def _prefill(self, slots: int, adapter, p, per_example: bool, tokens: np.ndarray, rows: PromptRows, sampling):
         """A batch's state and first tokens [B]: on a CPU by parts, which stay in its cache from layer to layer."""
         size, length = tokens.shape
+        if self._mesh is not None:
+            tokens = put_rows(tokens, self._mesh, 0, over=EVALUATED)
+            return self.prefill(slots, per_example, self._base, adapter, p, tokens, rows, sampling)
         part = -(-PREFILLED // length) if jax.default_backend() == "cpu" else size
         part = next(part for part in range(min(part, size), 0, -1) if size % part == 0)
         made = []
         for start in range(0, size, part):
             own = slice(start, start + part)
-            profile = set_profile(self._profile, p[own] if per_example else p, per_example=per_example)
-            some = jax.tree.map(lambda x, own=own: x[own], rows)
-            made.append(self.prefill(slots, self._base, adapter, profile, jnp.asarray(tokens[own]), some, sampling))
+            some, values = jax.tree.map(lambda x, own=own: x[own], rows), p[own] if per_example else p
+            tokens_of = jnp.asarray(tokens[own])
+            made.append(self.prefill(slots, per_example, self._base, adapter, values, tokens_of, some, sampling))
         if len(made) == 1:
             return made[0]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts) if parts[0].ndim else parts[0], *made)

@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mlora_jax.adapt import set_profile
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths, pack
 from mlora_jax.models.attention import Spans
+from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights
+from mlora_jax.parallel.mesh import EVALUATED, shards_of
+from mlora_jax.parallel.rules import replicated
 from mlora_jax.train.objective import answer_scores
 
 ROW = 1024  # tokens of a row, or more for a longer text
@@ -49,8 +53,8 @@ class Prepared:
     """Requests as batches of one shape.
 
     Attributes:
-      batches: trees of arrays, on the device.
-      owners: per batch [n] int: the requests that its asked tokens belong to.
+      batches: trees of arrays, on the device; on a mesh several at once, with a leading axis that lies along it.
+      owners: per batch [A] int: the requests that its asked tokens belong to, -1 in padding.
       requests: how many there are.
       truncated: requests whose context was cut on the left to fit.
       texts: contexts with their continuations, over all batches.
@@ -70,8 +74,9 @@ class Prepared:
         """
         totals, greedy = np.zeros(self.requests), np.ones(self.requests, bool)
         for owner, (values, likeliest) in zip(self.owners, results, strict=True):
-            np.add.at(totals, owner, np.asarray(values, np.float64)[: len(owner)])
-            np.logical_and.at(greedy, owner, np.asarray(likeliest)[: len(owner)])
+            asked = owner >= 0
+            np.add.at(totals, owner[asked], np.asarray(values, np.float64)[asked])
+            np.logical_and.at(greedy, owner[asked], np.asarray(likeliest)[asked])
         return Scores(totals, greedy)
 
 
@@ -106,6 +111,7 @@ class Scorer:
       batch_size: a batch has at most as many tokens as this many of the longest text.
       pad_multiple: T is a multiple of this.
       chunk: answer positions with logits at one time.
+      mesh: None for one device. On a mesh as many batches are scored at once as it has parts of the rows.
 
     Attributes:
       max_length: as given.
@@ -114,18 +120,34 @@ class Scorer:
     """
 
     def __init__(
-        self, graphdef, base, profile, *, max_length: int, batch_size: int, pad_multiple: int, chunk: int = 256
+        self,
+        graphdef,
+        base,
+        profile,
+        *,
+        max_length: int,
+        batch_size: int,
+        pad_multiple: int,
+        chunk: int = 256,
+        mesh: Mesh | None = None,
     ):
         @jax.jit
         def score(base, adapter, p, batch):
-            values = set_profile(profile, p)
-            answers = {name: batch[name] for name in ("tokens", "positions", "targets", "weights")}
-            return answer_scores(graphdef, base, adapter, values, answers, chunk=chunk, layout=batch.get("layout"))
+            def one(batch):
+                values = set_profile(profile, p)
+                answers = {name: batch[name] for name in ("tokens", "positions", "targets", "weights")}
+                return answer_scores(graphdef, base, adapter, values, answers, chunk=chunk, layout=batch.get("layout"))
+
+            if mesh is None:
+                return one(batch)
+            several = jax.vmap(one, spmd_axis_name=EVALUATED)(batch)
+            return jax.lax.with_sharding_constraint(several, replicated(mesh))
 
         self.compiled = score
         self._score = functools.partial(score, base)
         self.max_length = max_length
         self._batch_size, self._pad_multiple = batch_size, pad_multiple
+        self._mesh, self._shards = mesh, shards_of(mesh, EVALUATED)
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
         """Requests in any order as batches for `score`.
@@ -141,7 +163,8 @@ class Scorer:
         row = -(-row // self._pad_multiple) * self._pad_multiple
         rows = pack(lengths, row)
         # A CPU does a row at a time fastest: what one layer hands to the next then stays in its cache.
-        largest = 1 if jax.default_backend() == "cpu" else max(1, self._batch_size * widest // max(row, 1))
+        most = self._batch_size * widest // self._shards // max(row, 1)
+        largest = 1 if jax.default_backend() == "cpu" else max(1, most)
         size = even_batch_size(len(rows), largest)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         shape = _Shape(
@@ -152,18 +175,35 @@ class Scorer:
             plain=all(len(numbers) == 1 and len(texts[numbers[0]].runs) < 2 for numbers in rows),
         )
         made = [_batch([[(texts[n], widths[n]) for n in numbers] for numbers in part], shape) for part in parts]
-        batches, owners = zip(*made, strict=True) if made else ((), ())
-        return Prepared(tuple(map(jax.device_put, batches)), owners, len(requests), truncated, len(texts))
+        batches, owners = zip(*(made if self._mesh is None else self._joined(made)), strict=True) if made else ((), ())
+        put = jax.device_put if self._mesh is None else self._put
+        return Prepared(tuple(map(put, batches)), owners, len(requests), truncated, len(texts))
+
+    def _joined(self, made: list) -> list:
+        """Batches and owners, as many as there are parts on the mesh stacked into one."""
+        groups = [made[start : start + self._shards] for start in range(0, len(made), self._shards)]
+        nobody = made[-1][0], np.full_like(made[-1][1], -1)
+        groups[-1] += [nobody] * (self._shards - len(groups[-1]))
+        stacked = lambda *leaves: np.stack(leaves)  # noqa: E731
+        return [
+            (jax.tree.map(stacked, *(batch for batch, _ in group)), np.concatenate([owner for _, owner in group]))
+            for group in groups
+        ]
+
+    def _put(self, batch):
+        return put_rows(batch, self._mesh, 0, over=EVALUATED)
 
     def score(self, prepared: Prepared, adapter, p) -> Scores:
         """The scores of prepared requests by an adapter under a profile p: [R], or what `set_profile` takes."""
+        adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
         # Fetched one by one: dozens of executions in flight can starve XLA's thread pool on a CPU of few cores.
         return prepared.collect(self.run_batch(batch, adapter, p) for batch in prepared.batches)
 
     def run_batch(self, batch, adapter, p) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods and greedy [A] of the tokens that one batch asks for."""
+        adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
         values, greedy = self._score(adapter, p, batch)
-        return np.asarray(values), np.asarray(greedy)
+        return np.asarray(values).reshape(-1), np.asarray(greedy).reshape(-1)
 
 
 class _Shape(NamedTuple):
@@ -261,4 +301,4 @@ def _batch(rows: list[list[tuple[_Text, int]]], shape: _Shape) -> tuple[dict[str
     if not shape.plain:
         spans = Spans(tuple(starts.values()), shape.widths)
         batch["layout"] = {"positions": positions, "segment_ids": segments, "parent_ids": parents, "spans": spans}
-    return batch, np.asarray(owner, int)
+    return batch, np.pad(np.asarray(owner, int), (0, shape.asked - len(owner)), constant_values=-1)

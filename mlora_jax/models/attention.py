@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mlora_jax.models.flash import Flash, flash_attend
+
 QUERIES, BLOCKS = 96, 16  # of a row that a CPU attends from at once, more where that would be too many blocks
 LITTLE = 2**17  # scores of a whole batch below which a CPU is not worth other means
 
@@ -39,11 +41,13 @@ def attend(
     mask: jax.Array | None,
     causal: bool,
     spans: Spans | None = None,
+    flash: Flash | None = None,
 ) -> jax.Array:
     """softmax(q k' / sqrt(Hd)) v, each key and value head serving H / KV query heads.
 
-    On a CPU one row of the batch and a block of its queries at a time, whose scores stay in the cache and are computed
-    again in the backward pass; elsewhere by `jax.nn.dot_product_attention`.
+    On a TPU by a flash kernel where there is no mask and rows are long. On a CPU one row of the batch and a block of
+    its queries at a time, whose scores stay in the cache and are computed again in the backward pass. Elsewhere by
+    `jax.nn.dot_product_attention`.
 
     Args:
         query: [B, T, H, Hd].
@@ -53,10 +57,13 @@ def attend(
         causal: whether query t sees only keys up to t (T equals S).
         spans: with a mask under which every query sees itself, texts outside of which no query of theirs sees a key.
             Results are the same with them, but cannot be differentiated; what lies in no text is then undefined.
+        flash: when and where the kernel runs; None: never.
 
     Returns:
         [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
     """
+    if flash is not None and mask is None and causal and flash.takes(query, key):
+        return flash_attend(query, key, value, flash.mesh, flash.rows)
     operands = (query, key, value) if mask is None else (query, key, value, mask)
     scores = math.prod(query.shape[:3]) * key.shape[1]
     other = _attend_in_float64 if query.dtype == jnp.float64 else _attend_at_once

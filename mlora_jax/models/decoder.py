@@ -18,6 +18,7 @@ from flax import nnx
 
 from mlora_jax.models.attention import Spans, attend, attend_cached
 from mlora_jax.models.config import DecoderConfig
+from mlora_jax.models.flash import LEAST, Flash
 
 # State that a layer may change while it runs, should a module put into a layer have any (dropout's counter).
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
@@ -162,7 +163,7 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.head_dim = config.head_dim
 
-    def __call__(self, x, rotation, mask, positions, cache, spans=None):
+    def __call__(self, x, rotation, mask, positions, cache, spans=None, flash=None):
         """Mixes over time; the cache after it. With None for a cache that is one of these tokens alone."""
         batch, length, _ = x.shape
         query, key, value = (
@@ -173,7 +174,7 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is None:
-            mixed = attend(query, key, value, mask, causal=True, spans=spans)
+            mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash)
             cache = Cache(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
         else:
             rows = jnp.arange(batch)[:, None]
@@ -222,9 +223,9 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rotation, mask, positions, cache, spans=None):
+    def __call__(self, x, rotation, mask, positions, cache, spans=None, flash=None):
         """[B, T, D] and the layer's cache, both as after this layer."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans)
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans, flash)
         # The residual stream keeps its dtype whatever an adapter in a projection's place returns.
         x = x + mixed.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache
@@ -242,6 +243,7 @@ class Decoder(nnx.Module):
         remat: recompute each layer in the backward pass instead of keeping what is inside it.
         placement: None, or how weights and activations lie on a mesh where they are used: an object like
             `mlora_jax.parallel.rules.Placement`.
+        flash_from: tokens of a row from which a TPU attends by a kernel; None: never.
 
     Example:
         >>> from flax import nnx
@@ -260,6 +262,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = False
         self.placement = None
+        self.flash_from = LEAST
         normal = nnx.initializers.normal(config.initializer_range)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=normal, rngs=rngs
@@ -380,6 +383,8 @@ class Decoder(nnx.Module):
         windows = self._windows(keys.shape[1] if counted else None)
         if isinstance(windows, int):
             mask, windows = within_window(mask, windows, positions, keys), None
+        placement = self.placement
+        flash = Flash(self.flash_from, getattr(placement, "mesh", None), getattr(placement, "rows", ()))
         rotary = None if self.config.rotary_layers is None else jnp.asarray(self.config.rotary_layers)
         frequencies = jnp.asarray(rope_frequencies(self.config), self.wide_dtype)
         angles = positions[..., None, None].astype(self.wide_dtype) * frequencies  # [B, T, 1, Hd / 2]
@@ -390,9 +395,8 @@ class Decoder(nnx.Module):
             turn = rotation
             if rotates is not None:
                 turn = jnp.where(rotates, rotation[0], 1.0), jnp.where(rotates, rotation[1], 0.0)
-            return layer(x, turn, seen, positions, part, spans)
+            return layer(x, turn, seen, positions, part, spans, flash)
 
-        placement = self.placement
         if placement is None:
             x = self.embed_tokens(tokens)
         else:

@@ -58,7 +58,10 @@ _COMPLAINTS = 12  # Named in one message; a checkpoint of another model differs 
 
 
 def load_decoder(
-    path: str | os.PathLike, *, dtype=None, sharding: Callable[[str], jax.sharding.Sharding] | None = None
+    path: str | os.PathLike,
+    *,
+    dtype=None,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
 ) -> Decoder:
     """Loads a Llama-family decoder from a Hugging Face folder or from the hub.
 
@@ -70,8 +73,9 @@ def load_decoder(
             folder, a hub id "OWNER/NAME", which huggingface_hub downloads to its cache or finds there.
         dtype: of weights and compute (float32, bfloat16, float16 or float64); None: every weight as it is
             stored, compute in the dtype of the embedding.
-        sharding: dotted path of an array (`layers.mlp.up_proj.kernel` [L, D, F], a key of `WEIGHT_MAP`) -> the sharding
-            in which it is made; a process reads only what its own devices get. None: whole, on the default device.
+        sharding: dotted path (`layers.mlp.up_proj.kernel`, a key of `WEIGHT_MAP`) and shape ([L, D, F]) of an array ->
+            the sharding in which it is made; a process reads only what its own devices get. None: whole, on the default
+            device.
 
     Returns:
         The decoder.
@@ -84,7 +88,7 @@ def load_decoder(
 
     Example:
         >>> model = load_decoder("/data/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
-        >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path: replicated)  # doctest: +SKIP
+        >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path, shape: replicated)  # doctest: +SKIP
     """
     folder = checkpoint_folder(path)
     config = read_config(folder)
@@ -180,7 +184,7 @@ def _assemble(folder, config: DecoderConfig, stored: dict[str, StoredTensor], na
     for path, leaf in nnx.to_flat_state(state):
         tensors = [stored[name] for name, _ in sources[path]]
         read = functools.partial(_read, path, tensors, dtype_of(path))
-        placement = None if sharding is None else sharding(_dotted(path))
+        placement = None if sharding is None else sharding(_dotted(path), leaf.shape)
         filled.append((path, leaf.replace(_placed(_dotted(path), leaf.shape, placement, read))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 

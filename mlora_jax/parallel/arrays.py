@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mlora_jax.parallel.mesh import ROWS
 from mlora_jax.parallel.rules import replicated, rows_sharding, shardings
 
 
@@ -59,7 +60,7 @@ def fetch(tree):
             return leaf
         if not leaf.is_fully_replicated:
             mesh = leaf.sharding.mesh
-            leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, jax.sharding.PartitionSpec()))(leaf)
+            leaf = jax.jit(lambda x: x, out_shardings=replicated(mesh))(leaf)
         return leaf.addressable_data(0)
 
     return jax.tree.map(one, tree)
@@ -81,3 +82,49 @@ def split_rows(x, axis: int, shards: int):
     """[..., B, ...] as [S, ..., B / S, ...]: one part for each shard, in order. An array of the host stays there."""
     parts = x.reshape(*x.shape[:axis], shards, x.shape[axis] // shards, *x.shape[axis + 1 :])
     return parts.transpose(axis, *range(axis), *range(axis + 1, parts.ndim))
+
+
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(first, end) of the rows of a batch that the devices of this process hold, of all B."""
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    bounds = [index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    firsts, ends = zip(*bounds, strict=True)
+    return min(firsts), max(ends)
+
+
+class GlobalBatches:
+    """Batches of all processes, made of the rows that each of them reads.
+
+    Args:
+      batches: iterator over arrays [K, M, rows of this process, ...], with `get_state` and `set_state`.
+      mesh: of the devices of all processes.
+      rows: B, of all processes.
+      columns: (first, end) of the rows of this process.
+    """
+
+    def __init__(self, batches, mesh: Mesh, rows: int, columns: tuple[int, int]):
+        self._batches, self._mesh, self._rows, self._first = batches, mesh, rows, columns[0]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return {name: self._placed(array) for name, array in next(self._batches).items()}
+
+    def _placed(self, array: np.ndarray) -> jax.Array:
+        shape = (*array.shape[:2], self._rows, *array.shape[3:])
+        sharding = rows_sharding(self._mesh, array.ndim, 2, trials=True)
+
+        def part(index):
+            first, end, _ = index[2].indices(self._rows)
+            return array[(*index[:2], slice(first - self._first, end - self._first), *index[3:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def get_state(self):
+        """Where the iterator is."""
+        return self._batches.get_state()
+
+    def set_state(self, state) -> None:
+        """Goes there."""
+        self._batches.set_state(state)

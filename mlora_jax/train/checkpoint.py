@@ -6,13 +6,15 @@ import json
 import logging
 import pathlib
 import shutil
-import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from mlora_jax.parallel import hosts
+from mlora_jax.parallel.arrays import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class Checkpoints:
         """
         # Copies: the next step reuses the buffers of these while they are still being written.
         arrays = {name: jnp.copy(leaf) for name, leaf in _named_arrays(state).items()}
-        record = {"values": values, "arrays": _shapes(arrays), "checksum": _checksum(arrays)}
+        record = {"values": values, "arrays": _shapes(arrays), "checksums": _checksums(arrays)}
         try:
             saved = self._manager.save(
                 step,
@@ -103,7 +105,10 @@ class Checkpoints:
                 logger.warning("the checkpoint of step %d in %s is damaged and removed: %s", step, self._folder, reason)
                 # Removed before training goes on: its step comes again, and orbax does not overwrite a step.
                 self._manager.close()
-                shutil.rmtree(self._folder / str(step))
+                hosts.wait("a damaged checkpoint is read")
+                if hosts.is_first():
+                    shutil.rmtree(self._folder / str(step))
+                hosts.wait("a damaged checkpoint is removed")
                 self._manager = self._open()
         return None
 
@@ -113,14 +118,14 @@ class Checkpoints:
             for name, leaf in _named_arrays(template).items()
         }
         record = self._restore(step, values=ocp.args.JsonRestore())
-        if record["arrays"] != (wanted := _shapes(abstract)):
+        if record["arrays"] != (wanted := _shapes(abstract)) or "checksums" not in record:
             raise ValueError(
                 f"the checkpoint of step {step} in {self._folder} is of other arrays than this run's: "
                 f"{_difference(record['arrays'], wanted)}. It was made with another version of the program or of its "
                 "libraries: go on with that one, or delete the folder to train from the beginning"
             )
         arrays = self._restore(step, state=ocp.args.StandardRestore(abstract))
-        if record["checksum"] != _checksum(arrays):
+        if record["checksums"] != _checksums(arrays):
             raise _OtherArraysError("its arrays are not those that were saved")
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         return Restored(step, structure.unflatten([arrays[_name(path)] for path, _ in leaves]), record["values"])
@@ -162,7 +167,9 @@ def _shapes(arrays) -> dict[str, str]:
 
 def _difference(before: dict[str, str], now: dict[str, str]) -> str:
     """The first array that is not the same in both."""
-    name = next(name for name in (*now, *before) if before.get(name) != now.get(name))
+    name = next((name for name in (*now, *before) if before.get(name) != now.get(name)), None)
+    if name is None:
+        return "it has no sums of them"
     return f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
 
 
@@ -172,11 +179,25 @@ def _shows_damage(error: Exception) -> bool:
     return str(error).startswith(_DAMAGE)
 
 
-def _checksum(arrays: dict[str, jax.Array]) -> int:
-    total = 0
-    for name, array in sorted(arrays.items()):
-        values = np.ascontiguousarray(np.asarray(array))
-        total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(f"{values.dtype}{values.shape}".encode(), total)
-        total = zlib.crc32(values.reshape(-1).view(np.uint8), total)
-    return total
+@jax.jit
+def _sum_of(array: jax.Array) -> jax.Array:
+    """A number, uint32, that changes with any bit of an array and with the order of its elements.
+
+    Computed where the array lies, and the same however that is: sums of integers do not depend on their order.
+    """
+    bits = array.astype(jnp.uint8) if array.dtype == bool else array
+    width = bits.dtype.itemsize
+    if width < 8:
+        words = jax.lax.bitcast_convert_type(bits, f"uint{8 * width}").astype(jnp.uint32)[None]
+    else:
+        words = jnp.moveaxis(jax.lax.bitcast_convert_type(bits, jnp.uint32), -1, 0)
+    # A number for every position that has no common factor with 2 ** 32, mixed along each axis (Knuth's constant).
+    position = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, tuple(size if i == axis else 1 for i in range(words.ndim)), axis)
+        position = (position ^ (place + np.uint32(0x9E3779B9))) * np.uint32(2654435761)
+    return jnp.sum((words ^ (position >> 7)) * (position | 1), dtype=jnp.uint32)
+
+
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    return {name: int(fetch(_sum_of(array))) for name, array in arrays.items()}

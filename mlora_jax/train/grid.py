@@ -70,9 +70,21 @@ def memory_limit(gib: float) -> int:
     return int(USABLE * reported) if reported else DEFAULT_LIMIT
 
 
-def bytes_of(tree) -> int:
-    """Bytes of a tree's arrays or `jax.ShapeDtypeStruct`s."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def bytes_on_device(tree, placed=None) -> int:
+    """Bytes of a tree's arrays on one device; two 4-bit codes share one, and keys do not count.
+
+    Args:
+      tree: of arrays or `jax.ShapeDtypeStruct`s.
+      placed: tree of shardings; None for those of the arrays.
+    """
+    leaves = jax.tree.leaves(tree)
+    placed = [leaf.sharding for leaf in leaves] if placed is None else jax.tree.leaves(placed)
+    total = 0
+    for leaf, sharding in zip(leaves, placed, strict=True):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+            total += -(-math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8)
+    return total
 
 
 def memory_of(compiled) -> int:

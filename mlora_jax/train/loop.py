@@ -135,6 +135,11 @@ class TrialsStep:
         return len(self._executables)
 
     @property
+    def executables(self) -> tuple[jax.stages.Compiled, ...]:
+        """Those that were compiled."""
+        return tuple(self._executables.values())
+
+    @property
     def compile_seconds(self) -> float:
         """Mean over them."""
         return float(np.mean(self._seconds))
@@ -322,7 +327,7 @@ def train_trials(
             jax.block_until_ready(pending[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
         state = state._replace(trials=trials)
         pending.append(metrics["loss"])
-        memory.step, tokens = memory.step + 1, tokens + batch["tokens"][0].size
+        memory.step, tokens = memory.step + 1, tokens + math.prod(batch["tokens"].shape[1:])
         last = memory.step == steps
         if due(cadence.log) or last:
             collect()
@@ -365,7 +370,7 @@ def _validate(state: State, memory: Memory, patience: int, validate) -> State:
     if patience:
         waited = [len(memory.scores) - 1 - max(memory.best(slot)[0], memory.before - 1) for slot in range(len(before))]
         memory.reported = [on and gone < patience for on, gone in zip(memory.reported, waited, strict=True)]
-        stopped = state.trials.finite & ~jnp.asarray(memory.reported)
+        stopped = state.trials.finite & ~np.asarray(memory.reported)
         state = state._replace(trials=state.trials._replace(stopped=stopped | state.trials.stopped))
     return state
 

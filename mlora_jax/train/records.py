@@ -47,6 +47,22 @@ class JsonLines:
         self._file.close()
 
 
+class NoRecords:
+    """In the place of `JsonLines` in a process that writes nothing."""
+
+    def write(self, *records: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Does nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
 def _finite(value):
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

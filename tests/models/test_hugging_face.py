@@ -289,7 +289,7 @@ def test_weights_go_to_their_shardings_part_by_part(tmp_path, monkeypatch):
         return original(tensor, out, index)
 
     monkeypatch.setattr(StoredTensor, "read", counted)
-    placed = nnx.to_flat_state(nnx.state(load_decoder(tmp_path, sharding=lambda path: chosen.get(path, everywhere))))
+    placed = nnx.to_flat_state(nnx.state(load_decoder(tmp_path, sharding=lambda path, _: chosen.get(path, everywhere))))
     for (path, expected), (other, found) in zip(whole, placed, strict=True):
         assert path == other
         np.testing.assert_array_equal(found[...], expected[...])
@@ -306,7 +306,7 @@ def test_a_sharding_that_does_not_divide_is_named(folder):
     mesh = jax.make_mesh((4,), ("tensor",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor"))
     with pytest.raises(ValueError, match=r"embed_tokens\.embedding: .*axis 0 is partitioned 4 times.*67"):
-        load_decoder(folder, sharding=lambda path: sharding if path == "embed_tokens.embedding" else None)
+        load_decoder(folder, sharding=lambda path, _: sharding if path == "embed_tokens.embedding" else None)
 
 
 def test_blocks_and_strips_leave_nothing_out(folder, monkeypatch):

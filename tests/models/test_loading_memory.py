@@ -40,7 +40,7 @@ def watch():
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
 P = jax.sharding.PartitionSpec
 
-def sharding(path):
+def sharding(path, shape):
     axes = P(None, "fsdp", "tensor") if path.startswith("layers") and path.endswith("kernel") else P()
     return jax.sharding.NamedSharding(mesh, axes)
 

@@ -1,0 +1,121 @@
+"""The training step on every mesh of eight devices, against one device: `python -m benchmarks.meshes [--float64]`.
+
+Eight devices are forced on a CPU. For every mesh: the relative L2 distance of losses and adapters after some steps,
+the bytes of base and of the trials' state on one device, and what the compiled step moves between devices. One JSON
+line each.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+MESHES = (
+    {},
+    {"data": 8},
+    {"data": 8, "engine": "pmap"},
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"trial": 4, "data": 2},
+    {"data": 4, "fsdp": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"trial": 2, "fsdp": 2, "tensor": 2},
+)
+TRIALS, ROWS, ACCUMULATION, LENGTH, ANSWERS = 4, 16, 2, 16, 4
+RANKS = (1, 2, 4, 6)
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the command line and prints the table's lines."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--method", default="matryoshka")
+    parser.add_argument("--meshes", type=json.loads, default=MESHES)
+    options = parser.parse_args(arguments)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_X64"] = str(int(options.float64))
+    import numpy as np
+
+    single = None
+    for mesh in options.meshes:
+        losses, adapter, facts = run(mesh, options.method, options.steps)
+        single = single or (losses, adapter)
+        distance = lambda new, old: float(np.linalg.norm(new - old) / np.linalg.norm(old))  # noqa: E731
+        record = {"mesh": mesh, "method": options.method, "dtype": "float64" if options.float64 else "float32"}
+        record |= {"losses": distance(losses, single[0]), "adapter": distance(adapter, single[1]), **facts}
+        print(json.dumps(record), flush=True)
+
+
+def run(mesh_options: dict, method: str, steps: int):
+    """Losses [steps, K] and the flattened adapters of a run on a mesh; {} is one device. And facts about it."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from mlora_jax.adapt import adapt, split
+    from mlora_jax.core import RankHierarchy, get_method
+    from mlora_jax.models import Decoder, DecoderConfig
+    from mlora_jax.parallel.arrays import put_weights
+    from mlora_jax.parallel.mesh import make_mesh
+    from mlora_jax.parallel.rules import Placement
+    from mlora_jax.train.grid import bytes_on_device
+    from mlora_jax.train.loop import TrialsStep, compile_draws, stack_trees, trial_keys
+    from mlora_jax.train.step import Schedule, init_state, make_optimizer
+
+    sizes = {"trial": 1, "data": 1, "fsdp": 1, "tensor": 1} | {k: v for k, v in mesh_options.items() if k != "engine"}
+    mesh = make_mesh(sizes) if mesh_options else None
+    shape = dict(hidden_size=64, intermediate_size=96, num_layers=3, num_heads=8, num_kv_heads=8, head_dim=8)
+    config = DecoderConfig(vocab_size=128, tie_word_embeddings=False, **shape)
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+    engine = mesh_options.get("engine", "jit")
+    model.placement = Placement(mesh) if mesh is not None and engine == "jit" else None
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    graphdef, base, adapter, profile = split(adapt(model, RANKS[-1], targets, key=jax.random.key(1)))
+    base, profile = put_weights(base, mesh), put_weights(profile, mesh)
+    optimizer = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
+    step = TrialsStep(graphdef, optimizer, chunk=8, mesh=mesh, engine=engine)
+    keys = stack_trees([trial_keys(seed) for seed in range(TRIALS)])
+    state = put_weights(stack_trees(init_state(adapter, optimizer) for _ in range(TRIALS)), mesh, trials=True)
+    drawn_by = [(get_method(method).policies[0], RankHierarchy(RANKS, "sqrt", max_rank=RANKS[-1]))] * TRIALS
+    draw = compile_draws(drawn_by, keys.draws, accumulation=ACCUMULATION, examples=ROWS // ACCUMULATION)
+    schedule = Schedule(jnp.full(TRIALS, 1e-3), jnp.zeros(TRIALS), jnp.full(TRIALS, float(steps)))
+    random, losses = np.random.default_rng(0), []
+    facts = {"base_bytes": bytes_on_device(base), "state_bytes": bytes_on_device(state)}
+    for number in range(steps):
+        state, metrics = step(base, profile, state, _batch(random), draw(number), schedule, keys.dropout)
+        losses.append(np.asarray(metrics["loss"], np.float64))
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(state.adapter)]
+    if mesh is not None:
+        facts["moved"] = moved(step.executables[0].as_text())
+    return np.array(losses), np.concatenate(leaves), facts
+
+
+def _batch(random):
+    import numpy as np
+
+    shape = (TRIALS, ACCUMULATION, ROWS // ACCUMULATION)
+    return {
+        "tokens": random.integers(0, 128, (*shape, LENGTH)).astype(np.int32),
+        "positions": random.integers(0, LENGTH - 1, (*shape, ANSWERS)).astype(np.int32),
+        "targets": random.integers(0, 128, (*shape, ANSWERS)).astype(np.int32),
+        "weights": (random.random((*shape, ANSWERS)) < 0.8).astype(np.float32),
+    }
+
+
+def moved(text: str) -> dict[str, dict[str, float]]:
+    """Collectives of a compiled program on one device: how often each kind runs, and the bytes it carries."""
+    from mlora_jax.parallel.hlo import program_costs
+
+    found: dict[str, dict[str, float]] = {}
+    for traffic in program_costs(text).traffic:
+        kind = found.setdefault(traffic.kind, {"count": 0, "bytes": 0})
+        kind["count"], kind["bytes"] = kind["count"] + traffic.count, kind["bytes"] + traffic.payload
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

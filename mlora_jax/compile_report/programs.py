@@ -1,0 +1,208 @@
+"""The programs of an experiment, compiled for a slice of TPU chips from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from mlora_jax.adapt import adapt, split
+from mlora_jax.config import Trial, expand_trials
+from mlora_jax.evaluate.generation import Generator, PromptRows
+from mlora_jax.models import Decoder, DecoderConfig
+from mlora_jax.parallel.chips import Slice
+from mlora_jax.parallel.mesh import EVALUATED, make_mesh
+from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
+from mlora_jax.train.loop import TrialsStep, stack_trees, trial_keys
+from mlora_jax.train.phases import TrialPhases
+from mlora_jax.train.step import Schedule, init_state, make_optimizer
+
+OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Requests(Placement):
+    """Rows of requests along all axes but `tensor`."""
+
+    rows = EVALUATED
+
+    def activations(self, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, rows_sharding(self.mesh, x.ndim, 0, over=EVALUATED))
+
+
+def _placed(tree, placed):
+    """Structures of arrays that lie like this."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Abstract:
+    """An adapted decoder without its arrays.
+
+    Attributes:
+      graphdefs: in training mode and in evaluation mode.
+      base, adapter, profile: trees of `jax.ShapeDtypeStruct`.
+    """
+
+    graphdefs: tuple[Any, Any]
+    base: Any
+    adapter: Any
+    profile: Any
+
+
+def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh, flash_from: int | None) -> Abstract:
+    """The adapted decoder of an experiment on a mesh; nothing of its size is made.
+
+    Args:
+      config: resolved.
+      shape: of the decoder.
+      rank: R.
+      mesh: None for one device.
+      flash_from: see `Decoder`.
+    """
+    options = config.adapter
+
+    def make():
+        model = Decoder(shape, dtype=jnp.dtype(config.model.dtype or "bfloat16"), rngs=nnx.Rngs(0))
+        model.remat, model.flash_from = config.train.remat, flash_from
+        model.placement = None if mesh is None else Placement(mesh)
+        key = jax.random.key(0)
+        return adapt(model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
+
+    model = nnx.eval_shape(make)
+    graphdef, base, adapter, profile = split(model)
+    model.eval()
+    model.placement = None if mesh is None else _Requests(mesh)
+    return Abstract((graphdef, split(model)[0]), base, adapter, profile)
+
+
+def base_bytes(config: ConfigDict, shape: DecoderConfig) -> int:
+    """Of the frozen base."""
+    base = abstract_model(config, shape, 1, None, None).base
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What an experiment compiles, for one rank and one mesh.
+
+    Attributes:
+      config: resolved.
+      shape: of the decoder.
+      rank: R.
+      slice: to compile for.
+      sizes: of the axes of the mesh.
+      flash_from: tokens from which attention is the flash kernel; None: never.
+    """
+
+    config: ConfigDict
+    shape: DecoderConfig
+    rank: int
+    slice: Slice
+    sizes: Mapping[str, int]
+    flash_from: int | None
+
+    @functools.cached_property
+    def mesh(self):
+        """Over the devices of the slice."""
+        return make_mesh(self.sizes, self.slice.devices)
+
+    @functools.cached_property
+    def model(self) -> Abstract:
+        """The adapted decoder."""
+        return abstract_model(self.config, self.shape, self.rank, self.mesh, self.flash_from)
+
+    @functools.cached_property
+    def optimizer(self):
+        """Of the adapter."""
+        return make_optimizer(**{name: self.config.train[name] for name in OPTIMIZER})
+
+    @property
+    def answers(self) -> int:
+        """A, answer tokens of a row: half of its tokens."""
+        return self.config.data.max_length // 2
+
+    def weights(self, tree, *, trials: bool = False):
+        """A tree of structures with the shardings of the rules."""
+        return _placed(tree, shardings(tree, self.mesh, trials=trials))
+
+    def state(self, trials: int):
+        """Of training K trials."""
+        one = jax.eval_shape(lambda adapter: init_state(adapter, self.optimizer), self.model.adapter)
+        many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((trials, *leaf.shape), leaf.dtype), one)
+        return self.weights(many, trials=True)
+
+    def train(self, batch: int, accumulation: int) -> jax.stages.Compiled:
+        """A step of as many trials as the trial axis is long, each of `batch` rows in `accumulation` micro-batches."""
+        config, trials = self.config, self.sizes["trial"]
+        shape = (trials, accumulation, batch // accumulation)
+        integers = lambda size: jax.ShapeDtypeStruct((*shape, size), jnp.int32)  # noqa: E731
+        rows = {
+            "tokens": integers(config.data.max_length),
+            "positions": integers(self.answers),
+            "targets": integers(self.answers),
+            "weights": jax.ShapeDtypeStruct((*shape, self.answers), jnp.float32),
+        }
+        sized = config.copy_and_resolve_references()
+        with sized.unlocked():
+            sized.train.batch_size, sized.train.accumulation = batch, accumulation
+        trial = self._trial()
+        draws = TrialPhases(sized, 1000).draws_in(0, [trial], stack_trees([trial_keys(0)]))
+        draw = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((trials, *leaf.shape[1:]), leaf.dtype), jax.eval_shape(draws, 0)
+        )
+        schedule = Schedule(*[jax.ShapeDtypeStruct((trials,), jnp.float32)] * 3)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), trials))
+        step = TrialsStep(self.model.graphdefs[0], self.optimizer, chunk=config.train.loss_chunk, mesh=self.mesh)
+        base, profile = self.weights(self.model.base), self.weights(self.model.profile)
+        return step.compile(base, profile, self.state(trials), rows, draw, schedule, keys)
+
+    def _trial(self) -> Trial:
+        return dataclasses.replace(expand_trials(self.config)[0], rank=self.rank)
+
+    def prefill(self, batch: int) -> jax.stages.Compiled:
+        """Of the prompts of a batch, each as long as the longest training row, with room for an answer."""
+        return self._generator.prefill.lower(self.slots, *self._weights, *self._prompts(batch), None).compile()
+
+    def decode(self, batch: int) -> jax.stages.Compiled:
+        """Of `STEPS` tokens of each row of a batch, in the cache that prefilling leaves."""
+        tokens, rows = self._prompts(batch)
+        prefill = functools.partial(self._generator.prefill, self.slots)
+        made = jax.eval_shape(prefill, *self._weights, tokens, rows, None)
+        state = _placed(made[0], jax.tree.map(self._kept, made[0]))
+        return self._generator.decode.lower(*self._weights, state, rows, None).compile()
+
+    @property
+    def slots(self) -> int:
+        """Of the cache: for prompt and answer."""
+        return self.config.data.max_length + self.config.evaluation.max_new_tokens
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        model, options = self.model, dict(pad_multiple=self.config.data.pad_multiple, eos=self.shape.eos_token_ids)
+        return Generator(model.graphdefs[1], model.base, model.profile, max_length=self.slots, batch_size=1, **options)
+
+    def _prompts(self, batch: int) -> tuple:
+        """Tokens [B, T] and what every row goes by."""
+        rows = functools.partial(rows_sharding, self.mesh, axis=0, over=EVALUATED)
+        tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=rows(2))
+        one = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows(1))
+        return tokens, PromptRows(one, one, one)
+
+    def _kept(self, leaf) -> jax.sharding.Sharding:
+        """Of a cache [B, KV, ...], of one number for each row, or of a number for all."""
+        if leaf.ndim == 0:
+            return replicated(self.mesh)
+        heads = "tensor" if leaf.ndim == 4 and leaf.shape[1] % self.sizes["tensor"] == 0 else None
+        return NamedSharding(self.mesh, PartitionSpec(EVALUATED, *(heads for _ in range(leaf.ndim > 1))))
+
+    @functools.cached_property
+    def _weights(self) -> tuple:
+        return tuple(self.weights(tree) for tree in (self.model.base, self.model.adapter, self.model.profile))

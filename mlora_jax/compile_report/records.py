@@ -1,0 +1,199 @@
+"""What one compiled program takes, as a record that a later run of the same command finds again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from mlora_jax.parallel.chips import GIB, Slice
+from mlora_jax.parallel.hlo import Costs, program_costs
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One program on one slice; bytes, FLOPs and seconds are those of one chip and one run of the program.
+
+    Attributes:
+      key: what was compiled: model, topology, program, rank, batch, mesh and so on.
+      fits: whether the compiler found room for it.
+      needed: bytes of memory at the peak.
+      limit: bytes that the compiler may use, or the chip's where it did not say.
+      parameters, optimizer: bytes of the frozen base, and of factors, moments and counts.
+      activations: bytes of intermediate values, results that replace no argument, and the program.
+      flops, main_bytes, moved: see `mlora_jax.parallel.hlo.Costs`; None if it does not fit.
+      collectives: [kind, devices in a group, runs, bytes moved] each.
+      seconds: the least time that compute, memory and interconnect take each.
+      notes: what the counts leave out.
+      compile_seconds: of this machine.
+    """
+
+    key: dict[str, Any]
+    fits: bool
+    needed: int
+    limit: int
+    parameters: int
+    optimizer: int
+    activations: int
+    flops: float | None = None
+    main_bytes: float | None = None
+    moved: float | None = None
+    collectives: list[list] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    compile_seconds: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        """What the program waits for."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def step_seconds(self) -> float:
+        """By the roofline: no program is faster, and one that overlaps nothing takes the sum."""
+        return self.seconds[self.bound]
+
+
+class Records:
+    """Records by their keys, kept as JSON lines.
+
+    Args:
+      path: of the file; None keeps them in memory.
+    """
+
+    def __init__(self, path: str | pathlib.Path | None = None):
+        self._path = pathlib.Path(path) if path else None
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path and self._path.is_file() else []
+        self._found = {_name(each["key"]): Record(**each) for each in map(json.loads, filter(str.strip, lines))}
+
+    def get(self, key: Mapping[str, Any], make: Callable[[], Record]) -> Record:
+        """The record of that key, made if it is not there yet."""
+        name = _name(key)
+        if name not in self._found:
+            record = self._found[name] = make()
+            if self._path:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        return self._found[name]
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def measure(
+    key: Mapping[str, Any],
+    compile_program: Callable[[], jax.stages.Compiled],
+    slice_: Slice,
+    *,
+    parameters: int,
+    optimizer: int,
+    runs: int = 1,
+    kernel_flops: float = 0.0,
+) -> Record:
+    """Compiles a program and reads what it takes.
+
+    Args:
+      key: of the record.
+      compile_program: raises `jax.errors.JaxRuntimeError` where memory does not suffice.
+      slice_: that it is compiled for.
+      parameters, optimizer: bytes on one chip.
+      runs: of the body of a loop whose length is not in the program; the record is of one of them.
+      kernel_flops: of one run of the program in kernels that do not state theirs.
+    """
+    start, chip = time.monotonic(), slice_.chip
+    try:
+        compiled = compile_program()
+    except jax.errors.JaxRuntimeError as error:
+        needed, limit = out_of_memory(str(error))
+        rest = needed - parameters - optimizer
+        return Record(dict(key), False, needed, limit, parameters, optimizer, rest)
+    elapsed = time.monotonic() - start
+    memory, costs = compiled.memory_analysis(), program_costs(compiled.as_text(), open_trips=runs)
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    share = slice_.per_device
+    flops = (costs.flops + kernel_flops) / runs
+    return Record(
+        key=dict(key),
+        fits=True,
+        needed=needed,
+        limit=int(chip.memory * share),
+        parameters=parameters,
+        optimizer=optimizer,
+        activations=needed - parameters - optimizer,
+        flops=flops,
+        main_bytes=costs.main_bytes / runs,
+        moved=costs.moved_bytes / runs,
+        collectives=[[each.kind, each.group, each.count / runs, each.moved / runs] for each in costs.traffic],
+        seconds={
+            "compute": flops / (chip.flops * share),
+            "HBM": costs.main_bytes / runs / (chip.memory_bandwidth * share),
+            "interconnect": costs.moved_bytes / runs / (chip.link_bandwidth * share),
+        },
+        notes=_notes(costs, runs, kernel_flops),
+        compile_seconds=elapsed,
+    )
+
+
+def _notes(costs: Costs, runs: int, kernel_flops: float) -> list[str]:
+    notes = []
+    if costs.open_loops and runs == 1:
+        notes.append(f"{costs.open_loops} loops of unknown length are counted once")
+    if costs.silent_kernels and not kernel_flops:
+        names = ", ".join(sorted(costs.silent_kernels))
+        notes.append(f"FLOPs of the kernels {names} are not counted")
+    return notes
+
+
+def out_of_memory(message: str) -> tuple[int, int]:
+    """Bytes that a program needs and bytes that there are, from the compiler's error.
+
+    Raises:
+      ValueError: the error says something else.
+
+    >>> out_of_memory("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ...")
+    (21474836480, 16911433728)
+    """
+    found = _TOO_MUCH.search(message)
+    if not found:
+        raise ValueError(f"the program does not compile: {message[:2000]}")
+    amounts = (found[1], found[2]), (found[3], found[4])
+    return tuple(int(float(number) * _UNITS[unit]) for number, unit in amounts)
+
+
+def too_large(record: Record, *, row_shards: int, rows: int, micro_batches: int) -> str:
+    """Why a program does not fit, and which axis to grow.
+
+    Args:
+      record: of a program that does not fit.
+      row_shards: parts that the rows of a micro-batch are cut into.
+      rows: of a micro-batch on one chip.
+      micro_batches: of a step.
+    """
+    lacking = record.needed - record.limit
+    text = (
+        f"does not fit: {record.needed / GIB:.2f} GiB of {record.limit / GIB:.2f} GiB on every chip, "
+        f"{lacking / GIB:.2f} GiB too much"
+    )
+    if record.parameters + record.optimizer > 0.5 * record.limit:
+        held = (record.parameters + record.optimizer) / GIB
+        return f"{text}; base, adapter and optimizer are {held:.2f} GiB of it: raise config.parallel.fsdp"
+    if rows > 1:
+        return (
+            f"{text}; activations of {rows} rows at a time are {record.activations / GIB:.2f} GiB of it: raise "
+            f"config.parallel.data, or config.train.accumulation above {micro_batches}"
+        )
+    return (
+        f"{text}; activations of one row are {record.activations / GIB:.2f} GiB of it: raise config.parallel.tensor, "
+        "lower config.data.max_length or config.train.loss_chunk, or set config.train.remat=True"
+    )

@@ -1,0 +1,245 @@
+"""Rows of the compile report: a model, a slice, a rank and a batch each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mlora_jax.compile_report.layout import Layout, choose_layout
+from mlora_jax.compile_report.programs import Programs, base_bytes
+from mlora_jax.compile_report.records import Record, Records, measure
+from mlora_jax.compile_report.shapes import model_shape
+from mlora_jax.evaluate.generation import STEPS
+from mlora_jax.models import DecoderConfig
+from mlora_jax.models.flash import BLOCKS
+from mlora_jax.parallel.chips import topology
+
+LARGEST = "largest"
+PROGRAMS = ("train", "prefill", "decode")
+# Config groups that decide about a program, besides what a row says itself.
+DECIDING = ("adapter", "train", "methods", "parallel")
+ATTEMPTS = 6  # compilations in search of the largest batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one row of the report is about.
+
+    Attributes:
+      model: its path.
+      topology: name of the slice.
+      rank: R.
+      batch: sequences of a step, or `LARGEST` that fits in one micro-batch.
+    """
+
+    model: str
+    topology: str
+    rank: int
+    batch: int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A row and what was found.
+
+    Attributes:
+      row: asked for.
+      chips: of the slice.
+      layout: of the training step.
+      records: by program.
+      requests: rows of prefill and decode, on all chips.
+    """
+
+    row: Row
+    chips: int
+    layout: Layout
+    records: dict[str, Record]
+    requests: int
+
+
+class Reporter:
+    """Compiles what rows ask for, each program once.
+
+    Args:
+      config: resolved; its model, ranks and batch size are those of the rows.
+      records: kept from before, and to keep.
+      flash_from: tokens from which attention is the flash kernel; None: never.
+      programs: some of `PROGRAMS`.
+      say: called with a line before every compilation.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        records: Records,
+        *,
+        flash_from: int | None,
+        programs: Sequence[str] = PROGRAMS,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self._config, self._records, self._flash_from, self._say = config, records, flash_from, say
+        self._programs = programs
+        self._slice = functools.cache(topology)
+        self._shape = functools.cache(model_shape)
+        self._base_bytes = functools.cache(lambda model: base_bytes(config, self._shape(model)))
+        self._made = functools.lru_cache(maxsize=4)(self._make)
+
+    def result(self, row: Row) -> Result:
+        """The records of one row.
+
+        Raises:
+          ValueError: an unknown topology or model, or a batch that the mesh cannot cut.
+        """
+        slice_ = self._slice(row.topology)
+        options = self._config.train
+        batch = options.batch_size if row.batch == LARGEST else row.batch
+        layout = self._layout(row, batch, options.accumulation)
+        if row.batch == LARGEST:
+            layout, train = self._largest(row, layout)
+        elif "train" in self._programs:
+            train = self._train(row, layout)
+        records = {"train": train} if "train" in self._programs else {}
+        shards = slice_.count // layout.sizes["tensor"]
+        requests = math.ceil(self._config.evaluation.batch_size / shards) * shards
+        for name in self._programs:
+            if name != "train":
+                records[name] = self._generation(name, row, layout, requests)
+        return Result(row, slice_.count, layout, records, requests)
+
+    def _layout(self, row: Row, batch: int, accumulation: int) -> Layout:
+        slice_ = self._slice(row.topology)
+        sizes = dict(base_bytes=self._base_bytes(row.model), memory=slice_.chip.memory)
+        return choose_layout(
+            self._config.parallel, chips=len(slice_.devices), batch=batch, accumulation=accumulation, **sizes
+        )
+
+    def _largest(self, row: Row, first: Layout) -> tuple[Layout, Record]:
+        """The largest batch that fits at one time, in steps of a row on every chip: memory is nearly linear in it."""
+
+        def attempt(rows: int) -> Record:
+            found[rows] = self._train(row, layout(rows))
+            return found[rows]
+
+        def layout(rows: int) -> Layout:
+            return dataclasses.replace(first, batch=rows * first.row_shards, accumulation=1)
+
+        found: dict[int, Record] = {}
+        rows = max(first.batch // first.row_shards, 1)
+        attempt(rows)
+        # The compiler's own limit, which only an error tells, is a little below the chip's memory.
+        for _ in range(ATTEMPTS):
+            fitting, failing = [n for n in found if found[n].fits], [n for n in found if not found[n].fits]
+            low, high = max(fitting, default=0), min(failing, default=None)
+            if high is not None and high - low <= max(1, low // 32):
+                break
+            guess = _guess(found, 0.98 * min(record.limit for record in found.values()))
+            guess = max(low + 1, guess if high is None else min(guess, high - 1))
+            if guess in found or (high is None and guess <= low):
+                break
+            attempt(guess)
+        fitting = [n for n in found if found[n].fits]
+        rows = max(fitting, default=min(found))
+        return layout(rows), found[rows]
+
+    def _train(self, row: Row, layout: Layout) -> Record:
+        programs = self._of(row, layout)
+        parameters, optimizer = self._held(row, layout)
+        key = self._key(row, layout, "train") | {
+            "batch": layout.batch,
+            "accumulation": layout.accumulation,
+            "answers": self._config.data.max_length // 2,
+        }
+        rows = layout.batch // layout.row_shards
+        # Two products forward, again in the backward pass if layers are recomputed, and seven for the gradients.
+        products = 2 + 2 * self._config.train.remat + 7
+        return self._record(
+            key,
+            row,
+            lambda: programs().train(layout.batch, layout.accumulation),
+            parameters=parameters,
+            optimizer=optimizer,
+            kernel_flops=rows * products * self._attention_product(row, layout),
+        )
+
+    def _generation(self, name: str, row: Row, layout: Layout, requests: int) -> Record:
+        programs = self._of(row, layout)
+        parameters, _ = self._held(row, layout)
+        new = self._config.evaluation.max_new_tokens
+        key = self._key(row, layout, name) | {"requests": requests, "new_tokens": new}
+        shards = math.prod(layout.sizes.values()) // layout.sizes["tensor"]
+        flops = requests // shards * 2 * self._attention_product(row, layout) if name == "prefill" else 0.0
+        compiled = lambda: getattr(programs(), name)(requests)  # noqa: E731
+        runs = STEPS if name == "decode" else 1
+        return self._record(key, row, compiled, parameters=parameters, optimizer=0, runs=runs, kernel_flops=flops)
+
+    def _record(self, key: dict[str, Any], row: Row, compiled, **options) -> Record:
+        def make():
+            shown = ", ".join(f"{name} {value}" for name, value in key.items() if name != "config")
+            self._say(f"compiling {shown}")
+            return measure(key, compiled, self._slice(row.topology), **options)
+
+        return self._records.get(key, make)
+
+    def _key(self, row: Row, layout: Layout, program: str) -> dict[str, Any]:
+        config = {name: self._config[name] for name in DECIDING} | {"dtype": self._config.model.dtype}
+        config = json.dumps(config, sort_keys=True, default=lambda node: node.to_dict())
+        return {
+            "program": program,
+            "model": row.model,
+            "topology": row.topology,
+            "rank": row.rank,
+            "mesh": dict(layout.sizes),
+            "length": self._config.data.max_length,
+            "flash_from": self._flash_from,
+            "jax": jax.__version__,
+            "effort": jax.config.jax_exec_time_optimization_effort,
+            "config": hashlib.sha256(config.encode()).hexdigest()[:12],
+        }
+
+    def _of(self, row: Row, layout: Layout) -> Callable[[], Programs]:
+        return functools.partial(self._made, row.model, row.topology, row.rank, tuple(layout.sizes.items()))
+
+    def _make(self, model: str, topology_: str, rank: int, sizes: tuple) -> Programs:
+        shape, slice_ = self._shape(model), self._slice(topology_)
+        return Programs(self._config, shape, rank, slice_, dict(sizes), self._flash_from)
+
+    def _held(self, row: Row, layout: Layout) -> tuple[int, int]:
+        """Bytes on one chip: of the base; of adapter, moments and counts."""
+        programs = self._of(row, layout)()
+        base = programs.weights(programs.model.base)
+        return _bytes_on_one(base), _bytes_on_one(programs.state(layout.trials))
+
+    def _attention_product(self, row: Row, layout: Layout) -> float:
+        """FLOPs on one chip of one of the flash kernel's products for one row, all layers; 0 if it does not run."""
+        length, shape = self._config.data.max_length, self._shape(row.model)
+        if self._flash_from is None or length < self._flash_from or length % BLOCKS[-1]:
+            return 0.0
+        return causal_product(shape, length) / (layout.sizes["tensor"] if shape.num_kv_heads else 1)
+
+
+def causal_product(shape: DecoderConfig, length: int) -> float:
+    """FLOPs of queries times keys over all heads and layers for one row, in the blocks that causality leaves."""
+    size = next(size for size in BLOCKS if length % size == 0)
+    blocks = length // size * (length // size + 1) // 2
+    return 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * size * size * blocks
+
+
+def _bytes_on_one(tree) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _guess(found: dict[int, Record], limit: float) -> int:
+    """Rows at which a line through two measurements, or one and what it holds besides rows, meets the limit."""
+    (first, *_, last) = sorted(found) if len(found) > 1 else (0, *found)
+    held = found[last].parameters + found[last].optimizer
+    low = found[first].needed if first else held
+    slope = (found[last].needed - low) / (last - first)
+    return int(last + (limit - found[last].needed) / max(slope, 1.0))
