@@ -13,11 +13,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mlora_jax.adapt import adapt, split
+from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import Trial, expand_trials, harness_tasks, resolve
 from mlora_jax.data import find_task, load_task
 from mlora_jax.experiment import model_folder
 from mlora_jax.models import Decoder, DecoderConfig
-from mlora_jax.models.known import decoder_shape
 from mlora_jax.train.phases import TrialPhases
 
 # English with numbers under a vocabulary of 128k; smaller vocabularies need more tokens.
@@ -120,8 +120,9 @@ class Estimate:
 def estimate(config: ConfigDict | dict) -> Estimate:
     """Counts what a config asks for.
 
-    The model's shape is that of a known hub id or from config.json. Rows are counted and their characters measured
-    where they are local (`data.raw_dir`, `data.file`, the quickstart's); else published sizes are taken.
+    The model's shape is that of a known hub id or from config.json; no network is asked. Rows are counted and their
+    characters measured where they are local (`data.raw_dir`, `data.file`, the quickstart's); else published sizes are
+    taken.
 
     Operations per token: 2 for each parameter of a matrix going forward, as many again for the gradient of the inputs
     and, with `train.remat`, for computing the layer twice; the frozen matrices have no gradients of their own. The
@@ -132,8 +133,9 @@ def estimate(config: ConfigDict | dict) -> Estimate:
       config: as `mlora_jax.run.train` takes it.
 
     Raises:
-      ValueError: a config that cannot be, or a task of unknown size without local rows.
-      FileNotFoundError: a model that is neither known nor there.
+      ValueError: a config that cannot be, a model whose shape is not known, or a task of unknown size without local
+        rows.
+      FileNotFoundError: raw files that are not there.
     """
     config = resolve(config)
     trials, shape = expand_trials(config), _shape(config.model.path)
@@ -214,7 +216,7 @@ def _points(config: ConfigDict, trials: Iterable[Trial]) -> int:
 
 
 def _shape(path: str) -> DecoderConfig:
-    return decoder_shape(str(model_folder(path)) if path in ("", "quickstart") else path)
+    return model_shape(str(model_folder(path)) if path in ("", "quickstart") else path)
 
 
 def _text_size(config: ConfigDict) -> TextSize:

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.plan import _print_estimate
 from experiments.run import read_config
+from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import expand_trials, resolve
 from mlora_jax.estimate import CHARACTERS_PER_TOKEN, HARNESS, estimate, task_requests
-from mlora_jax.models.known import KNOWN_SHAPES, decoder_shape
 from tests.tiny import QUESTIONS, write_checkpoint, write_trec
 
 # The parameters of the published models, embeddings that are also the head counted once.
@@ -102,7 +102,7 @@ def test_what_is_not_known_is_asked_for(config):
         ValueError, match=r"the size of the task 'trec' is not known: give its rows by config\.data\.raw_dir"
     ):
         estimate({**config, "data": {"task": "trec"}})
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match="the shape of the model 'nowhere' is not known"):
         estimate({**config, "model": {"path": "nowhere"}})
     with pytest.raises(ValueError, match=r"config\.model\.path is not set"):
         estimate({**config, "model": {"path": ""}})
@@ -110,8 +110,9 @@ def test_what_is_not_known_is_asked_for(config):
 
 def test_known_shapes_write_the_config_that_transformers_reads(tmp_path):
     """Against transformers' own count of the tensors of such a config, without making them."""
-    for name, path in zip(PARAMETERS, KNOWN_SHAPES, strict=True):
-        (tmp_path / "config.json").write_text(json.dumps(decoder_shape(path).to_hugging_face()))
+    for name in PARAMETERS:
+        shape = model_shape(read_config(f"paper_gsm8k_{name}").model.path)
+        (tmp_path / "config.json").write_text(json.dumps(shape.to_hugging_face()))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
         assert model.num_parameters() == PARAMETERS[name]

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": {"core", "config", "train.records"},
     "experiment": BELOW_EVALUATE | {"evaluate", "interop"},
     "run_folder": BELOW_EVALUATE,
-    "estimate": BELOW_EVALUATE | {"experiment"},
+    "estimate": BELOW_EVALUATE | {"compile_report", "experiment"},
     "plan": BELOW_EVALUATE | {"evaluate", "estimate", "experiment"},
     "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
     "readouts": BELOW_EVALUATE | {"evaluate", "experiment"},
