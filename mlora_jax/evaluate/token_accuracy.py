@@ -15,8 +15,8 @@ from mlora_jax.models.tokenizer import Tokenizer
 class TokenEvaluator:
     """Whether each token of the answers is the likeliest one behind the true text before it.
 
-    `evaluator(adapter, p)` gives one verdict per token, the end of an answer included, always in one order. Tokens of
-    one answer hang together, so a standard error over them is too small.
+    `evaluator(adapter, p)` gives one verdict per token, the end of an answer included, row by row. Tokens of one
+    answer hang together, so a standard error over them is too small.
 
     Args:
       scorer: of the adapted decoder.
@@ -51,13 +51,12 @@ class TokenEvaluator:
     def __call__(self, adapter, p) -> np.ndarray:
         """Verdicts [tokens] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
         made = [self._scorer.run_batch(batch, adapter, p) for batch in self._prepared.batches]
-        values, greedy = (
-            np.concatenate([part[: len(owner)] for part, owner in zip(parts, self._prepared.owners, strict=True)])
-            for parts in zip(*made, strict=True)
-        )
+        owners = np.concatenate(self._prepared.owners)
+        values, greedy = (np.concatenate(parts)[owners >= 0] for parts in zip(*made, strict=True))  # less padding
         finite = np.isfinite(values)
         warn_of_not_finite(finite)
-        return greedy & finite
+        # By rows, however the scorer has packed them.
+        return (greedy & finite)[np.argsort(owners[owners >= 0], kind="stable")]
 
     def __len__(self) -> int:
         """The number of batches."""
