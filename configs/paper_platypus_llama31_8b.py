@@ -7,7 +7,7 @@
 r32 and r256 are the grids at R = 32 and 256: 3 methods x 3 scalings x 3 seeds x 23 learning rates = 621 trials of
 2,243 steps, measured on arc_challenge, hellaswag, mmlu and winogrande at every rank. smoke runs minutes on a CPU. The
 weights are gated: accept their terms on the hub and log in, or give a download by --config.model.path=MODEL_FOLDER. The
-commands of every table: docs/paper.md. The grids need accelerators and have not been run by us; smoke has.
+commands of every table: docs/paper.md. The grids need accelerators and have not been run by us.
 """
 
 from ml_collections import ConfigDict
