@@ -10,13 +10,14 @@ import pytest
 import experiments.run
 from experiments.run import read_config, run_with_config, take_config_path
 from mlora_jax.config import expand_trials
+from tests.conftest import QUICKLY_COMPILED
 from tests.tiny import write_checkpoint, write_trec
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": QUICKLY_COMPILED}
     return subprocess.run(
         [sys.executable, "-m", "experiments.run", *map(str, arguments)],
         cwd=ROOT,
