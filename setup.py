@@ -8,6 +8,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     # A frozen base in int8 or nf4.
     "quant": ["qwix>=0.1.8"],
+    # TPUs, and the compiler for them, which experiments.compile_report needs without a TPU.
+    "tpu": ["jax[tpu]"],
     "wandb": ["wandb>=0.19"],
     "test": [
         # What the harness's own Hugging Face backend, the oracle of the task scores, imports.
@@ -30,7 +32,7 @@ EXTRAS = {
     ],
 }
 
-COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks", "study")
+COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks", "study", "compile-report")
 
 setup(
     name="mlora_jax",

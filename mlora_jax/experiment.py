@@ -417,7 +417,7 @@ class Experiment:
 
 
 def run_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh of `config.parallel`; None for a single device.
+    """The mesh of `config.parallel`; None for a single device, or if jax is told to take a certain one by default.
 
     Where `data` is -1 it is the most that the devices and the rows of a micro-batch leave; devices that it cannot use
     stay idle, except that no process may.
@@ -425,6 +425,8 @@ def run_mesh(config: ConfigDict) -> Mesh | None:
     Raises:
       ValueError: axes that do not fit the devices, or rows that they do not divide.
     """
+    if jax.config.jax_default_device is not None:
+        return None
     options, devices = config.parallel, jax.devices()
     sizes = {axis: options[axis] for axis in AXES}
     rows = config.train.batch_size // config.train.accumulation

@@ -16,12 +16,19 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit all of it
     COMPILED = tempfile.TemporaryDirectory(prefix="mlora_jax_tests_")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{DEVICES} {os.environ.get('XLA_FLAGS', QUICKLY_COMPILED)}"  # of two the last one counts
+    os.environ.setdefault("XLA_FLAGS", QUICKLY_COMPILED)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+FLAGS = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{DEVICES} {FLAGS}"
+# Counts the devices, of which runs take the first one. Programs that tests start have one device.
+jax.config.update("jax_default_device", jax.devices()[0])
+os.environ["XLA_FLAGS"] = FLAGS
 
 SHARED = pathlib.Path(__file__).parents[1] / "../shared"
 

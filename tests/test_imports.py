@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "lm_eval": BELOW_EVALUATE | {"evaluate"},
     "report": {"core", "config", "train.records"},
     "experiment": BELOW_EVALUATE | {"evaluate", "interop"},
+    "compile_report": BELOW_EVALUATE | {"evaluate"},
     "run_folder": BELOW_EVALUATE,
     "estimate": BELOW_EVALUATE | {"compile_report", "experiment"},
     "plan": BELOW_EVALUATE | {"evaluate", "estimate", "experiment"},
@@ -39,11 +40,26 @@ MAY_IMPORT = {
     "study": BELOW_EVALUATE | {"evaluate", "report", "run", "run_folder"},
     "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "readouts", "run_folder", "run_tasks"},
     "experiments": BELOW_EVALUATE
-    | {"evaluate", "interop", "report", "estimate", "experiment", "run_folder", "plan", "ranks", "run", "study"},
+    | {
+        "evaluate",
+        "interop",
+        "report",
+        "estimate",
+        "experiment",
+        "compile_report",
+        "run_folder",
+        "plan",
+        "ranks",
+        "run",
+        "study",
+    },
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
-DOCTESTED = ("adapt", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report", "train")
+DOCTESTED = (
+    *("adapt", "compile_report", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report"),
+    "train",
+)
 
 
 def module_name(path: pathlib.Path) -> str:

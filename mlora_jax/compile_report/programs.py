@@ -27,16 +27,6 @@ from mlora_jax.train.step import Schedule, init_state, make_optimizer
 OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Requests(Placement):
-    """Rows of requests along all axes but `tensor`."""
-
-    rows = EVALUATED
-
-    def activations(self, x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, rows_sharding(self.mesh, x.ndim, 0, over=EVALUATED))
-
-
 def _placed(tree, placed):
     """Structures of arrays that lie like this."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
@@ -79,7 +69,6 @@ def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh, fl
     model = nnx.eval_shape(make)
     graphdef, base, adapter, profile = split(model)
     model.eval()
-    model.placement = None if mesh is None else _Requests(mesh)
     return Abstract((graphdef, split(model)[0]), base, adapter, profile)
 
 
@@ -164,20 +153,18 @@ class Programs:
         base, profile = self.weights(self.model.base), self.weights(self.model.profile)
         return step.compile(base, profile, self.state(trials), rows, draw, schedule, keys)
 
-    def _trial(self) -> Trial:
-        return dataclasses.replace(expand_trials(self.config)[0], rank=self.rank)
-
     def prefill(self, batch: int) -> jax.stages.Compiled:
         """Of the prompts of a batch, each as long as the longest training row, with room for an answer."""
-        return self._generator.prefill.lower(self.slots, *self._weights, *self._prompts(batch), None).compile()
+        tokens, *others = self._requests(batch)
+        return self._generator.prefill.lower(self.slots, False, *self._weights, tokens, *others).compile()
 
     def decode(self, batch: int) -> jax.stages.Compiled:
         """Of `STEPS` tokens of each row of a batch, in the cache that prefilling leaves."""
-        tokens, rows = self._prompts(batch)
-        prefill = functools.partial(self._generator.prefill, self.slots)
-        made = jax.eval_shape(prefill, *self._weights, tokens, rows, None)
-        state = _placed(made[0], jax.tree.map(self._kept, made[0]))
-        return self._generator.decode.lower(*self._weights, state, rows, None).compile()
+        tokens, *others = self._requests(batch)
+        prefill = functools.partial(self._generator.prefill, self.slots, False)
+        state, _ = jax.eval_shape(prefill, *self._weights, tokens, *others)
+        state = _placed(state, jax.tree.map(self._kept, state))
+        return self._generator.decode.lower(False, *self._weights, state, *others).compile()
 
     @property
     def slots(self) -> int:
@@ -186,23 +173,30 @@ class Programs:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        model, options = self.model, dict(pad_multiple=self.config.data.pad_multiple, eos=self.shape.eos_token_ids)
-        return Generator(model.graphdefs[1], model.base, model.profile, max_length=self.slots, batch_size=1, **options)
-
-    def _prompts(self, batch: int) -> tuple:
-        """Tokens [B, T] and what every row goes by."""
-        rows = functools.partial(rows_sharding, self.mesh, axis=0, over=EVALUATED)
-        tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=rows(2))
-        one = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows(1))
-        return tokens, PromptRows(one, one, one)
-
-    def _kept(self, leaf) -> jax.sharding.Sharding:
-        """Of a cache [B, KV, ...], of one number for each row, or of a number for all."""
-        if leaf.ndim == 0:
-            return replicated(self.mesh)
-        heads = "tensor" if leaf.ndim == 4 and leaf.shape[1] % self.sizes["tensor"] == 0 else None
-        return NamedSharding(self.mesh, PartitionSpec(EVALUATED, *(heads for _ in range(leaf.ndim > 1))))
+        # Its values are replaced by the p of each call.
+        profile = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.model.profile)
+        options = dict(pad_multiple=self.config.data.pad_multiple, eos=self.shape.eos_token_ids, mesh=self.mesh)
+        return Generator(self.model.graphdefs[1], None, profile, max_length=self.slots, batch_size=1, **options)
 
     @functools.cached_property
     def _weights(self) -> tuple:
-        return tuple(self.weights(tree) for tree in (self.model.base, self.model.adapter, self.model.profile))
+        """Base, adapter and p [R]."""
+        p = jax.ShapeDtypeStruct((self.rank,), jnp.float32, sharding=replicated(self.mesh))
+        return self.weights(self.model.base), self.weights(self.model.adapter), p
+
+    def _requests(self, batch: int) -> tuple:
+        """Tokens [B, T], what every row goes by, and greedy sampling."""
+        lie = rows_sharding(self.mesh, 2, 0, over=EVALUATED)
+        tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=lie)
+        one = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated(self.mesh))
+        return tokens, PromptRows(one, one, one), None
+
+    def _kept(self, leaf) -> jax.sharding.Sharding:
+        """Of a cache [S, B / S, KV, ...] or of the newest tokens [S, B / S]; the rest is small."""
+        if leaf.ndim < 2 or leaf.dtype == bool:
+            return replicated(self.mesh)
+        heads = "tensor" if leaf.ndim == 5 and leaf.shape[2] % self.sizes["tensor"] == 0 else None
+        return NamedSharding(self.mesh, PartitionSpec(EVALUATED, None, *(heads for _ in range(leaf.ndim == 5))))
+
+    def _trial(self) -> Trial:
+        return dataclasses.replace(expand_trials(self.config)[0], rank=self.rank)

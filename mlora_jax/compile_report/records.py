@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from mlora_jax.models.flash import product_flops
 from mlora_jax.parallel.chips import GIB, Slice
 from mlora_jax.parallel.hlo import Costs, program_costs
+from mlora_jax.parallel.hlo_text import Shape
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_TOO_MUCH = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
+
+
+def _flash_flops(products: int, operands: Sequence[Shape]) -> float:
+    """Of a kernel whose first operand with heads is the queries [..., H, T, Hd]."""
+    *heads, length, features = next(each.sizes for each in operands if each.dtype in ("bf16", "f32"))
+    return products * product_flops(math.prod(heads), length, features)
+
+
+# Products of jax's splash attention kernels: scores and mixture; scores, their gradient, the queries'; scores,
+# their gradient, the values', the keys'.
+FLASH = {
+    "splash_mha_fwd": functools.partial(_flash_flops, 2),
+    "splash_mha_dq": functools.partial(_flash_flops, 3),
+    "splash_mha_dkv": functools.partial(_flash_flops, 4),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +121,6 @@ def measure(
     parameters: int,
     optimizer: int,
     runs: int = 1,
-    kernel_flops: float = 0.0,
 ) -> Record:
     """Compiles a program and reads what it takes.
 
@@ -108,7 +130,6 @@ def measure(
       slice_: that it is compiled for.
       parameters, optimizer: bytes on one chip.
       runs: of the body of a loop whose length is not in the program; the record is of one of them.
-      kernel_flops: of one run of the program in kernels that do not state theirs.
     """
     start, chip = time.monotonic(), slice_.chip
     try:
@@ -118,16 +139,16 @@ def measure(
         rest = needed - parameters - optimizer
         return Record(dict(key), False, needed, limit, parameters, optimizer, rest)
     elapsed = time.monotonic() - start
-    memory, costs = compiled.memory_analysis(), program_costs(compiled.as_text(), open_trips=runs)
+    memory, costs = compiled.memory_analysis(), program_costs(compiled.as_text(), open_trips=runs, kernels=FLASH)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     share = slice_.per_device
-    flops = (costs.flops + kernel_flops) / runs
+    flops = costs.flops / runs
     return Record(
         key=dict(key),
         fits=True,
         needed=needed,
-        limit=int(chip.memory * share),
+        limit=usable_memory(slice_),
         parameters=parameters,
         optimizer=optimizer,
         activations=needed - parameters - optimizer,
@@ -140,16 +161,29 @@ def measure(
             "HBM": costs.main_bytes / runs / (chip.memory_bandwidth * share),
             "interconnect": costs.moved_bytes / runs / (chip.link_bandwidth * share),
         },
-        notes=_notes(costs, runs, kernel_flops),
+        notes=_notes(costs, runs),
         compile_seconds=elapsed,
     )
 
 
-def _notes(costs: Costs, runs: int, kernel_flops: float) -> list[str]:
+@functools.cache
+def usable_memory(slice_: Slice) -> int:
+    """Bytes of one device that the compiler gives to programs: a little less than a chip has."""
+    memory = int(slice_.chip.memory * slice_.per_device)
+    device = jax.sharding.SingleDeviceSharding(slice_.devices[0])
+    too_many = jax.ShapeDtypeStruct((2, memory), jnp.int8, sharding=device)
+    try:
+        jax.jit(lambda x: x + 1).lower(too_many).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return out_of_memory(str(error))[1]
+    return memory  # of a compiler that does not look
+
+
+def _notes(costs: Costs, runs: int) -> list[str]:
     notes = []
     if costs.open_loops and runs == 1:
         notes.append(f"{costs.open_loops} loops of unknown length are counted once")
-    if costs.silent_kernels and not kernel_flops:
+    if costs.silent_kernels:
         names = ", ".join(sorted(costs.silent_kernels))
         notes.append(f"FLOPs of the kernels {names} are not counted")
     return notes
@@ -164,7 +198,7 @@ def out_of_memory(message: str) -> tuple[int, int]:
     >>> out_of_memory("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ...")
     (21474836480, 16911433728)
     """
-    found = _TOO_MUCH.search(message)
+    found = next(filter(None, (pattern.search(message) for pattern in _TOO_MUCH)), None)
     if not found:
         raise ValueError(f"the program does not compile: {message[:2000]}")
     amounts = (found[1], found[2]), (found[3], found[4])

@@ -18,15 +18,14 @@ from mlora_jax.compile_report.programs import Programs, base_bytes
 from mlora_jax.compile_report.records import Record, Records, measure
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.evaluate.generation import STEPS
-from mlora_jax.models import DecoderConfig
-from mlora_jax.models.flash import BLOCKS
-from mlora_jax.parallel.chips import topology
+from mlora_jax.parallel.chips import Slice, topology
 
 LARGEST = "largest"
 PROGRAMS = ("train", "prefill", "decode")
 # Config groups that decide about a program, besides what a row says itself.
 DECIDING = ("adapter", "train", "methods", "parallel")
 ATTEMPTS = 6  # compilations in search of the largest batch
+ENOUGH = 0.97  # the share of memory at which a batch is called the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Reporter:
       flash_from: tokens from which attention is the flash kernel; None: never.
       programs: some of `PROGRAMS`.
       say: called with a line before every compilation.
+      slices: name -> slice.
     """
 
     def __init__(
@@ -84,10 +84,11 @@ class Reporter:
         flash_from: int | None,
         programs: Sequence[str] = PROGRAMS,
         say: Callable[[str], None] = lambda line: None,
+        slices: Callable[[str], Slice] = topology,
     ):
         self._config, self._records, self._flash_from, self._say = config, records, flash_from, say
         self._programs = programs
-        self._slice = functools.cache(topology)
+        self._slice = functools.cache(slices)
         self._shape = functools.cache(model_shape)
         self._base_bytes = functools.cache(lambda model: base_bytes(config, self._shape(model)))
         self._made = functools.lru_cache(maxsize=4)(self._make)
@@ -122,7 +123,7 @@ class Reporter:
         )
 
     def _largest(self, row: Row, first: Layout) -> tuple[Layout, Record]:
-        """The largest batch that fits at one time, in steps of a row on every chip: memory is nearly linear in it."""
+        """The largest batch that fits at one time, in steps of a row on every chip; memory is nearly linear in it."""
 
         def attempt(rows: int) -> Record:
             found[rows] = self._train(row, layout(rows))
@@ -132,19 +133,17 @@ class Reporter:
             return dataclasses.replace(first, batch=rows * first.row_shards, accumulation=1)
 
         found: dict[int, Record] = {}
-        rows = max(first.batch // first.row_shards, 1)
-        attempt(rows)
-        # The compiler's own limit, which only an error tells, is a little below the chip's memory.
+        attempt(first.rows * first.accumulation)
+        limit = min(record.limit for record in found.values())
         for _ in range(ATTEMPTS):
-            fitting, failing = [n for n in found if found[n].fits], [n for n in found if not found[n].fits]
-            low, high = max(fitting, default=0), min(failing, default=None)
+            low = max((rows for rows in found if found[rows].fits), default=0)
+            high = min((rows for rows in found if not found[rows].fits), default=None)
             if high is not None and high - low <= max(1, low // 32):
                 break
-            guess = _guess(found, 0.98 * min(record.limit for record in found.values()))
-            guess = max(low + 1, guess if high is None else min(guess, high - 1))
-            if guess in found or (high is None and guess <= low):
+            if low and found[low].needed >= ENOUGH * limit:
                 break
-            attempt(guess)
+            guess = max(low + 1, _guess(found, (1 + ENOUGH) / 2 * limit))
+            attempt(guess if high is None else min(guess, high - 1))
         fitting = [n for n in found if found[n].fits]
         rows = max(fitting, default=min(found))
         return layout(rows), found[rows]
@@ -157,16 +156,12 @@ class Reporter:
             "accumulation": layout.accumulation,
             "answers": self._config.data.max_length // 2,
         }
-        rows = layout.batch // layout.row_shards
-        # Two products forward, again in the backward pass if layers are recomputed, and seven for the gradients.
-        products = 2 + 2 * self._config.train.remat + 7
         return self._record(
             key,
             row,
             lambda: programs().train(layout.batch, layout.accumulation),
             parameters=parameters,
             optimizer=optimizer,
-            kernel_flops=rows * products * self._attention_product(row, layout),
         )
 
     def _generation(self, name: str, row: Row, layout: Layout, requests: int) -> Record:
@@ -174,11 +169,9 @@ class Reporter:
         parameters, _ = self._held(row, layout)
         new = self._config.evaluation.max_new_tokens
         key = self._key(row, layout, name) | {"requests": requests, "new_tokens": new}
-        shards = math.prod(layout.sizes.values()) // layout.sizes["tensor"]
-        flops = requests // shards * 2 * self._attention_product(row, layout) if name == "prefill" else 0.0
         compiled = lambda: getattr(programs(), name)(requests)  # noqa: E731
         runs = STEPS if name == "decode" else 1
-        return self._record(key, row, compiled, parameters=parameters, optimizer=0, runs=runs, kernel_flops=flops)
+        return self._record(key, row, compiled, parameters=parameters, optimizer=0, runs=runs)
 
     def _record(self, key: dict[str, Any], row: Row, compiled, **options) -> Record:
         def make():
@@ -216,20 +209,6 @@ class Reporter:
         programs = self._of(row, layout)()
         base = programs.weights(programs.model.base)
         return _bytes_on_one(base), _bytes_on_one(programs.state(layout.trials))
-
-    def _attention_product(self, row: Row, layout: Layout) -> float:
-        """FLOPs on one chip of one of the flash kernel's products for one row, all layers; 0 if it does not run."""
-        length, shape = self._config.data.max_length, self._shape(row.model)
-        if self._flash_from is None or length < self._flash_from or length % BLOCKS[-1]:
-            return 0.0
-        return causal_product(shape, length) / (layout.sizes["tensor"] if shape.num_kv_heads else 1)
-
-
-def causal_product(shape: DecoderConfig, length: int) -> float:
-    """FLOPs of queries times keys over all heads and layers for one row, in the blocks that causality leaves."""
-    size = next(size for size in BLOCKS if length % size == 0)
-    blocks = length // size * (length // size + 1) // 2
-    return 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * size * size * blocks
 
 
 def _bytes_on_one(tree) -> int:

@@ -63,7 +63,7 @@ def attend(
         [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
     """
     if flash is not None and mask is None and causal and flash.takes(query, key):
-        return flash_attend(query, key, value, flash.mesh, flash.rows)
+        return flash_attend(query, key, value, flash.mesh)
     operands = (query, key, value) if mask is None else (query, key, value, mask)
     scores = math.prod(query.shape[:3]) * key.shape[1]
     other = _attend_in_float64 if query.dtype == jnp.float64 else _attend_at_once

@@ -384,7 +384,7 @@ class Decoder(nnx.Module):
         if isinstance(windows, int):
             mask, windows = within_window(mask, windows, positions, keys), None
         placement = self.placement
-        flash = Flash(self.flash_from, getattr(placement, "mesh", None), getattr(placement, "rows", ()))
+        flash = Flash(self.flash_from, None if placement is None else placement.mesh)
         rotary = None if self.config.rotary_layers is None else jnp.asarray(self.config.rotary_layers)
         frequencies = jnp.asarray(rope_frequencies(self.config), self.wide_dtype)
         angles = positions[..., None, None].astype(self.wide_dtype) * frequencies  # [B, T, 1, Hd / 2]

@@ -23,12 +23,10 @@ class Flash:
     Attributes:
         least: T from which it does; None: never.
         mesh: that arrays lie on; None for one device.
-        rows: axes of the mesh that B lies along, but for those of a `jax.vmap` around.
     """
 
     least: int | None = LEAST
     mesh: Mesh | None = None
-    rows: tuple[str, ...] = ()
 
     def takes(self, query: jax.Array, key: jax.Array) -> bool:
         """Whether it runs for these, [B, T, H, Hd] and [B, T, KV, Hd]: on TPUs alone."""
@@ -48,26 +46,40 @@ def fits_flash(query: jax.Array, key: jax.Array) -> bool:
     return same and query.dtype in (jnp.bfloat16, jnp.float32)
 
 
+def product_flops(heads: int, length: int, features: int) -> float:
+    """FLOPs of queries times keys in the kernel: in the blocks of a row that causality leaves.
+
+    Args:
+        heads: query heads, over all rows.
+        length: T.
+        features: Hd.
+
+    >>> product_flops(1, 1024, 64) == 2 * 64 * 3 * 512**2
+    True
+    """
+    size = next(size for size in BLOCKS if length % size == 0)
+    blocks = length // size * (length // size + 1) // 2
+    return 2.0 * heads * features * size * size * blocks
+
+
 def flash_attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mesh: Mesh | None = None,
-    rows: tuple[str, ...] = (),
     *,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k' / sqrt(Hd)) v over the keys up to each query; differentiable.
 
     The compiler cannot cut a kernel, so on a mesh it is run on each device's part: heads along `tensor` where that
-    divides those of the keys. Axes that a `jax.vmap` around has as its `spmd_axis_name` stay as they are.
+    divides those of the keys. Rows lie along the axes of the mesh that a `jax.vmap` around has as its `spmd_axis_name`.
 
     Args:
         query: [B, T, H, Hd].
         key: [B, T, KV, Hd].
         value: [B, T, KV, Hd].
         mesh: that the arrays lie on; None for one device.
-        rows: axes of the mesh that B lies along.
         interpret: run the kernel's steps on any platform, slowly; for tests.
 
     Returns:
@@ -96,5 +108,5 @@ def flash_attend(
     if mesh is None or mesh.size == 1:
         return own_part(query, key, value)
     heads = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
-    spec = PartitionSpec(rows or None, None, heads, None)
+    spec = PartitionSpec(None, None, heads, None)
     return jax.shard_map(own_part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)

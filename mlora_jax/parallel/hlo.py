@@ -10,8 +10,9 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mlora_jax.parallel.hlo_products import PRODUCTS
 from mlora_jax.parallel.hlo_text import (
@@ -28,6 +29,8 @@ from mlora_jax.parallel.hlo_text import (
     root_of,
     tuple_element,
 )
+
+KernelFlops = Callable[[Sequence[Shape]], float]
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -84,7 +87,7 @@ class Costs:
       main_bytes: read from and written to main memory by the instructions that are not inside a fusion.
       traffic: of collectives.
       open_loops: loops whose trip count is not in the program.
-      silent_kernels: kernels that state no costs, by name: how often each runs.
+      silent_kernels: kernels whose FLOPs are not known, by name: how often each runs.
     """
 
     flops: float
@@ -99,7 +102,7 @@ class Costs:
         return sum(each.moved for each in self.traffic)
 
 
-def program_costs(text: str, *, open_trips: int = 1) -> Costs:
+def program_costs(text: str, *, open_trips: int = 1, kernels: Mapping[str, KernelFlops] | None = None) -> Costs:
     """Counts what a compiled program does.
 
     Elementwise work, reductions and sorts count as memory traffic, not as FLOPs. Of a conditional the branch with the
@@ -108,6 +111,7 @@ def program_costs(text: str, *, open_trips: int = 1) -> Costs:
     Args:
       text: of the optimised HLO.
       open_trips: how often the body of a loop runs whose trip count is not in the program.
+      kernels: FLOPs of those that state none, by the beginning of their names: a function of their operands.
 
     Raises:
       ValueError: a text without an entry computation.
@@ -123,7 +127,10 @@ def program_costs(text: str, *, open_trips: int = 1) -> Costs:
     (48.0, 104.0)
     """
     computations, entry = parse_program(text)
-    counter = _Counter(computations, open_trips)
+    everyone = math.prod(
+        int(size) for size in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
+    )
+    counter = _Counter(computations, open_trips, kernels or {}, everyone)
     total = counter.costs(entry)
     traffic = tuple(
         Traffic(kind, group, count, payload) for (kind, group), (count, payload) in sorted(total.traffic.items())
@@ -149,8 +156,15 @@ class _Sum:
 
 
 class _Counter:
-    def __init__(self, computations: Mapping[str, Computation], open_trips: int):
-        self._computations, self._open_trips = computations, open_trips
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        open_trips: int,
+        kernels: Mapping[str, KernelFlops],
+        everyone: int,
+    ):
+        self._computations, self._open_trips, self._kernels = computations, open_trips, kernels
+        self._everyone = everyone
         self._loops = {
             id(computations[role(one, part)]): (one, computation)
             for computation in computations.values()
@@ -257,7 +271,7 @@ class _Counter:
         # The result of a start holds the operand too, and that of a permutation its flags.
         result = max(one.bytes - operands, 0) if one.opcode.endswith("-start") and len(one.shapes) > 1 else one.bytes
         payload = operands if kind == "collective-permute" else max(operands, result)
-        group = group_size(one.rest)
+        group = group_size(one.rest, self._everyone)
         found = _Sum(main_bytes=_moved(one, computation))
         if group > 1:
             found.traffic[kind, group] = 1.0, float(payload)
@@ -270,8 +284,11 @@ class _Counter:
             return _Sum()
         found = _Sum(main_bytes=_moved(one, computation))
         estimate = re.search(r'"cost_estimate":(\{[^{}]*\})', one.rest)
+        known = next((flops for name, flops in self._kernels.items() if one.name.startswith(name)), None)
         if estimate:
             found.flops = float(json.loads(estimate[1]).get("flops", 0))
+        elif known:
+            found.flops = known(operand_shapes(one, computation))
         else:
             found.silent[re.sub(r"[.\d]+$", "", one.name)] += 1
         return found

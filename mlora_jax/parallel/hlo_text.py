@@ -181,8 +181,8 @@ def operand_shapes(one: Instruction, computation: Computation) -> list[Shape]:
     return [shape for name in one.operands if name in computation for shape in computation[name].shapes]
 
 
-def group_size(rest: str) -> int:
-    """How many devices take part in a collective together; 2 for a permutation."""
+def group_size(rest: str, everyone: int) -> int:
+    """How many devices take part in a collective together, of `everyone`; 2 for a permutation."""
     found = _GROUPS.search(rest)
     if found:
         _, size, listed, mesh, axes = found.groups()
@@ -194,8 +194,7 @@ def group_size(rest: str) -> int:
         return math.prod(int(part or sizes[name]) for name, part in parts)
     if re.search(r"replica_groups=(?!\{\})", rest):
         raise ValueError(f"replica groups in a form that is not known: {rest[rest.index('replica_groups=') :][:120]}")
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|$|\s)", rest)
-    return 2 if pairs else 1
+    return 2 if "source_target_pairs=" in rest else everyone
 
 
 def called_by(rest: str) -> list[str]:

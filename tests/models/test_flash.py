@@ -1,6 +1,7 @@
 """The TPU's attention kernel, interpreted on a CPU, against NumPy."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mlora_jax.models.flash import fits_flash, flash_attend
+from mlora_jax.models import attention, flash
+from mlora_jax.models.flash import Flash, fits_flash, flash_attend
 
 AXES = ("trial", "data", "fsdp", "tensor")
 
@@ -49,9 +51,11 @@ def run(attend, arrays, cotangent):
     return found, *gradients
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_values_and_gradients(groups):
-    arrays = inputs(groups=groups)
+@pytest.mark.parametrize(("groups", "length"), [(2, 256), pytest.param(4, 384, marks=pytest.mark.slow)])
+def test_values_and_gradients(monkeypatch, groups, length):
+    """In blocks of 128: some of them are behind every key that a query sees, some on the diagonal, some before it."""
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    arrays = inputs(groups=groups, length=length)
     cotangent = np.random.default_rng(1).standard_normal(arrays[0].shape).astype(np.float32)
     found = run(functools.partial(flash_attend, interpret=True), arrays, cotangent)
     for mine, other in zip(found, numpy_attention(*arrays, cotangent), strict=True):
@@ -86,3 +90,24 @@ def test_on_a_mesh_under_mapped_rows():
 def test_what_the_kernel_takes(queries, keys, dtype, fits):
     structures = (jax.ShapeDtypeStruct((1, length, 2, 64), dtype) for length in (queries, keys))
     assert fits_flash(*structures) == fits
+
+
+@pytest.mark.parametrize(
+    ("platform", "least", "length", "masked", "runs"),
+    [
+        ("tpu", 128, 128, False, True),
+        ("tpu", 256, 128, False, False),
+        ("tpu", None, 128, False, False),
+        ("tpu", 128, 128, True, False),
+        ("cpu", 128, 128, False, False),
+    ],
+)
+def test_when_the_kernel_runs(monkeypatch, platform, least, length, masked, runs):
+    """On TPUs, for long rows, without a mask; the means of other platforms else."""
+    called = []
+    monkeypatch.setattr(attention, "flash_attend", lambda query, *rest: called.append(rest) or query)
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object))
+    query, key, value = (jnp.asarray(x) for x in inputs(length=length))
+    mask = jnp.ones((2, 1, length, length), bool) if masked else None
+    attention.attend(query, key, value, mask, True, flash=Flash(least, mesh))
+    assert bool(called) == runs

@@ -184,9 +184,26 @@ def test_a_limit_that_the_loop_changes_is_no_trip_count():
     assert program_costs(changed).open_loops == 1
 
 
+def test_groups_in_every_form():
+    """Of a mesh, of one with another order of devices, listed, counted, and all there are."""
+    written = "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}"
+    assert written in TPU
+    for other, size in (
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0','axis_1':(1)2}", 4),
+        ("replica_groups={{0,2},{1,3}}", 2),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups={}", 8),
+    ):
+        assert program_costs(TPU.replace(written, other)).traffic[0].group == size
+    with pytest.raises(ValueError, match="replica groups in a form that is not known"):
+        program_costs(TPU.replace(written, "replica_groups=other"))
+
+
 def test_kernels_that_state_nothing_are_named():
     silent = TPU.replace('"cost_estimate":{"flops":"1000","bytes_accessed":"5"}', '"other":1')
     assert program_costs(silent).silent_kernels == {"kernel": 1}
+    told = program_costs(silent, kernels={"ker": lambda operands: float(operands[0].sizes[0])})
+    assert told.flops == program_costs(silent).flops + 16 and told.silent_kernels == {}
 
 
 def test_text_that_is_no_program():
