@@ -68,6 +68,8 @@ setup(
         "scipy>=1.13",
         # Task wording, few-shot sampling, filters and metrics; imported only where tasks of its are evaluated.
         "lm-eval>=0.4.13",
+        # Reads data sets that are published as Parquet; it comes with lm-eval's `datasets` anyway.
+        "pyarrow>=24.0",
     ],
     extras_require=EXTRAS,
     entry_points={

@@ -1,11 +1,13 @@
 """Runs an experiment: `python -m experiments.run --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]`.
 
-`--config NAME` alone stands for a config that the package ships, wherever it is installed.
+`--config NAME` alone stands for a config that the package ships, wherever it is installed. A config with variants takes
+one behind a colon: `--config paper_gsm8k_llama32_1b:r256`, `--config configs/paper_gsm8k_llama32_1b.py:smoke`.
 
 Every key of `mlora_jax.config.DEFAULTS` can be set on the command line, whether the config file names it or not.
 """
 
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -38,13 +40,20 @@ def read_config(path: str) -> ConfigDict:
     """The config that `get_config()` of a Python file returns, with every default filled in.
 
     Args:
-      path: of the file, or the name of a shipped config.
+      path: of the file, or the name of a shipped config; `:VARIANT` behind it is what `get_config` is called with.
+
+    Raises:
+      FileNotFoundError: there is no such config.
+      ValueError: it has no such variant, or a value that cannot be.
     """
-    file = find_config(path)
+    name, colon, variant = (path, "", "") if pathlib.Path(path).is_file() else path.partition(":")
+    file = find_config(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return resolve(module.get_config())
+    if colon and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"the config {name} has no variants, got {path}")
+    return resolve(module.get_config(variant) if colon else module.get_config())
 
 
 def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:

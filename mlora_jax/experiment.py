@@ -25,7 +25,7 @@ from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, loa
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
-from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer
+from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
 from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.parallel import hosts
@@ -45,6 +45,8 @@ from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial
 from mlora_jax.train.objective import answer_loss
 from mlora_jax.train.phases import TrialPhases, squeeze_trials
 from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
+
+SCORED = {"choice": ChoiceEvaluator, "tokens": TokenEvaluator}  # the metrics that need no generated text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,10 +366,10 @@ class Experiment:
             pad_multiple=config.data.pad_multiple,
             mesh=self.mesh,
         )
-        if data.task.metric == "choice":
+        if data.task.metric in SCORED:
             seam = shapes.pop("seam")
             scorer = Scorer(graphdef, base, profile, chunk=config.train.loss_chunk, **shapes)
-            return ChoiceEvaluator(scorer, rows, self.tokenizer, seam=seam)
+            return SCORED[data.task.metric](scorer, rows, self.tokenizer, seam=seam)
         # As the harness does, a long prompt makes room for its answer.
         room = self.model.config.max_position_embeddings - config.evaluation.max_new_tokens
         shapes["max_length"] = min(config.data.max_length, room)
@@ -415,7 +417,7 @@ class Experiment:
 
 
 def run_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh of `config.parallel`; None for a single device.
+    """The mesh of `config.parallel`; None for a single device, or if jax is told to take a certain one by default.
 
     Where `data` is -1 it is the most that the devices and the rows of a micro-batch leave; devices that it cannot use
     stay idle, except that no process may.
@@ -423,6 +425,8 @@ def run_mesh(config: ConfigDict) -> Mesh | None:
     Raises:
       ValueError: axes that do not fit the devices, or rows that they do not divide.
     """
+    if jax.config.jax_default_device is not None:
+        return None
     options, devices = config.parallel, jax.devices()
     sizes = {axis: options[axis] for axis in AXES}
     rows = config.train.batch_size // config.train.accumulation

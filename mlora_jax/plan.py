@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, expand_trials, resolve
 from mlora_jax.data import batch_shape
+from mlora_jax.estimate import Requests, task_requests
 from mlora_jax.experiment import Experiment
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.phases import PhaseShape
@@ -64,7 +65,8 @@ class Plan:
       adapter_bytes: of all trained adapters, float32 (or float64).
       curves: rank-accuracy curves to measure, over splits and read-outs.
       evaluation_seconds: projected for them and for the base, from one timed batch of requests for each rank and
-        split; the tasks of `config.evaluation.tasks` are not counted.
+        split; without the tasks of `config.evaluation.tasks`.
+      tasks: how many curves and requests those tasks are; they are not timed.
       validations: while training, over all trials; fewer if some stop early.
       validation_seconds: projected for them.
     """
@@ -75,12 +77,13 @@ class Plan:
     adapter_bytes: int
     curves: int
     evaluation_seconds: float
+    tasks: Requests
     validations: int
     validation_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Projected for training, validation and evaluation."""
+        """Projected for training, validation and evaluation on the experiment's own rows."""
         return sum(group.training_seconds for group in self.groups) + self.validation_seconds + self.evaluation_seconds
 
 
@@ -112,6 +115,7 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
         adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in per_rank[trial.rank]),
         curves=curves,
         evaluation_seconds=evaluation_seconds,
+        tasks=task_requests(config, trials),
         validations=validations,
         validation_seconds=validation_seconds,
     )

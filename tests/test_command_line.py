@@ -9,13 +9,15 @@ import pytest
 
 import experiments.run
 from experiments.run import read_config, run_with_config, take_config_path
+from mlora_jax.config import expand_trials
+from tests.conftest import QUICKLY_COMPILED
 from tests.tiny import write_checkpoint, write_trec
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": QUICKLY_COMPILED}
     return subprocess.run(
         [sys.executable, "-m", "experiments.run", *map(str, arguments)],
         cwd=ROOT,
@@ -93,7 +95,46 @@ def test_config_path_is_required_and_found():
             take_config_path(arguments)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_p]*.py")), ids=lambda path: path.stem)
+SHIPPED = [path for path in sorted((ROOT / "configs").glob("[!_]*.py")) if not path.stem.startswith("pretrain")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_resolve(path):
     config = read_config(str(path))
     assert config.trials.method
+
+
+PAPER = sorted(path.stem for path in (ROOT / "configs").glob("paper_*.py"))
+
+
+def test_the_papers_grids_are_its_settings():
+    assert len(PAPER) == 4
+    rates = [
+        f"{digit}e-{power}" for power, digits in ((6, "56789"), (5, "123456789"), (4, "12345689")) for digit in digits
+    ]
+    for name in PAPER:
+        for variant, rank in (("r32", 32), ("r256", 256)):
+            config = read_config(f"{name}:{variant}")
+            assert (len(expand_trials(config)), config.trials.rank) == (3 * 3 * 3 * 23, (rank,))
+            assert config.trials.learning_rate == (*map(float, rates), 1e-3)
+            assert config.trials.seed == (42, 666, 2408) and set(config.trials.scaling) == {"none", "rank", "sqrt"}
+            assert config.model.path.endswith("1B-Instruct" if "1b" in name else "8B-Instruct")
+            assert (config.train.batch_size, config.train.accumulation, config.train.epochs) == (32, 8, 3)
+            shots = dict(config.evaluation.tasks)
+            expected = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5}
+            assert shots == (expected if "platypus" in name else {"gsm8k": 8})
+    assert read_config("paper_gsm8k_llama32_1b:r32").evaluation.tasks == (("gsm8k", 3), ("gsm8k", 8))
+
+
+def test_a_variant_stands_behind_a_colon(tmp_path):
+    assert read_config(PAPER[0]) == read_config(f"{PAPER[0]}:r32") == read_config(f"configs/{PAPER[0]}.py:r32")
+    assert len(expand_trials(read_config(f"{PAPER[0]}:smoke"))) == 24
+    with pytest.raises(ValueError, match="unknown variant 'r64' of the config, expected one of r32, r256, smoke"):
+        read_config(f"{PAPER[0]}:r64")
+    with pytest.raises(ValueError, match="the config quickstart has no variants, got quickstart:r32"):
+        read_config("quickstart:r32")
+    with pytest.raises(FileNotFoundError, match="there is no config file paper; configs that can be given by name"):
+        read_config("paper:r32")
+    file = tmp_path / "a:b.py"  # a file of such a name is that file
+    file.write_text("def get_config():\n    return {'trials': {'rank': (3,)}}\n")
+    assert read_config(str(file)).trials.rank == (3,)

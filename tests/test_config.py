@@ -21,7 +21,7 @@ from mlora_jax.config import (
 from mlora_jax.core import METHODS, Method, Phase, RankHierarchy
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("__", "pretrain"))]
+EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("_", "pretrain"))]
 
 
 def nested(dotted, value):

@@ -211,7 +211,7 @@ def test_a_config_by_its_name(tmp_path, monkeypatch):
     assert read_config("quickstart").trials.rank == (16,)
     (tmp_path / "quickstart").write_text("")
     assert find_config("quickstart") == pathlib.Path("quickstart")  # a file that is there
-    names = "gsm8k_llama32_1b, gsm8k_stories_3m, quickstart, .*, trec_stories_3m"
+    names = "gsm8k_stories_3m, paper_gsm8k_llama31_8b, paper_gsm8k_llama32_1b, .*, trec_stories_3m"
     for missing in ("quickstar", "configs/quickstart.py", "pretrain_quickstart", "__init__", ""):
         with pytest.raises(FileNotFoundError, match=f"there is no config file {missing}; .* by name: {names}$"):
             find_config(missing)

@@ -19,6 +19,7 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.experiment import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.models import Tokenizer, load_decoder
 from mlora_jax.train.adapter_file import save_adapter
+from tests.conftest import QUICKLY_COMPILED
 from tests.oracles.torch_generate import greedy
 from tests.tiny import write_checkpoint
 
@@ -28,7 +29,7 @@ PATHS = {"q_proj": "self_attn.q_proj", "down_proj": "mlp.down_proj"}
 
 
 def command(*arguments):
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": QUICKLY_COMPILED}
     return subprocess.run(
         [sys.executable, "-m", "experiments.generate", *map(str, arguments)],
         cwd=ROOT,

@@ -87,7 +87,7 @@ def test_validations_and_the_base_are_counted(monkeypatch, every, measure, one):
 
 
 def test_the_seconds_of_a_plan_are_those_of_its_parts():
-    assert Plan(1, 1, (), 0, 1, 20.0, 1, 3.0).seconds == 23.0
+    assert Plan(1, 1, (), 0, 1, 20.0, None, 1, 3.0).seconds == 23.0
 
 
 def test_the_command(config, tmp_path, request):

@@ -34,7 +34,7 @@ def made(tmp_path_factory):
                 "task": "trec",
                 "raw_dir": str(write_trec(root / "raw")),
                 "cache_dir": str(root / "cache"),
-                "pad_multiple": 96,  # one shape
+                "pad_multiple": 40,  # one shape
                 "max_length": 96,
             },
             "adapter": {"targets": ("v_proj", "up_proj")},

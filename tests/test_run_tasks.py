@@ -21,7 +21,7 @@ def config_of(root):
             "task": "trec",
             "raw_dir": str(root / "raw" / "trec"),
             "cache_dir": str(root / "cache"),
-            "pad_multiple": 96,
+            "pad_multiple": 40,  # one shape
             "max_length": 96,
         },
         "adapter": {"ranks": (1, 3, 6)},

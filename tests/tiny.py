@@ -40,11 +40,12 @@ def write_checkpoint(folder: pathlib.Path, *, seed: int = 0, dtype=jnp.float32, 
     return write_tokenizer(folder, bos=True)
 
 
+# Answers of 3 to 6 tokens: the answer axis is 8 in every batch of 4, so a run compiles one step.
 QUESTIONS = {
     "HUM:ind": ["Who was Galileo ?", "Who wrote Hamlet ?", "Who is the king ?"],
     "NUM:date": ["When did it begin ?", "How many are there ?", "What year was that ?"],
     "LOC:city": ["Where is Nice ?", "Where does it lie ?", "What city is it ?"],
-    "DESC:def": ["What is an atom ?", "What does it mean ?", "Why is that so ?"],
+    "ENTY:substance": ["What is an atom ?", "What burns best ?", "What is steel made of ?"],
 }
 
 

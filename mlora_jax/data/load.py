@@ -88,8 +88,9 @@ def load_task(
         style: the wording, one of the task's `styles`; empty: its first.
         file: own data, a JSONL file; with it the task is "jsonl", whatever `name` says.
         evaluation_file: the own data's test rows; empty: a part of `file` is held out.
-        holdout: the fraction of `file` held out when there is no evaluation file: the rows with the smallest
-            sha256 of "0:ROW", at least one, so the same rows always and, nearly, when rows are added.
+        holdout: the fraction of the training rows held out as test rows where there are no others (own data without
+            an evaluation file, "platypus"): those with the smallest sha256 of "0:ROW", at least one, so the same rows
+            always and, nearly, when rows are added.
         tokenizer: the model's; needed for chats written by its chat template.
 
     Raises:
@@ -104,7 +105,7 @@ def load_task(
     builder = _prepare(task.builder, config, cache_dir)
     sources = builder.as_data_source()
     parts = {split: (source, range(len(source))) for split, source in sources.items()}
-    if name == "jsonl" and "test" not in parts:
+    if "test" not in parts:
         source, rows = parts["train"]
         held = hold_out(len(rows), holdout)
         parts["train"] = source, [row for row in rows if row not in held]
@@ -141,7 +142,8 @@ def hold_out(count: int, fraction: float, *, limit: int | None = None, name: str
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(
-            f"{name} must be above 0 and below 1, got {fraction}; to train on every row, set data.evaluation_file"
+            f"{name} must be above 0 and below 1, got {fraction}; to train on every row of own data, set "
+            "data.evaluation_file"
         )
     held = min(max(1, round(count * fraction)), limit or count)
     if held >= count:

@@ -19,15 +19,19 @@ class Style:
 
     Attributes:
         prompt: template of the prompt; `{field}` is a field of the stored row.
+        without: field -> template of the prompt of rows in which that field is blank.
         answer: template of the answer; unused where there are choices.
         choices: every answer of a classification, in the order of the labels; empty: the row's own, if any.
+        choice: template of one of the row's own choices.
         seam: how the border between prompt and answer is tokenised, "separate", "joint" or "lossless" (see
             `Tokenizer.encode_pair`).
     """
 
     prompt: str
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     answer: str = ""
     choices: tuple[str, ...] = ()
+    choice: str = "{choice}"
     seam: str = "joint"
 
     def render(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,10 +41,11 @@ class Style:
             >>> Style(prompt="{text} =>", choices=(" no", " yes")).render({"text": "So?", "label": 1})
             {'prompt': 'So? =>', 'answer': ' yes', 'choices': [' no', ' yes'], 'label': 1}
         """
-        choices = list(self.choices or row.get("choices", ()))
+        choices = list(self.choices) or [self.choice.format(choice=choice) for choice in row.get("choices", ())]
         label = int(row["label"]) if choices else -1
         answer = choices[label] if choices else self.answer.format_map(row)
-        return {"prompt": self.prompt.format_map(row), "answer": answer, "choices": choices, "label": label}
+        prompt = next((other for field, other in self.without.items() if not row[field].strip()), self.prompt)
+        return {"prompt": prompt.format_map(row), "answer": answer, "choices": choices, "label": label}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,8 @@ class Task:
     Attributes:
         name: the task's name, also that of its builder package.
         styles: its wordings by name, the first being the default.
-        metric: "choice" (the most likely of the choices is the label's) or "exact_match" (of greedy
-            generation).
+        metric: "choice" (the most likely of the choices is the label's), "exact_match" (of greedy generation) or
+            "tokens" (the share of the answers' tokens that are the most likely ones behind the true text before them).
         answer_pattern: regular expression whose first group is the answer to compare; empty: all text.
         stop: strings at which greedy generation ends, besides the end-of-sequence token.
     """
@@ -122,6 +127,43 @@ _TASKS = (
     Task(
         name="sst2",
         styles={"default": Style(prompt="Review: {text}\nSentiment:", choices=(" negative", " positive"))},
+        metric="choice",
+    ),
+    Task(
+        name="platypus",
+        styles={
+            "reference": Style(
+                prompt="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+                without={"input": "### Instruction:\n{instruction}\n\n### Response:\n"},
+                answer="{output}",
+                seam="separate",
+            ),
+        },
+        # Long free answers: none is ever met word for word.
+        metric="tokens",
+    ),
+    *(
+        Task(
+            name=name,
+            styles={"harness": Style(prompt="Question: {question}\nAnswer:", choice=" {choice}")},
+            metric="choice",
+        )
+        for name in ("arc_challenge", "arc_easy")
+    ),
+    Task(
+        name="hellaswag",
+        styles={"harness": Style(prompt="{question}", choice=" {choice}")},
+        metric="choice",
+    ),
+    Task(
+        name="mmlu",
+        styles={"harness": Style(prompt="{question}\n{options}\nAnswer:", choices=(" A", " B", " C", " D"))},
+        metric="choice",
+    ),
+    Task(
+        name="winogrande",
+        # The harness compares the rest of the sentence behind either word, which is not one prompt with two answers.
+        styles={"default": Style(prompt="{question}\nThe blank is:", choice=" {choice}")},
         metric="choice",
     ),
     Task(

@@ -15,6 +15,7 @@ from mlora_jax.evaluate.generation import Generator, StopStrings
 from mlora_jax.evaluate.likelihood import ChoiceEvaluator
 from mlora_jax.evaluate.scoring import Prepared, Request, Scorer, Scores
 from mlora_jax.evaluate.statistics import Comparison, Interval, bootstrap_aurac, compare
+from mlora_jax.evaluate.token_accuracy import TokenEvaluator
 
 __all__ = [
     "Allocation",
@@ -30,6 +31,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "StopStrings",
+    "TokenEvaluator",
     "accuracy_and_error",
     "adapter_parameters",
     "allocate_ranks",

@@ -19,6 +19,7 @@ from mlora_jax.report.figure import draw_curves, draw_learning_rates
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.report.formats import Table, to_latex, to_markdown
 from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread, read_experiments
+from mlora_jax.report.summary import Summary, summarize_scalings
 
 
 def write_report(workdir) -> None:
@@ -143,6 +144,8 @@ def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparabl
     runs = [name_runs(experiment)] if len(experiment.folders) > 1 or experiment.number else []
     parts = [f"# {experiment.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
     base = experiment.base["test"]
+    for summary in _summaries(experiment, choice):
+        parts += [f"{summary.caption}\n", to_markdown(summary.table)]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
         parts += [f"{caption}\n", to_markdown(_curve_table(base, shown, setting.ranks))]
@@ -154,6 +157,11 @@ def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparabl
             extra = choice.split if choice.split != "test" else ""
             parts += ["Every learning rate:\n", to_markdown(_curve_table(base, every, setting.ranks, extra))]
     return "\n".join(parts)
+
+
+def _summaries(experiment: Experiment, choice: Choice) -> list[Summary]:
+    """Of the rows that stand alone for their method."""
+    return summarize_scalings([row for row in choice.shown if row not in choice.undecided], experiment.base["test"])
 
 
 def _curve_table(base: float, rows: list[CurveRow], ranks: Sequence[int], extra: str = "") -> Table:
@@ -180,7 +188,9 @@ def _difference_table(rows: list[CurveRow]) -> Table:
 def _latex(experiment: Experiment, choice: Choice, notes, captions) -> str:
     if not choice.shown:
         return _latex_file(experiment, [f"% {note}\n" for note in notes])
-    tables = []
+    tables = [
+        to_latex(summary.table, f"{experiment.title}, {summary.caption}") for summary in _summaries(experiment, choice)
+    ]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
         table = _curve_table(experiment.base["test"], shown, setting.ranks)

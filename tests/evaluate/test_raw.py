@@ -6,8 +6,9 @@ import socket
 
 import pytest
 
+from mlora_jax.data.published import arc_row, hellaswag_rows
 from mlora_jax.data.tasks import TASKS
-from mlora_jax.evaluate.raw import LocalTask, arc_row, hellaswag_rows, local_tasks, own_task
+from mlora_jax.evaluate.raw import LocalTask, local_tasks, own_task
 from mlora_jax.evaluate.task_files import HARNESS_FILES, harness_tasks_folder, load_tasks, write_local_tasks
 from tests.evaluate import raw_data
 

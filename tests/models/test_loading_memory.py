@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mlora_jax.models.config import DecoderConfig
+from tests.conftest import DEVICES
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = DecoderConfig(
@@ -99,7 +100,8 @@ def test_loading_holds_little_beyond_the_model(checkpoint, placement, dtype):
     sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
     assert sum(sizes) > 1e9 and len(sizes) == SHARDS
     command = [sys.executable, "-c", LOAD, str(folder), placement, dtype]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=900, check=False)
+    environment = os.environ | {"XLA_FLAGS": f"{DEVICES} {os.environ['XLA_FLAGS']}"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["samples"] > 50

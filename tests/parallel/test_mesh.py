@@ -56,7 +56,8 @@ def test_neighbours_lie_along_tensor():
 )
 def test_data_takes_what_devices_and_rows_leave(monkeypatch, rows, accumulation, axes, expected):
     monkeypatch.setattr(jax, "devices", lambda: FOUR)
-    mesh = run_mesh(resolve({"train": {"batch_size": rows, "accumulation": accumulation}, "parallel": axes}))
+    with jax.default_device(None):
+        mesh = run_mesh(resolve({"train": {"batch_size": rows, "accumulation": accumulation}, "parallel": axes}))
     assert (mesh and {axis: size for axis, size in mesh.shape.items() if size > 1}) == expected
 
 
@@ -70,8 +71,12 @@ def test_data_takes_what_devices_and_rows_leave(monkeypatch, rows, accumulation,
 )
 def test_a_mesh_that_the_run_cannot_use(monkeypatch, changes, message):
     monkeypatch.setattr(jax, "devices", lambda: FOUR)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with jax.default_device(None), pytest.raises(ValueError, match=re.escape(message)):
         run_mesh(resolve({"train": {"batch_size": 4, "accumulation": 2}, "parallel": changes}))
+
+
+def test_a_default_device_is_taken_alone():
+    assert jax.config.jax_default_device == FOUR[0] and run_mesh(resolve({})) is None
 
 
 def test_pmap_cuts_rows_only():

@@ -4,8 +4,10 @@ import csv
 
 import pytest
 
-from mlora_jax.report import read_experiments, write_report, write_tables
+from mlora_jax.report import choose_rows, read_experiments, write_report, write_tables
+from mlora_jax.report.table import _summaries
 from tests.report.runs import write_run
+from tests.report.test_report import BOTH_BASES, BOTH_SPLITS
 
 TRIALS = {"method": ["lora"], "learning_rate": [0.1], "seed": [1], "scaling": ["none"], "rank": [4], "weights": [[]]}
 
@@ -215,3 +217,31 @@ def test_validation_of_some_seeds_only_is_no_ground_to_choose_on(tmp_path):
     half = {key: {**splits, "test": {1: (0.5,) * 3, 2: (0.5,) * 3}} for key, splits in SPLIT.items()}
     with pytest.raises(ValueError, match="no learning rate can be chosen"):
         write_tables([write_run(tmp_path / "run", half, base=BASES)], tmp_path / "out")
+
+
+def test_scalings_stand_side_by_side_at_their_chosen_rates(tmp_path):
+    runs = [
+        write_run(tmp_path / scaling, curves, base=BOTH_BASES, scaling=scaling)
+        for scaling, curves in (
+            ("none", BOTH_SPLITS),
+            ("sqrt", {key: splits for key, splits in BOTH_SPLITS.items() if key[0] == "lora"}),
+        )
+    ]
+    (path,) = write_tables(runs, tmp_path / "out")
+    text = path.read_text()
+    # lora: 0.1 is chosen on validation, AURAC (log2) 0.2 and 0.3 of its seeds; matryoshka: 0.2, 0.7 and 0.75.
+    assert "| method | none | sqrt |\n| --- | ---: | ---: |\n" in text
+    assert "| lora | 0.250 ± 0.071 | 0.250 ± 0.071 |\n| matryoshka | 0.725 ± 0.035 |  |\n" in text
+    assert "R = 4, ranks 1, 2, 4. AURAC (log2) on the test split by scaling" in text and "the base has 0.250" in text
+    assert r"lora & $0.250 \pm 0.071$ & $0.250 \pm 0.071$ \\" in (tmp_path / "out/table.tex").read_text()
+    write_report(runs[0])
+    assert "by scaling" not in (runs[0] / "table.md").read_text()  # one scaling: nothing to set side by side
+
+
+def test_rates_that_nothing_chose_have_no_place_among_the_scalings(tmp_path):
+    curves = {key: {"test": splits["test"]} for key, splits in BOTH_SPLITS.items()}
+    for scaling in ("none", "sqrt"):
+        write_run(tmp_path / scaling, curves, scaling=scaling)
+    (experiment,) = read_experiments([tmp_path / "none", tmp_path / "sqrt"])
+    choice = choose_rows(experiment.rows, "validation")
+    assert choice.undecided and not _summaries(experiment, choice)

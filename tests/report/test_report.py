@@ -335,6 +335,11 @@ def two_settings(tmp_path_factory):
 def test_latex_is_a_table_with_a_caption_per_setting(two_settings, name):
     lines = (two_settings / name).read_text().splitlines()
     assert r"% Needs \usepackage{booktabs,graphicx}." in lines
+    if name == "table.tex":  # first both scalings side by side
+        end = lines.index(r"\end{table}")
+        assert "R = 4, ranks 1, 2, 4. AURAC (log2) on the test split by scaling" in "".join(lines[:end])
+        assert r"method & none & sqrt \\" in lines[:end]
+        lines = lines[end + 1 :]
     captions = [line for line in lines if line.startswith(r"\caption{")]
     for caption, scaling in zip(captions, ("none", "sqrt"), strict=True):
         assert caption.startswith(rf"\caption{{trec on a\_base, R = 4, scaling {scaling}. ") and caption.endswith("}")

@@ -1,0 +1,1 @@
+"""The `arc_challenge` data set: see README.md in this folder."""

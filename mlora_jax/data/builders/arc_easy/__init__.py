@@ -1,0 +1,1 @@
+"""The `arc_easy` data set: see README.md in this folder."""

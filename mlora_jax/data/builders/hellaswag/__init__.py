@@ -1,0 +1,1 @@
+"""The `hellaswag` data set: see README.md in this folder."""

@@ -1,0 +1,1 @@
+"""The `mmlu` data set: see README.md in this folder."""

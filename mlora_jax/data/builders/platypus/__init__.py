@@ -1,0 +1,1 @@
+"""The `platypus` data set: see README.md in this folder."""

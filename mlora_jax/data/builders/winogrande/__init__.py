@@ -1,0 +1,1 @@
+"""The `winogrande` data set: see README.md in this folder."""

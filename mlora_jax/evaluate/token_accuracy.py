@@ -1,0 +1,72 @@
+"""Accuracy on the tokens of given answers, for any adapter under any profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlora_jax.data.tokenize import tokenize
+from mlora_jax.evaluate.requests import warn_of_not_finite
+from mlora_jax.evaluate.scoring import Request, Scorer
+from mlora_jax.models.tokenizer import Tokenizer
+
+
+class TokenEvaluator:
+    """Whether each token of the answers is the likeliest one behind the true text before it.
+
+    `evaluator(adapter, p)` gives one verdict per token, the end of an answer included, row by row. Tokens of one
+    answer hang together, so a standard error over them is too small.
+
+    Args:
+      scorer: of the adapted decoder.
+      rows: dicts with prompt and answer (str).
+      tokenizer: of the model.
+      seam: how prompt and answer meet, see `Tokenizer.encode_pair`.
+
+    Attributes:
+      compiled: the scorer's jitted function; its cache size counts compilations.
+      truncated: rows above the scorer's `max_length`: cut on the right as in training, or left out if nothing of their
+        answer is left.
+
+    Raises:
+      ValueError: rows that are not as in training, or none that is short enough.
+    """
+
+    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str):
+        found = tokenize(
+            rows, tokenizer, seam=seam, max_length=scorer.max_length, overflow="truncate", split="evaluation"
+        )
+        firsts = [int(np.argmax(example.loss_mask)) for example in found.examples]
+        self._scorer = scorer
+        self._prepared = scorer.prepare(
+            [
+                Request(tuple(example.tokens[:first].tolist()), tuple(example.tokens[first:].tolist()))
+                for example, first in zip(found.examples, firsts, strict=True)
+            ]
+        )
+        self.compiled = scorer.compiled
+        self.truncated = found.truncated + found.dropped
+
+    def __call__(self, adapter, p) -> np.ndarray:
+        """Verdicts [tokens] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
+        made = [self._scorer.run_batch(batch, adapter, p) for batch in self._prepared.batches]
+        owners = np.concatenate(self._prepared.owners)
+        values, greedy = (np.concatenate(parts)[owners >= 0] for parts in zip(*made, strict=True))  # less padding
+        finite = np.isfinite(values)
+        warn_of_not_finite(finite)
+        # By rows, however the scorer has packed them.
+        return (greedy & finite)[np.argsort(owners[owners >= 0], kind="stable")]
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._prepared.batches)
+
+    @property
+    def compilations(self) -> int:
+        """Executables so far."""
+        return self.compiled._cache_size()
+
+    def run_batch(self, number: int, adapter, p) -> None:
+        """Computes one batch: to time it."""
+        self._scorer.run_batch(self._prepared.batches[number], adapter, p)

@@ -1,0 +1,52 @@
+"""Methods by scalings in one table: the layout of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mlora_jax.report.formats import Cell, Table
+from mlora_jax.report.rows import CurveRow
+
+
+class Summary(NamedTuple):
+    """A table of methods by scalings and its caption."""
+
+    caption: str
+    table: Table
+
+
+def summarize_scalings(rows: Iterable[CurveRow], base: float) -> list[Summary]:
+    """AURAC (log2) on the test split, a line for each method and read-out, a column for each scaling.
+
+    Args:
+      rows: one per setting, method and read-out, in the table's order.
+      base: accuracy of the model without an adapter.
+
+    Returns:
+      One for each R, weights and S that came with several scalings.
+    """
+    kinds: dict[tuple, dict[str, dict[str, CurveRow]]] = {}
+    for row in rows:
+        setting = row.setting
+        lines = kinds.setdefault((setting.rank, setting.weights, setting.ranks), {})
+        lines.setdefault(row.label, {})[setting.scaling] = row
+    found = []
+    for (rank, weights, ranks), lines in kinds.items():
+        scalings = list(dict.fromkeys(scaling for by_scaling in lines.values() for scaling in by_scaling))
+        if len(scalings) < 2:
+            continue
+        named = f", weights {', '.join(f'{weight:g}' for weight in weights)}" if weights else ""
+        caption = (
+            f"R = {rank}{named}, ranks {', '.join(map(str, ranks))}. AURAC (log2) on the test split by scaling, each "
+            f"at the learning rate that stands for it in the tables of the scalings; the base has {base:.3f}."
+        )
+        found.append(Summary(caption, Table(["method", *scalings], _lines(lines, scalings))))
+    return found
+
+
+def _lines(lines: dict[str, dict[str, CurveRow]], scalings: list[str]) -> list[list[Cell]]:
+    return [
+        [label, *(by_scaling[scaling].test.log2 if scaling in by_scaling else "" for scaling in scalings)]
+        for label, by_scaling in lines.items()
+    ]
