@@ -25,7 +25,7 @@ def run(*arguments):
         "-m",
         "experiments.compile_report",
         "--config",
-        "configs/gsm8k_llama32_1b.py",
+        "configs/paper_gsm8k_llama32_1b.py",
         *arguments,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
