@@ -53,7 +53,7 @@ def base_folder(folder: pathlib.Path, description: Mapping) -> pathlib.Path:
       ValueError: nothing names it.
       FileNotFoundError: it is not there.
     """
-    from mlora_jax.experiment import model_folder
+    from mlora_jax.inputs import model_folder
 
     path = base_name(folder, description)
     try:

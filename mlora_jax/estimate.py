@@ -16,7 +16,7 @@ from mlora_jax.adapt import adapt, split
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import Trial, expand_trials, harness_tasks, resolve
 from mlora_jax.data import find_task, load_task
-from mlora_jax.experiment import model_folder
+from mlora_jax.inputs import model_folder
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.train.phases import TrialPhases
 

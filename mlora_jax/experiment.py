@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mlora_jax.adapt import adapt, set_profile, split
 from mlora_jax.config import Trial
 from mlora_jax.core import RankHierarchy
-from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, load_task, make_trials_pipeline
+from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, make_trials_pipeline
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
+from mlora_jax.inputs import check_context, hold_out_validation, load_data, load_model, run_mesh
 from mlora_jax.interop import start_from_peft
-from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
+from mlora_jax.models import Decoder, Tokenizer
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import (
     GlobalBatches,
@@ -38,8 +37,8 @@ from mlora_jax.parallel.arrays import (
     put_rows,
     put_weights,
 )
-from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, shards_of
-from mlora_jax.parallel.rules import Placement, shardings, spec_of
+from mlora_jax.parallel.mesh import EVALUATED, shards_of
+from mlora_jax.parallel.rules import shardings
 from mlora_jax.train.grid import bytes_on_device, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
 from mlora_jax.train.objective import answer_loss
@@ -414,123 +413,6 @@ class Experiment:
             return sum(float(fetch(total(base, adapter, p, batch))) for batch in batches) / answers
 
         return mean
-
-
-def run_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh of `config.parallel`; None for a single device, or if jax is told to take a certain one by default.
-
-    Where `data` is -1 it is the most that the devices and the rows of a micro-batch leave; devices that it cannot use
-    stay idle, except that no process may.
-
-    Raises:
-      ValueError: axes that do not fit the devices, or rows that they do not divide.
-    """
-    if jax.config.jax_default_device is not None:
-        return None
-    options, devices = config.parallel, jax.devices()
-    sizes = {axis: options[axis] for axis in AXES}
-    rows = config.train.batch_size // config.train.accumulation
-    if sizes["data"] == -1 and hosts.count() == 1 and min(sizes["trial"], sizes["fsdp"], sizes["tensor"]) > 0:
-        others = sizes["trial"] * sizes["fsdp"] * sizes["tensor"]
-        fitting = [n for n in range(1, len(devices) // others + 1) if rows % (n * sizes["fsdp"]) == 0]
-        if fitting:
-            devices = devices[: fitting[-1] * others]
-    mesh = make_mesh(sizes, devices)
-    if mesh.size == 1:
-        return None
-    if options.engine == "pmap" and hosts.count() > 1:
-        raise ValueError("config.parallel.engine='pmap' is for the devices of one process: use 'jit'")
-    if rows % (parts := shards_of(mesh)):
-        raise ValueError(
-            f"the {rows} rows of a micro-batch (config.train.batch_size {config.train.batch_size} / "
-            f"config.train.accumulation {config.train.accumulation}) do not divide into {parts} parts "
-            f"(config.parallel.data {mesh.shape['data']} x config.parallel.fsdp {mesh.shape['fsdp']}): lower the "
-            "accumulation, or give devices to config.parallel.trial or config.parallel.tensor"
-        )
-    return mesh
-
-
-def load_model(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Decoder, Tokenizer]:
-    """The frozen base, laid out on the mesh as it is read, and its tokenizer, from `config.model`."""
-    dtype = config.model.dtype
-    if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError("config.model.dtype='float64' needs the environment variable JAX_ENABLE_X64=1")
-    folder = model_folder(config.model.path)
-    sharding = None
-    if mesh is not None:
-        sharding = lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh))  # noqa: E731
-    model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None, sharding=sharding)
-    if config.model.quantization:
-        model = quantize_decoder(model, config.model.quantization)
-    if mesh is not None and config.parallel.engine == "jit":
-        model.placement = Placement(mesh)
-    model.remat = config.train.remat
-    return model, Tokenizer.load(folder)
-
-
-def model_folder(path: str) -> pathlib.Path:
-    """The folder of a model, of one on the hub after its download; for "quickstart" the base that the package ships.
-
-    Raises:
-      FileNotFoundError, ValueError: as `mlora_jax.models.checkpoint_folder`; no path.
-    """
-    if path == "quickstart":
-        return pathlib.Path(str(importlib.resources.files("mlora_jax") / "assets" / "quickstart"))
-    if not path:
-        raise ValueError(
-            "config.model.path is not set: give a Hugging Face folder or a hub id by --config.model.path=FOLDER"
-        )
-    return checkpoint_folder(path)
-
-
-def check_context(config: ConfigDict, model: Decoder, *, generates: bool) -> None:
-    """Raises ValueError if a config asks for more tokens than the model's context holds.
-
-    Args:
-      config: resolved.
-      model: its `max_position_embeddings` is the context.
-      generates: whether answers are generated, so that the context must hold `evaluation.max_new_tokens` and a prompt.
-    """
-    context = model.config.max_position_embeddings
-    if config.data.max_length > context:
-        raise ValueError(
-            f"config.data.max_length={config.data.max_length} is above the model's context of {context} tokens "
-            f"(max_position_embeddings in its config.json): set config.data.max_length={context} or less"
-        )
-    if generates and config.evaluation.max_new_tokens >= context:
-        raise ValueError(
-            f"config.evaluation.max_new_tokens={config.evaluation.max_new_tokens} leaves no room for a prompt in the "
-            f"model's context of {context} tokens (max_position_embeddings in its config.json): lower it"
-        )
-
-
-def load_data(config: ConfigDict, tokenizer: Tokenizer) -> TaskData:
-    """The task's rows, from `config.data`."""
-    options = config.data
-    return load_task(
-        options.task,
-        raw_dir=options.raw_dir,
-        cache_dir=options.cache_dir,
-        style=options.style,
-        file=options.file,
-        evaluation_file=options.evaluation_file,
-        holdout=options.holdout,
-        tokenizer=tokenizer,
-    )
-
-
-def hold_out_validation(data: TaskData, fraction: float, limit: int) -> tuple[Sequence[dict], list[dict]]:
-    """Rows to train on, and rows to validate on.
-
-    Those are the first `limit` of the data set's own validation split if it has one; otherwise the rows of its training
-    split with the smallest sha256 of "0:ROW", `fraction` of them and at most `limit`.
-    """
-    if not fraction:
-        return data.train, []
-    if len(data.validation):
-        return data.train, list(itertools.islice(data.validation, limit))
-    held = hold_out(len(data.train), fraction, limit=limit, name="validation.holdout")
-    return [row for at, row in enumerate(data.train) if at not in held], [data.train[at] for at in sorted(held)]
 
 
 def _in_evaluation_mode(model: nnx.Module) -> nnx.Module:

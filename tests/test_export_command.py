@@ -18,7 +18,7 @@ from absl.testing import flagsaver
 from experiments import export
 from experiments.run import find_config, read_config
 from mlora_jax.core import RankHierarchy
-from mlora_jax.experiment import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
+from mlora_jax.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.train.adapter_file import load_adapted, save_adapter
 from tests.interop.models import PATHS, TOKENS, pairs, random_adapter, save_base
 from tests.oracles.numpy_reference import best_approximation, profile_matryoshka, readouts

@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from experiments import generate
 from mlora_jax.adapt import adapt, split
 from mlora_jax.core import RankHierarchy
-from mlora_jax.experiment import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
+from mlora_jax.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.models import Tokenizer, load_decoder
 from mlora_jax.train.adapter_file import save_adapter
 from tests.conftest import QUICKLY_COMPILED

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from mlora_jax import run
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
 from mlora_jax.core import RankHierarchy
-from mlora_jax.experiment import Experiment, StepTiming, model_folder
+from mlora_jax.experiment import Experiment, StepTiming
+from mlora_jax.inputs import model_folder
 from mlora_jax.interop import export_peft
 from mlora_jax.readouts import read_out_trial
 from mlora_jax.report.folders import SPLITS

@@ -51,10 +51,10 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, trials: bool = Fal
       gathered: as where it is used: nothing lies along `fsdp`.
 
     >>> mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), ("trial", "data", "fsdp", "tensor"))
-    >>> spec_of("layers.mlp.up_proj.kernel", (4, 8, 16), mesh)
-    PartitionSpec(None, 'fsdp', 'tensor')
-    >>> spec_of("layers.mlp.up_proj.kernel", (4, 8, 15), mesh)
-    PartitionSpec(None, 'fsdp', None)
+    >>> tuple(spec_of("layers.mlp.up_proj.kernel", (4, 8, 16), mesh))
+    (None, 'fsdp', 'tensor')
+    >>> tuple(spec_of("layers.mlp.up_proj.kernel", (4, 8, 15), mesh))
+    (None, 'fsdp', None)
     """
     axes = next((axes for pattern, axes in _COMPILED if pattern.fullmatch(path)), ())
     axes = axes[-len(shape) :] if shape else ()

@@ -6,7 +6,7 @@ import tokenizers
 
 from mlora_jax.data.load import load_task
 from mlora_jax.data.tokenize import encode_row, prompt_tokens, tokenize
-from mlora_jax.experiment import model_folder
+from mlora_jax.inputs import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 ROWS = [

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mlora_jax import RankHierarchy, adapt, fold, set_profile, split
 from mlora_jax.config import QUANTIZATIONS, resolve
-from mlora_jax.experiment import load_model
+from mlora_jax.inputs import load_model
 from mlora_jax.models import Decoder, load_decoder, quantize_decoder, save_decoder
 from mlora_jax.models.quantized import FORMATS, compare_logits, dequantize_decoder, stored_bytes
 from mlora_jax.train.objective import answer_loss

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlora_jax.experiment import model_folder
+from mlora_jax.inputs import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 NAMES = ["stories-260k", "tinystories-656k", "stories-3m"]

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from mlora_jax.adapt import adapt, split
 from mlora_jax.config import resolve
 from mlora_jax.core.product import path_names
-from mlora_jax.experiment import run_mesh
+from mlora_jax.inputs import run_mesh
 from mlora_jax.models import Decoder
 from mlora_jax.parallel.arrays import fetch, local_rows, on_one_device, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, mesh_sizes, shards_of
