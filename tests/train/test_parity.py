@@ -1,5 +1,6 @@
 """Twenty steps of every method against a plain PyTorch rendering of the formulas: same start, batches, draws."""
 
+import functools
 import itertools
 
 import jax
@@ -76,6 +77,13 @@ def oracle_factors(adapter):
     return factors
 
 
+@functools.cache
+def shared_step(graphdef, **options):
+    """Optimizer and step: methods of as many profiles differ in data alone, so they share an executable."""
+    optimizer = make_optimizer(**options)
+    return optimizer, compile_step(graphdef, optimizer, chunk=5)
+
+
 def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="fresh", loss_weights=None, **options):
     policy = get_policy(method)
     model = adapt(load_decoder(folder, dtype=jnp.dtype(dtype)), hierarchy.max_rank, targets, key=jax.random.key(3))
@@ -89,8 +97,7 @@ def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="f
     sizes = dict(accumulation=accumulation, examples=4 // accumulation)
     draws = [draw_step(policy, hierarchy, jax.random.key(8), step, **sizes) for step in range(STEPS)]
     options = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0, "clip": 1.0, **options}
-    optimizer = make_optimizer(**options)
-    step = compile_step(graphdef, optimizer, chunk=5)
+    optimizer, step = shared_step(graphdef, **options)
     state, schedule = init_state(adapter, optimizer), Schedule(RATE, 0, STEPS)
     for examples, draw in zip(steps, draws, strict=True):
         batch = collate(examples, batch_size=4, accumulation=accumulation, pad_multiple=8, answers=4)
