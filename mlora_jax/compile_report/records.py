@@ -76,6 +76,11 @@ class Record:
     compile_seconds: float = 0.0
 
     @property
+    def within(self) -> bool:
+        """Whether all that is asked for at any time would fit at once: the compiler may find room for a little more."""
+        return self.fits and self.needed <= self.limit
+
+    @property
     def bound(self) -> str:
         """What the program waits for."""
         return max(self.seconds, key=self.seconds.get)

@@ -25,7 +25,7 @@ PROGRAMS = ("train", "prefill", "decode")
 # Config groups that decide about a program, besides what a row says itself.
 DECIDING = ("adapter", "train", "methods", "parallel")
 ATTEMPTS = 6  # compilations in search of the largest batch
-ENOUGH = 0.97  # the share of memory at which a batch is called the largest
+ENOUGH = 0.85  # the share of the memory for activations at which a batch is called the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,17 +134,19 @@ class Reporter:
 
         found: dict[int, Record] = {}
         attempt(first.rows * first.accumulation)
-        limit = min(record.limit for record in found.values())
+        ((_, record),) = found.items()
+        held = record.parameters + record.optimizer
+        room = record.limit - held
         for _ in range(ATTEMPTS):
-            low = max((rows for rows in found if found[rows].fits), default=0)
-            high = min((rows for rows in found if not found[rows].fits), default=None)
+            low = max((rows for rows in found if found[rows].within), default=0)
+            high = min((rows for rows in found if not found[rows].within), default=None)
             if high is not None and high - low <= max(1, low // 32):
                 break
-            if low and found[low].needed >= ENOUGH * limit:
+            if low and found[low].needed >= held + ENOUGH * room:
                 break
-            guess = max(low + 1, _guess(found, (1 + ENOUGH) / 2 * limit))
+            guess = max(low + 1, _guess(found, held + (1 + ENOUGH) / 2 * room))
             attempt(guess if high is None else min(guess, high - 1))
-        fitting = [n for n in found if found[n].fits]
+        fitting = [n for n in found if found[n].within]
         rows = max(fitting, default=min(found))
         return layout(rows), found[rows]
 

