@@ -27,7 +27,7 @@ def config(tmp_path_factory):
             "task": "trec",
             "raw_dir": str(write_trec(root / "raw")),
             "cache_dir": str(root / "cache"),
-            "pad_multiple": 6,  # several shapes
+            "pad_multiple": 2,  # two shapes
             "max_length": 96,
         },
         "adapter": {"targets": ("v_proj",)},

@@ -698,7 +698,7 @@ def test_items_that_are_cut_are_counted_and_told(folders, tmp_path, capsys):
         assert ("items cut on the left" in told.out + told.err) == (length == 36)
     assert found[96] == {"test": {0}, "validation": {0}}
     (cut,) = found[36]["test"]
-    assert cut == 3 and len(found[36]["validation"]) == 1
+    assert cut == 4 and len(found[36]["validation"]) == 1
     assert f": {cut} of 12 test items" in (tmp_path / "36/table.md").read_text()
 
 
