@@ -40,7 +40,7 @@ from mlora_jax.parallel.arrays import (
 from mlora_jax.parallel.mesh import EVALUATED, shards_of
 from mlora_jax.parallel.rules import shardings
 from mlora_jax.train.grid import bytes_on_device, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
-from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, trial_keys
+from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, take_trial, trial_keys
 from mlora_jax.train.objective import answer_loss
 from mlora_jax.train.phases import TrialPhases, squeeze_trials
 from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
@@ -108,7 +108,7 @@ class Experiment:
         """
         mesh = run_mesh(config)
         model, tokenizer = load_model(config, mesh)
-        data = hosts.first_then_others("data", lambda: load_data(config, tokenizer))
+        data = hosts.first_then_others(lambda: load_data(config, tokenizer))
         check_context(config, model, generates=data.task.metric == "exact_match")
         train, validation = hold_out_validation(data, config.validation.holdout, config.validation.limit)
         options = config.data
@@ -201,8 +201,14 @@ class Experiment:
         adapted = self.adapted(trials[0].rank)
         keys = [trial_keys(trial.seed) for trial in trials]
         adapters = [self._first_adapter(trial, key.adapter) for trial, key in zip(trials, keys, strict=True)]
-        state = stack_trees(init_state(adapter, adapted.optimizer) for adapter in adapters)
-        return put_weights(state, self.mesh, trials=True), stack_trees(keys)
+        first = functools.partial(init_state, optimizer=adapted.optimizer)
+        if self.mesh is None:
+            return stack_trees(map(first, adapters)), stack_trees(keys)
+        # By way of the host, so that no device holds more than its part.
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(jax.device_get, adapters))
+        placed = shardings(jax.eval_shape(jax.vmap(first), stacked), self.mesh, trials=True)
+        state = jax.jit(jax.vmap(first), out_shardings=placed)(put_weights(stacked, self.mesh, trials=True))
+        return state, stack_trees(keys)
 
     def _first_adapter(self, trial: Trial, key: jax.Array):
         model, path = self._adapt(trial.rank, key), self.config.adapter.start_from
@@ -232,9 +238,15 @@ class Experiment:
         adapted, carry = self.adapted(trials[0].rank), self.phases.method(trials[0]).carry
         functions = jnp.stack([self.phases.function(trial, phase) for trial in trials])
         fresh = jax.vmap(lambda key: jax.random.fold_in(key, phase))(keys.adapter)
-        whole = state if self.mesh is None else on_one_device(state)
-        squeezed = squeeze_trials(adapted.optimizer, carry, adapted.profile, whole, functions, fresh)
-        return put_weights(squeezed, self.mesh, trials=True)
+        squeeze = functools.partial(squeeze_trials, adapted.optimizer, carry, adapted.profile)
+        if self.mesh is None:
+            return squeeze(state, functions, fresh)
+        # One trial after the other on one device, the results on the host.
+        done = []
+        for slot in range(len(trials)):
+            one = jax.tree.map(lambda leaf: leaf[None], on_one_device(take_trial(state, slot)))
+            done.append(jax.device_get(squeeze(one, functions[slot : slot + 1], fresh[slot : slot + 1])))
+        return put_weights(jax.tree.map(lambda *x: np.concatenate(x), *done), self.mesh, trials=True)
 
     def hierarchy(self, trial: Trial) -> RankHierarchy:
         """S, scales and weights that a trained trial is read out with."""
@@ -346,6 +358,8 @@ class Experiment:
         config, adapted = self.config, self._adapt(rank, jax.random.key(0))
         train_graphdef, base, adapter, profile = split(adapted)
         base = put_weights(base, self.mesh)
+        if self.mesh is not None:
+            adapter = jax.device_get(adapter)  # a template, of no use on a device
         graphdef, *_ = split(_in_evaluation_mode(adapted))
         names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
         optimizer = make_optimizer(**{name: config.train[name] for name in names})

@@ -64,10 +64,10 @@ def load_model(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Decoder, T
     if mesh is not None:
         sharding = lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh))  # noqa: E731
     model = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None, sharding=sharding)
-    if config.model.quantization:
-        model = quantize_decoder(model, config.model.quantization)
     if mesh is not None and config.parallel.engine == "jit":
         model.placement = Placement(mesh)
+    if config.model.quantization:
+        model = quantize_decoder(model, config.model.quantization)
     model.remat = config.train.remat
     return model, Tokenizer.load(folder)
 

@@ -68,7 +68,7 @@ def read_out_trial(
 
 
 def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHierarchy, file: pathlib.Path) -> dict:
-    if not hosts.agree(file.is_file()):
+    if not hosts.agree(hosts.is_first() and file.is_file()):
         adapted, options = experiment.adapted(trial.rank), experiment.config.calibration
         profiles = calibrate(
             _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk),
@@ -80,7 +80,7 @@ def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHi
             key=jax.random.fold_in(trial_keys(trial.seed).draws, experiment.steps),
         )
         hosts.together(lambda: _write_calibrated(file, hierarchy, profiles))
-    return read_calibrated(file.parent)
+    return hosts.agree(read_calibrated(file.parent) if hosts.is_first() else {})
 
 
 def _write_calibrated(file: pathlib.Path, hierarchy: RankHierarchy, profiles: np.ndarray) -> None:

@@ -114,10 +114,11 @@ def train(config: ConfigDict | dict, workdir) -> Results:
     config = resolve(config)
     hosts.join(config.parallel)
     trials = expand_trials(config)
-    with contextlib.ExitStack() as stack:
+    with hosts.leaving_together(), contextlib.ExitStack() as stack:
         hosts.together(lambda: stack.enter_context(only_one_run(workdir)))
+        hosts.check_shared(workdir)
         folder = RunFolder(workdir, config)
-        folder.list_not_compared(hosts.first_then_others("tasks", lambda: unavailable_tasks(config)))
+        folder.list_not_compared(hosts.first_then_others(lambda: unavailable_tasks(config)))
         compilations = {"train": 0, "evaluation": 0}
         if not _all_done(config, folder, trials):
             compilations = _run_what_is_missing(config, folder, trials)
@@ -139,7 +140,8 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         records = JsonLines if hosts.is_first() else lambda path: NoRecords()
         metrics = stack.enter_context(records(folder.path / METRICS))
         curves = stack.enter_context(records(folder.path / CURVES))
-        trackers = make_trackers(folder.path, **config.records) if hosts.is_first() else []
+        trackers: list[Tracker] = []
+        hosts.together(lambda: trackers.extend(make_trackers(folder.path, **config.records)))
         for tracker in trackers:
             stack.callback(tracker.close)
         experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
@@ -232,6 +234,11 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
     config, experiment, trials = run.config, run.experiment, batch.slotted
     adapted = experiment.adapted(trials[0].rank)
     run.progress.say(f"{batch.name}: {len(batch.trials)} trials at once")
+    if experiment.mesh is not None and batch.slots % (side_by_side := experiment.mesh.shape["trial"]):
+        raise ValueError(
+            f"{batch.name} was planned for {batch.slots} trials at a time, which config.parallel.trial {side_by_side} "
+            "does not divide: go on with one that does, such as config.parallel.trial=1"
+        )
     with Checkpoints(run.folder.checkpoints(batch), keep=config.checkpoint.keep) as checkpoints:
         state, keys = _start(run, batch)
         state, memory, batches = _resume(run, batch, checkpoints, state)
@@ -256,6 +263,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
         )
         checkpoints.wait()
         _save_adapters(run, batch, state, memory)
+    hosts.wait("checkpoints are closed")
     for tracker in run.trackers:
         tracker.finish([trial.name for trial in batch.trials])
     run.folder.finish(batch)
@@ -313,7 +321,7 @@ def _validate(run: _Run, batch: TrialBatch, step: int, adapters, slots: Sequence
             scores[slot] = -score if run.config.validation.measure == "loss" else score
             measured = {f"validation_{run.config.validation.measure}": score}
             run.record(trial=trial.name, step=step, time=time.time(), **measured)
-    return scores
+    return hosts.agree(scores)
 
 
 def _score(run: _Run, trial: Trial, step: int, adapter) -> float:
@@ -330,7 +338,6 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
     scored = np.array([memory.best(slot)[0] >= 0 for slot in range(batch.slots)])
     if state.best is not None:
         adapters = select_trials(scored, state.best, adapters)
-    adapters = fetch(adapters)
     for slot, trial in enumerate(batch.trials):
         description = {
             "trial": dataclasses.asdict(trial),
@@ -346,9 +353,8 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
             description["best"] = {"step": min((at + 1) * run.config.validation.every, memory.step), "score": score}
         # Where all trials of a batch failed before a squeeze, there was none.
         hierarchy = run.experiment.phases.hierarchy_at(trial, memory.step)
-        if hosts.is_first():
-            save_adapter(run.folder.adapter(trial), take_trial(adapters, slot), hierarchy, description)
-    hosts.wait("adapters are saved")
+        adapter = fetch(take_trial(adapters, slot))
+        hosts.together(functools.partial(save_adapter, run.folder.adapter(trial), adapter, hierarchy, description))
 
 
 def _evaluate_trial(run: _Run, trial: Trial) -> None:

@@ -80,7 +80,9 @@ def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
     path = pathlib.Path(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} is not the folder of a run: it has no {CONFIG}")
-    config = resolve(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    stored = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    stored.pop("parallel", None)  # of the machine that it ran on
+    config = resolve(stored)
     trials = {trial.name: trial for trial in expand_trials(config)}
     if name not in trials:
         raise ValueError(f"{path} has no trial {name!r}; its trials: {', '.join(trials)}")

@@ -122,6 +122,7 @@ class GenerationEvaluator:
     def _generate(self, adapter, p) -> tuple[list[str], np.ndarray]:
         """The texts, and whether all logits behind each were finite [items]."""
         texts, finite = [""] * len(self._answers), np.ones(len(self._answers), bool)
+        adapter = self.generator.place(adapter)
         for number, batch in enumerate(self._batches):
             made = self.run_batch(number, adapter, p)
             for row, member in zip(made, batch.members, strict=False):

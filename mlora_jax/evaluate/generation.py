@@ -216,7 +216,7 @@ class Generator:
         sampling = make_sampling(temperature, top_p, seed)
         numbers = range(len(prompts)) if numbers is None else numbers
         answers: list[list[int]] = [[] for _ in prompts]
-        broken = 0
+        adapter, broken = self.place(adapter), 0
         for batch in self.batches(prompts):
             picked = [*batch.members, *batch.members[:1] * (len(batch.tokens) - len(batch.members))]
             made = self.answer(
@@ -237,6 +237,10 @@ class Generator:
                 "%d of %d answers end early: the model's logits for them are not finite", broken, len(prompts)
             )
         return answers
+
+    def place(self, adapter):
+        """An adapter where the mesh wants it, for many calls of `answer`."""
+        return put_weights(adapter, self._mesh)
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[PromptBatch]:
         """Sorts prompts by length into batches of one size, each padded to one of few multiples of `pad_multiple`.
@@ -301,7 +305,7 @@ class Generator:
         numbers = range(size) if numbers is None else numbers
         rows = PromptRows(*(jnp.asarray(np.asarray(x), jnp.int32) for x in (batch.lengths, limits, numbers)))
         slots = max(length, min(length + self._padded(max_new_tokens), self._padded(self._max_length)))
-        adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
+        adapter, p = self.place(adapter), put_replicated(p, self._mesh)
         rows, sampling = put_replicated((rows, sampling), self._mesh)
         state, shown = self._prefill(slots, adapter, p, per_example, batch.tokens, rows, sampling)
         made = np.full((size, max_new_tokens), -1, np.int32)

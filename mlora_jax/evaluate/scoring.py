@@ -165,7 +165,7 @@ class Scorer:
         # A CPU does a row at a time fastest: what one layer hands to the next then stays in its cache.
         most = self._batch_size * widest // self._shards // max(row, 1)
         largest = 1 if jax.default_backend() == "cpu" else max(1, most)
-        size = even_batch_size(len(rows), largest)
+        size = even_batch_size(-(-len(rows) // self._shards), largest)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         shape = _Shape(
             tokens=(size, row),
@@ -195,13 +195,17 @@ class Scorer:
 
     def score(self, prepared: Prepared, adapter, p) -> Scores:
         """The scores of prepared requests by an adapter under a profile p: [R], or what `set_profile` takes."""
-        adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
+        adapter, p = self.place(adapter, p)
         # Fetched one by one: dozens of executions in flight can starve XLA's thread pool on a CPU of few cores.
         return prepared.collect(self.run_batch(batch, adapter, p) for batch in prepared.batches)
 
+    def place(self, adapter, p) -> tuple:
+        """Adapter and profile where the mesh wants them, for many calls of `run_batch`."""
+        return put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
+
     def run_batch(self, batch, adapter, p) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods and greedy [A] of the tokens that one batch asks for."""
-        adapter, p = put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
+        adapter, p = self.place(adapter, p)
         values, greedy = self._score(adapter, p, batch)
         return np.asarray(values).reshape(-1), np.asarray(greedy).reshape(-1)
 

@@ -50,6 +50,7 @@ class TokenEvaluator:
 
     def __call__(self, adapter, p) -> np.ndarray:
         """Verdicts [tokens] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
+        adapter, p = self._scorer.place(adapter, p)
         made = [self._scorer.run_batch(batch, adapter, p) for batch in self._prepared.batches]
         owners = np.concatenate(self._prepared.owners)
         values, greedy = (np.concatenate(parts)[owners >= 0] for parts in zip(*made, strict=True))  # less padding

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -30,9 +32,14 @@ def _put(leaf, sharding: jax.sharding.Sharding):
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+        return _identity(sharding)(leaf)
     values = np.asarray(leaf)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+@functools.lru_cache(maxsize=256)
+def _identity(sharding: jax.sharding.Sharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def put_replicated(tree, mesh: Mesh | None):
@@ -60,7 +67,7 @@ def fetch(tree):
             return leaf
         if not leaf.is_fully_replicated:
             mesh = leaf.sharding.mesh
-            leaf = jax.jit(lambda x: x, out_shardings=replicated(mesh))(leaf)
+            leaf = _identity(replicated(mesh))(leaf)
         return leaf.addressable_data(0)
 
     return jax.tree.map(one, tree)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
 import pickle
-from collections.abc import Callable, Mapping
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -57,26 +63,76 @@ def agree(value: T) -> T:
         return value
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_first() else np.zeros(0, np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
-    padded = np.zeros(length, np.uint8)
+    padded = np.zeros(1 << max(length - 1, 0).bit_length(), np.uint8)  # few lengths, since each is compiled
     padded[: len(data)] = data
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes())
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)[:length].tobytes())
+
+
+class SharedError(Exception):
+    """Marks an error that every process raises: none of them has to be stopped by force."""
 
 
 def together(act: Callable[[], Any]) -> None:
     """Lets the first process do something; if that fails, it fails in all of them, with the same message.
 
     Raises:
-      ValueError, OSError: what `act` raised.
+      Exception: what `act` raised; in the other processes an error of the nearest type of ValueError,
+        FileNotFoundError, ModuleNotFoundError, OSError, RuntimeError.
     """
+    if count() == 1:
+        act()
+        return
     error = None
     if is_first():
         try:
             act()
-        except (ValueError, OSError) as caught:
+        except Exception as caught:
             error = caught
-    if (message := agree(error and (type(error), str(error)))) is not None:
-        kind, text = message
-        raise error or (ValueError if issubclass(kind, ValueError) else OSError)(text)
+    failed = agree(error and (_kind(error), str(error)))
+    if failed is not None:
+        raise (error or failed[0](failed[1])) from SharedError()
+
+
+def _kind(error: Exception) -> type[Exception]:
+    kinds = (ValueError, FileNotFoundError, ModuleNotFoundError, OSError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Ends this process at once if something fails in it alone: the others would wait for it, for minutes."""
+    try:
+        yield
+    except Exception as error:
+        if count() == 1 or isinstance(error.__cause__, SharedError):
+            raise
+        traceback.print_exc()
+        print(f"error in process {jax.process_index()} of {count()}, which stops all of them: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def check_shared(folder) -> None:
+    """Raises ValueError in all processes unless each of them sees what the first one writes to a folder."""
+    if count() == 1:
+        return
+    path = pathlib.Path(folder)
+    token, file = agree(uuid.uuid4().hex), path / ".processes"
+
+    def write():
+        path.mkdir(parents=True, exist_ok=True)
+        file.write_text(token, encoding="utf-8")
+
+    together(write)
+    seen = file.is_file() and file.read_text(encoding="utf-8") == token
+    blind = -largest(-int(seen)) == 0
+    together(lambda: file.unlink(missing_ok=True))
+    if blind:
+        raise ValueError(
+            f"{folder} is not the same folder for all {count()} processes: give a --workdir on storage that every host "
+            "sees at the same path"
+        ) from SharedError()
 
 
 def largest(value: int) -> int:
@@ -96,11 +152,10 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_then_others(name: str, make: Callable[[], T]) -> T:
+def first_then_others(make: Callable[[], T]) -> T:
     """What `make` gives, in the first process before the others: they find the files that it leaves."""
-    if not is_first():
-        wait(name)
+    if count() == 1:
         return make()
-    made = make()
-    wait(name)
-    return made
+    made = []
+    together(lambda: made.append(make()))
+    return made[0] if made else make()

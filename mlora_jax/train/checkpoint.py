@@ -93,22 +93,26 @@ class Checkpoints:
 
         Raises:
           ValueError: the checkpoint is of other arrays than the template; it stays.
+          OSError: it is damaged, and there are several processes.
           Exception: whatever else kept it from being read; it stays.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._read(step, template)
-            except (FileNotFoundError, KeyError, ValueError) as error:
-                if not _shows_damage(error):
+            except Exception as error:  # orbax has no type of its own for what tensorstore cannot read
+                cause = _damage(error)
+                if cause is None:
                     raise
-                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                reason = str(cause).strip().splitlines()[0][:300] if str(cause).strip() else type(cause).__name__
+                if hosts.count() > 1:  # the others may have read theirs, and wait for this process
+                    raise OSError(
+                        f"the checkpoint of step {step} in {self._folder} is damaged ({reason}): go on once with one "
+                        "process, which removes it for the one before"
+                    ) from error
                 logger.warning("the checkpoint of step %d in %s is damaged and removed: %s", step, self._folder, reason)
                 # Removed before training goes on: its step comes again, and orbax does not overwrite a step.
                 self._manager.close()
-                hosts.wait("a damaged checkpoint is read")
-                if hosts.is_first():
-                    shutil.rmtree(self._folder / str(step))
-                hosts.wait("a damaged checkpoint is removed")
+                shutil.rmtree(self._folder / str(step))
                 self._manager = self._open()
         return None
 
@@ -173,10 +177,12 @@ def _difference(before: dict[str, str], now: dict[str, str]) -> str:
     return f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
 
 
-def _shows_damage(error: Exception) -> bool:
-    if isinstance(error, (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError, _OtherArraysError)):
-        return True
-    return str(error).startswith(_DAMAGE)
+def _damage(error: BaseException | None) -> BaseException | None:
+    """The error, or one that led to it, that shows a damaged file."""
+    kinds = (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError, _OtherArraysError)
+    while error is not None and not isinstance(error, kinds) and not str(error).startswith(_DAMAGE):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @jax.jit

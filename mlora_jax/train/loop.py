@@ -393,5 +393,18 @@ def stack_trees(trees: Iterable[Any]) -> Any:
 
 
 def take_trial(tree, number: int) -> Any:
-    """The tree of one trial from a tree with a leading K."""
-    return jax.tree.map(lambda leaf: leaf[number], tree)
+    """The tree of one trial from a tree with a leading K; on a mesh without gathering those of the others."""
+    return jax.tree.map(lambda leaf: _from_mesh(leaf, number) if _on_mesh(leaf) else leaf[number], tree)
+
+
+def _on_mesh(leaf) -> bool:
+    plain = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and plain and len(leaf.sharding.device_set) > 1
+
+
+@jax.jit
+def _from_mesh(leaf: jax.Array, number) -> jax.Array:
+    chosen = jnp.arange(len(leaf)).reshape(-1, *(1,) * (leaf.ndim - 1)) == number
+    if leaf.dtype == bool:
+        return jnp.any(chosen & leaf, axis=0)
+    return jnp.sum(jnp.where(chosen, leaf, 0), axis=0, dtype=leaf.dtype)

@@ -124,6 +124,20 @@ def test_a_damaged_one_is_removed_for_the_one_before(tmp_path, caplog, damage):
     assert restored(tmp_path).step == 4
 
 
+def test_one_of_which_a_large_array_is_cut(tmp_path, caplog):
+    """Its index is whole: orbax finds the array, and cannot read it."""
+    state = {"factor": jnp.asarray(np.random.default_rng(0).normal(size=(64, 1024)), jnp.float32)}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.save(2, state, {})
+    largest = max((tmp_path / "2" / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore(state).step == 1
+    assert f"the checkpoint of step 2 in {tmp_path} is damaged and removed" in caplog.text
+
+
 @pytest.mark.parametrize(
     "error",
     [
