@@ -65,6 +65,7 @@ def test_a_key_can_be_set_and_changes_nothing_else(name):
         "validation.measure": "loss",
         "validation.keep": "best",
         "report.choose_on": "test",
+        "parallel.engine": "pmap",
     }
     kinds = {
         str: lambda v: other.get(name, "other"),

@@ -28,6 +28,7 @@ from mlora_jax.train.records import read_json_lines
 from tests import test_run_tasks
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
+from tests.parallel import test_mesh
 from tests.study import test_queue
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
@@ -246,6 +247,11 @@ ELSEWHERE = {
     "calibration.learning_rate": "test_keys_of_calibration",
     "calibration.batches": "test_keys_of_calibration",
     **{f"study.{key}": "test_keys_of_the_study" for key in DEFAULTS["study"]},
+    **{f"parallel.{key}": "test_keys_of_the_mesh" for key in ("trial", "data", "fsdp", "tensor", "engine")},
+    **{
+        f"parallel.{key}": "test_keys_of_the_processes"
+        for key in ("distributed", "coordinator_address", "num_processes", "process_id")
+    },
 }
 
 
@@ -258,7 +264,7 @@ def test_every_key_has_a_test():
     readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
     tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
     assert tested == set(all_keys())
-    homes = (sys.modules[__name__], test_run_tasks, test_queue)
+    homes = (sys.modules[__name__], test_run_tasks, test_queue, test_mesh)
     assert all(any(hasattr(home, test) for home in homes) for test in ELSEWHERE.values())
 
 

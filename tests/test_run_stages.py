@@ -51,7 +51,7 @@ def test_only_a_batch_s_own_records_are_taken_back(stand_in, tmp_path, step):
     """Batches may take turns, so another one's records lie before and after what comes again."""
     trials = expand_trials(resolve({"trials": {"seed": (1, 2), "learning_rate": (0.1, 0.2)}}))
     mine, other = TrialBatch("mine", tuple(trials[:2]), 2), TrialBatch("other", tuple(trials[2:]), 2)
-    experiment = types.SimpleNamespace(pipeline=lambda trials: Batches(), steps=10)
+    experiment = types.SimpleNamespace(batches=lambda trials: Batches(), steps=10)
     stages = stand_in(experiment=experiment)
     turns = (other, 2), (mine, 2), (mine, 4), (other, 4), (mine, 6), (other, 6)
     written = [(batch, at, trial.name) for batch, at in turns for trial in batch.trials]

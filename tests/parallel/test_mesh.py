@@ -9,10 +9,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.config import resolve
+from mlora_jax.config import expand_trials, resolve
 from mlora_jax.core.product import path_names
+from mlora_jax.experiment import Experiment
 from mlora_jax.inputs import run_mesh
 from mlora_jax.models import Decoder
+from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch, local_rows, on_one_device, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, mesh_sizes, shards_of
 from mlora_jax.parallel.rules import shardings, spec_of
@@ -73,6 +75,48 @@ def test_a_mesh_that_the_run_cannot_use(monkeypatch, changes, message):
     monkeypatch.setattr(jax, "devices", lambda: FOUR)
     with jax.default_device(None), pytest.raises(ValueError, match=re.escape(message)):
         run_mesh(resolve({"train": {"batch_size": 4, "accumulation": 2}, "parallel": changes}))
+
+
+def test_keys_of_the_mesh(tmp_path):
+    """Each of them changes the program of a training step, and what it is told to be laid out on."""
+    config = {
+        "model": {"path": "quickstart"},
+        "data": {"task": "quickstart", "cache_dir": str(tmp_path), "limit": 8},
+        "adapter": {"targets": ("v_proj",)},
+        "trials": {"rank": (4,), "seed": (1, 2)},
+        "train": {"batch_size": 8},
+        "evaluation": {"limit": 4},
+    }
+    meshes = (
+        ({}, {"data": 4}),
+        ({"data": 2, "tensor": 2}, {"data": 2, "tensor": 2}),
+        ({"trial": 2}, {"trial": 2, "data": 2}),
+        ({"fsdp": 2}, {"data": 2, "fsdp": 2}),
+        ({"tensor": 4}, {"tensor": 4}),
+        ({"engine": "pmap"}, {"data": 4}),
+    )
+    programs = set()
+    for changes, expected in meshes:
+        with jax.default_device(None):
+            experiment = Experiment.load(resolve({**config, "parallel": changes}))
+            program = experiment.compile_largest(expand_trials(experiment.config)[0], 2, 0)
+        assert {axis: size for axis, size in experiment.mesh.shape.items() if size > 1} == expected
+        programs.add(program.as_text())
+    assert len(programs) == len(meshes)
+
+
+def test_keys_of_the_processes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **named: asked.append(named))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    options = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
+    for changes in ({}, {"distributed": True}, {"distributed": True, **options}):
+        hosts.join(resolve({"parallel": changes}).parallel)
+    assert asked == [{}, options]
+    for name in options:
+        left = {key: value for key, value in options.items() if key != name}
+        with pytest.raises(ValueError, match=rf"needs config\.parallel\.{name} too"):
+            hosts.join(resolve({"parallel": {"distributed": True, **left}}).parallel)
 
 
 def test_a_default_device_is_taken_alone():
