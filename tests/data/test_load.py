@@ -195,6 +195,6 @@ def test_the_default_cache_is_in_the_users_cache_folder(jsonl, tmp_path, monkeyp
 
 def test_find_task_lists_all_names():
     with pytest.raises(
-        ValueError, match="expected one of 'gsm8k', 'trec', 'sst2', .*'winogrande', 'quickstart', 'jsonl'"
+        ValueError, match=r"expected one of 'gsm8k', 'trec', 'sst2', .*'winogrande', 'quickstart', 'jsonl'"
     ):
         find_task("zzz")
