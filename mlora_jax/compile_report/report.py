@@ -144,8 +144,12 @@ class Reporter:
                 break
             if low and found[low].needed >= held + ENOUGH * room:
                 break
-            guess = max(low + 1, _guess(found, held + (1 + ENOUGH) / 2 * room))
-            attempt(guess if high is None else min(guess, high - 1))
+            target = held + (1 + ENOUGH) / 2 * room
+            if high is None:
+                attempt(max(low + 1, _meet(found, 0, low, target)))
+            else:
+                guess, step = _meet(found, low, high, target), max(1, (high - low) // 8)
+                attempt(min(max(guess, low + step), high - step))
         fitting = [n for n in found if found[n].within]
         rows = max(fitting, default=min(found))
         return layout(rows), found[rows]
@@ -217,10 +221,9 @@ def _bytes_on_one(tree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _guess(found: dict[int, Record], limit: float) -> int:
-    """Rows at which a line through two measurements, or one and what it holds besides rows, meets the limit."""
-    (first, *_, last) = sorted(found) if len(found) > 1 else (0, *found)
-    held = found[last].parameters + found[last].optimizer
-    low = found[first].needed if first else held
-    slope = (found[last].needed - low) / (last - first)
-    return int(last + (limit - found[last].needed) / max(slope, 1.0))
+def _meet(found: dict[int, Record], low: int, high: int, target: float) -> int:
+    """Rows at which a line through two measurements meets a number of bytes; no rows need what is held besides them."""
+    above = found[high].needed
+    below = found[low].needed if low else found[high].parameters + found[high].optimizer
+    slope = max((above - below) / (high - low), 1.0)
+    return int(low + (target - below) / slope)
