@@ -250,7 +250,7 @@ def test_the_installed_commands(installed, tmp_path):
     (entries,) = installed.glob("*.dist-info/entry_points.txt")
     lines = [line for line in entries.read_text().splitlines() if " = " in line]
     commands = dict(line.split(" = ") for line in lines)
-    names = ("export", "generate", "lm-eval", "plan", "ranks", "run", "study", "table")
+    names = ("compile-report", "export", "generate", "lm-eval", "plan", "ranks", "run", "study", "table")
     assert sorted(commands) == [f"mlora-{name}" for name in names]
     environment = os.environ | {"PYTHONPATH": str(installed)}
 
@@ -264,10 +264,10 @@ def test_the_installed_commands(installed, tmp_path):
 
     flag = {"export": "--ranks-for", "generate": "--prompt:", "plan": "--timed_steps", "ranks": "--budget",
             "run": "--workdir", "study": "--cells", "table": "--choose_on",
-            "lm-eval": "--tasks"}  # fmt: skip
+            "lm-eval": "--tasks", "compile-report": "--topology"}  # fmt: skip
     for name in names:
         arguments = ["run", "--help"] if name == "lm-eval" else ["--help"]
-        arguments += ["--config=quickstart"] if name in ("run", "plan") else []
+        arguments += ["--config=quickstart"] if name in ("run", "plan", "compile-report") else []
         done = start(f"mlora-{name}", *arguments)
         assert flag[name] in done.stdout, (name, done.stdout, done.stderr)
     done = start("mlora-run", "--config", "quickstart", "--workdir", "out", "--config.model.path=nowhere")
