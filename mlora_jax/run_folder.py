@@ -50,8 +50,10 @@ def only_one_run(path) -> Iterator[None]:
     """Keeps a second process out of a run's folder until this one leaves it, in whatever way.
 
     Raises:
-      ValueError: another process is in it.
+      ValueError: another process is in it; a URL.
     """
+    if "://" in str(path):
+        raise ValueError(f"--workdir must be a folder, got {path}: mount the bucket, by gcsfuse for example")
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:

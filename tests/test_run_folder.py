@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from mlora_jax.config import expand_trials, resolve
-from mlora_jax.run_folder import CURVES, RunFolder
+from mlora_jax.run_folder import CURVES, RunFolder, only_one_run
 from mlora_jax.train.records import JsonLines
 
 
@@ -49,3 +49,13 @@ def test_files_that_a_kill_left_half_written_are_removed(tmp_path):
         file.write_text("{")
     RunFolder(tmp_path, resolve({}))
     assert whole.is_file() and not any(file.exists() for file in halves)
+
+
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ValueError, match=r"must be a folder, got gs://bucket/run: mount"),
+        only_one_run("gs://bucket/run"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
