@@ -7,11 +7,40 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlora_jax.evaluate.requests import choice_items
-from mlora_jax.evaluate.scoring import Scorer
+from mlora_jax.evaluate.scoring import Request, Scorer
 from mlora_jax.models.tokenizer import Tokenizer
 
 
-class ChoiceEvaluator:
+class ScoredEvaluator:
+    """An evaluator that asks a scorer for a fixed set of requests.
+
+    Args:
+      scorer: of the adapted decoder.
+      requests: in any order.
+
+    Attributes:
+      compiled: the scorer's jitted function; its cache size counts compilations.
+    """
+
+    def __init__(self, scorer: Scorer, requests: Sequence[Request]):
+        self._scorer, self._prepared = scorer, scorer.prepare(requests)
+        self.compiled = scorer.compiled
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._prepared.batches)
+
+    @property
+    def compilations(self) -> int:
+        """Executables so far."""
+        return self.compiled._cache_size()
+
+    def run_batch(self, number: int, adapter, p) -> None:
+        """Computes one batch: to time it."""
+        self._scorer.run_batch(self._prepared.batches[number], adapter, p)
+
+
+class ChoiceEvaluator(ScoredEvaluator):
     """The likeliest choice compared with the right one: `evaluator(adapter, p)` gives one verdict per item.
 
     Args:
@@ -29,24 +58,10 @@ class ChoiceEvaluator:
     """
 
     def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str):
-        self._scorer, self._items = scorer, choice_items(rows, tokenizer, seam=seam)
-        self._prepared = scorer.prepare(self._items.requests)
-        self.compiled = scorer.compiled
+        self._items = choice_items(rows, tokenizer, seam=seam)
+        super().__init__(scorer, self._items.requests)
         self.truncated = self._items.cut_items(scorer.max_length)
 
     def __call__(self, adapter, p) -> np.ndarray:
         """Verdicts [items] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
         return self._items.verdicts(self._scorer.score(self._prepared, adapter, p).log_likelihoods)
-
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._prepared.batches)
-
-    @property
-    def compilations(self) -> int:
-        """Executables so far."""
-        return self.compiled._cache_size()
-
-    def run_batch(self, number: int, adapter, p) -> None:
-        """Computes one batch: to time it."""
-        self._scorer.run_batch(self._prepared.batches[number], adapter, p)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlora_jax.data.tokenize import tokenize
+from mlora_jax.evaluate.likelihood import ScoredEvaluator
 from mlora_jax.evaluate.requests import warn_of_not_finite
 from mlora_jax.evaluate.scoring import Request, Scorer
 from mlora_jax.models.tokenizer import Tokenizer
 
 
-class TokenEvaluator:
+class TokenEvaluator(ScoredEvaluator):
     """Whether each token of the answers is the likeliest one behind the true text before it.
 
     `evaluator(adapter, p)` gives one verdict per token, the end of an answer included, row by row. Tokens of one
@@ -38,14 +39,11 @@ class TokenEvaluator:
             rows, tokenizer, seam=seam, max_length=scorer.max_length, overflow="truncate", split="evaluation"
         )
         firsts = [int(np.argmax(example.loss_mask)) for example in found.examples]
-        self._scorer = scorer
-        self._prepared = scorer.prepare(
-            [
-                Request(tuple(example.tokens[:first].tolist()), tuple(example.tokens[first:].tolist()))
-                for example, first in zip(found.examples, firsts, strict=True)
-            ]
-        )
-        self.compiled = scorer.compiled
+        requests = [
+            Request(tuple(example.tokens[:first].tolist()), tuple(example.tokens[first:].tolist()))
+            for example, first in zip(found.examples, firsts, strict=True)
+        ]
+        super().__init__(scorer, requests)
         self.truncated = found.truncated + found.dropped
 
     def __call__(self, adapter, p) -> np.ndarray:
@@ -58,16 +56,3 @@ class TokenEvaluator:
         warn_of_not_finite(finite)
         # By rows, however the scorer has packed them.
         return (greedy & finite)[np.argsort(owners[owners >= 0], kind="stable")]
-
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._prepared.batches)
-
-    @property
-    def compilations(self) -> int:
-        """Executables so far."""
-        return self.compiled._cache_size()
-
-    def run_batch(self, number: int, adapter, p) -> None:
-        """Computes one batch: to time it."""
-        self._scorer.run_batch(self._prepared.batches[number], adapter, p)
