@@ -61,15 +61,17 @@ TASKS = {
 READOUTS = {"readouts": {"lora": ("prefix",), "dylora": ("prefix",), "matryoshka": ("prefix",)}}
 
 FULL = {"model": {"dtype": "bfloat16"}}
-# One batch of 24 trials of two steps, one shape: next to nothing to compile.
+# One batch of 12 trials of two steps, one shape: next to nothing to compile.
 SMOKE = {
     "model": {"path": "", "dtype": "float32"},
-    "data": {"limit": 8, "pad_multiple": 512},
-    "trials": {"learning_rate": (1e-3, 1e-2), "seed": (42, 666), "scaling": ("none", "sqrt"), "rank": (2,)},
-    "train": {"epochs": 1, "batch_size": 4, "accumulation": 2, "remat": False, "log_every": 1, "trials_at_once": 24},
+    "data": {"limit": 4, "pad_multiple": 512},
+    "trials": {"learning_rate": (1e-3, 1e-2), "seed": (42, 666), "scaling": ("sqrt",), "rank": (2,)},
+    "train": {"epochs": 1, "batch_size": 2, "accumulation": 2, "remat": False, "log_every": 1, "trials_at_once": 12},
     "validation": {"limit": 2},
     "evaluation": {"limit": 2, "batch_size": 16, "max_new_tokens": 4},
 }
+# Every number of shots is two more executables: GSM8K's smoke run has one number.
+SMOKE_OF_TASK = {"gsm8k": {"evaluation": {"tasks": (("gsm8k", 3),)}}, "platypus": {}}
 VARIANTS = {
     "r32": {**FULL, "trials": {"rank": (32,)}},
     "r256": {**FULL, "trials": {"rank": (256,)}},
@@ -91,7 +93,8 @@ def paper_config(model: str, task: str, variant: str) -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r} of the config, expected one of {', '.join(VARIANTS)}")
     config = ConfigDict({"model": {"path": MODELS[model]}})
-    for values in (SHARED, TASKS[task], {"evaluation": READOUTS}, VARIANTS[variant]):
+    smoke = SMOKE_OF_TASK[task] if variant == "smoke" else {}
+    for values in (SHARED, TASKS[task], {"evaluation": READOUTS}, VARIANTS[variant], smoke):
         for group, keys in values.items():
             config[group] = {**config.get(group, ConfigDict()).to_dict(), **keys}
     return config
