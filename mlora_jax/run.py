@@ -82,11 +82,11 @@ class _Run:
     curves: JsonLines
     progress: RunProgress
     trackers: list[Tracker]
-    interrupted: Callable[[], int]
+    signal_came: Callable[[], int]
 
     def leave_if_asked(self) -> None:
-        """Raises Interrupted if a signal came; only where everything is saved."""
-        if signal_number := self.interrupted():
+        """Raises Interrupted if a signal came to any process; only where everything is saved."""
+        if signal_number := hosts.largest(self.signal_came()):
             raise Interrupted(128 + signal_number)
 
     def record(self, **values: Any) -> None:
@@ -145,9 +145,9 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         for tracker in trackers:
             stack.callback(tracker.close)
         experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
-        interrupted = stack.enter_context(_until_asked_to_stop())
+        signal_came = stack.enter_context(_until_asked_to_stop())
         progress = stack.enter_context(RunProgress(console=None if hosts.is_first() else Console(quiet=True)))
-        run = _Run(config, folder, experiment, metrics, curves, progress, trackers, interrupted)
+        run = _Run(config, folder, experiment, metrics, curves, progress, trackers, signal_came)
         progress.say(_describe(experiment))
         try:
             if new := folder.unplanned(trials):  # first, because its errors ask for another config
@@ -171,10 +171,10 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
 
 @contextlib.contextmanager
 def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
-    """The number of the signal to stop that has come, or 0; a second one has its usual effect."""
+    """The number of the signal to stop that has come to this process, or 0; a second one has its usual effect."""
     came = [0]
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: hosts.largest(0)  # only the main thread may listen
+        yield lambda: 0  # only the main thread may listen
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -186,7 +186,7 @@ def _until_asked_to_stop() -> Iterator[Callable[[], int]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: hosts.largest(came[0])  # a signal to any process stops all of them
+        yield lambda: came[0]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -258,7 +258,7 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
             log=lambda step, slot, values: _log(run, batch, step, slot, values),
             validate=lambda step, adapters, slots: _validate(run, batch, step, adapters, slots),
             save=lambda state, memory: checkpoints.save(memory.step, state, _values(memory, batches)),
-            interrupted=run.interrupted,
+            interrupted=hosts.polled(run.signal_came),
             turns=experiment.turns(trials, keys),
         )
         checkpoints.wait()

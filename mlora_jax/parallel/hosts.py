@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
@@ -140,6 +143,32 @@ def largest(value: int) -> int:
     if count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
+def polled(value: Callable[[], int]) -> Callable[[], int]:
+    """`largest` for the steps of training: asked of the devices behind the step, and never waited for.
+
+    Args:
+      value: this process's at the time of a call.
+
+    Returns:
+      A function that all processes call together, and that gives all of them the largest value at the call before; 0
+      at its first call. With one process, `value` itself.
+    """
+    if count() == 1:
+        return value
+    one_each = [next(d for d in jax.devices() if d.process_index == process) for process in range(count())]
+    mesh = Mesh(np.array(one_each), ("process",))
+    apart, alike = NamedSharding(mesh, PartitionSpec("process")), NamedSharding(mesh, PartitionSpec())
+    highest = jax.jit(jnp.max, out_shardings=alike)
+    asked = collections.deque()
+
+    def poll() -> int:
+        own = np.asarray([value()], np.int32)
+        asked.append(highest(jax.make_array_from_process_local_data(apart, own)))
+        return int(asked.popleft().addressable_data(0)) if len(asked) > 1 else 0
+
+    return poll
 
 
 def wait(name: str) -> None:

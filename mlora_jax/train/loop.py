@@ -303,7 +303,8 @@ def train_trials(
         gradient_norm and learning_rate (of the last step), tokens_per_second and finite.
       validate: (finished steps, adapters [K, ...], which to look at) -> scores [K], higher is better.
       save: called when a checkpoint is due, and at the end.
-      interrupted: asked after every step and its validation; gives the number of the signal that came, or 0.
+      interrupted: asked after every step and its validation; gives the number of the signal that came, or 0, the
+        same in every process.
       turns: between the phases of the trials. A checkpoint of that step is from before the action.
 
     Raises:
