@@ -89,7 +89,8 @@ DEFAULTS: dict[str, Any] = {
     },
     # Methods of one's own, besides those of mlora_jax.core.METHODS: a name and its phases in order, each a policy and
     # its share of the steps, with a squeeze in between: {"name": (("lora", 0.7), ("per_example", 0.3))}. "rotate" as
-    # one more entry takes the optimizer's moments through the squeeze, which otherwise starts them anew.
+    # one more entry takes the optimizer's moments through the squeeze, which otherwise starts them anew; "restart"
+    # starts the learning rate anew too, which then falls to zero in every phase.
     "methods": {},
     "train": {
         "epochs": 3,

@@ -43,7 +43,7 @@ from mlora_jax.train.grid import bytes_on_device, cut_evenly, group_trials, larg
 from mlora_jax.train.loop import TrialKeys, TrialsStep, Turn, stack_trees, take_trial, trial_keys
 from mlora_jax.train.objective import answer_loss
 from mlora_jax.train.phases import TrialPhases, squeeze_trials
-from mlora_jax.train.step import Schedule, TrialState, init_state, make_optimizer
+from mlora_jax.train.step import TrialState, init_state, make_optimizer
 
 SCORED = {"choice": ChoiceEvaluator, "tokens": TokenEvaluator}  # the metrics that need no generated text
 
@@ -216,12 +216,6 @@ class Experiment:
             return split(model)[2]
         return start_from_peft(path, model, self.phases.function(trial, 0))
 
-    def schedules(self, trials: Sequence[Trial]) -> Schedule:
-        """Learning rates and lengths [K]."""
-        warmup, count = self.config.train.warmup_steps, len(trials)
-        rates = jnp.array([trial.learning_rate for trial in trials], float)
-        return Schedule(rates, jnp.full(count, warmup, float), jnp.full(count, self.steps, float))
-
     @functools.cached_property
     def phases(self) -> TrialPhases:
         """Which policy trains a trial when."""
@@ -314,14 +308,14 @@ class Experiment:
 
     def time_steps(self, trials: Sequence[Trial], steps: int, phase: int = 0) -> StepTiming:
         """Trains trials of one group for a few steps as in one of their phases, and forgets them."""
-        adapted, schedules = self.adapted(trials[0].rank), self.schedules(trials)
+        adapted, schedule = self.adapted(trials[0].rank), self.phases.schedules(trials)(0)
         state, keys = self.start(trials)
         arrays, draws = next(self.batches(trials)), self.phases.draws_in(phase, trials, keys)
         seconds = []
         for number in range(steps + 1):
             start = time.monotonic()
             state, metrics = adapted.step(
-                adapted.base, adapted.profile, state, arrays, draws(number), schedules, keys.dropout
+                adapted.base, adapted.profile, state, arrays, draws(number), schedule, keys.dropout
             )
             jax.block_until_ready(metrics)
             seconds.append(time.monotonic() - start)
@@ -345,7 +339,7 @@ class Experiment:
         draw = jax.eval_shape(self.phases.draws_in(phase, [trial], stack_trees([trial_keys(0)])), 0)
         many = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)  # noqa: E731
         draw = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), draw)
-        schedule = jax.eval_shape(lambda: self.schedules([trial] * count))
+        schedule = jax.eval_shape(lambda: self.phases.schedules([trial] * count)(0))
         return adapted.step.compile(
             adapted.base, adapted.profile, many(one), many(batch), draw, schedule, many(keys.dropout)
         )

@@ -242,10 +242,10 @@ def _train_batch(run: _Run, batch: TrialBatch) -> None:
     with Checkpoints(run.folder.checkpoints(batch), keep=config.checkpoint.keep) as checkpoints:
         state, keys = _start(run, batch)
         state, memory, batches = _resume(run, batch, checkpoints, state)
-        schedules = experiment.schedules(trials)
+        schedules = experiment.phases.schedules(trials)
         state = train_trials(
             lambda at, arrays, draw: adapted.step(
-                adapted.base, adapted.profile, at, arrays, draw, schedules, keys.dropout
+                adapted.base, adapted.profile, at, arrays, draw, schedules(memory.step), keys.dropout
             ),
             batches,
             experiment.phases.draws(trials, keys),

@@ -282,6 +282,24 @@ def test_key_changes_the_outcome(folders, first_run, tmp_path, monkeypatch, name
         assert list(adapters.values()) != list(first_run[1].values())
 
 
+def test_the_learning_rate_of_a_method_with_phases(folders, tmp_path, monkeypatch):
+    """It falls to zero over the run, or with "restart" in every phase; a warm-up is that of the run."""
+    monkeypatch.setattr(run, "write_report", lambda folder: None)
+    config = choice_config(folders)
+    phases = (("lora", 0.5), ("per_example", 0.5))
+    config["methods"] = {"on": phases, "anew": (*phases, "restart")}
+    config["trials"] |= {"method": ("on", "anew"), "rank": (3,), "scaling": ("rank",)}
+    config["train"] |= {"accumulation": 2, "warmup_steps": 1, "trials_at_once": 2}
+    on, anew = train(config, tmp_path).trials
+    rates = {"on": [0, 5, 4, 3, 2, 1], "anew": [0, 2, 1, 3, 2, 1]}  # 3, 2, 1 of 3 from step 3 on
+    for name, of in (("on", 5), ("anew", 0)):
+        records = [r for r in read_json_lines(tmp_path / "metrics.jsonl") if r["trial"].startswith(f"{name}-")]
+        wanted = [0.03 * rate / (of or (2 if step < 3 else 3)) for step, rate in enumerate(rates[name])]
+        np.testing.assert_allclose([record["learning_rate"] for record in records], wanted, rtol=1e-5, atol=1e-9)
+    files = [load_file(trial.adapter / "adapter.safetensors") for trial in (on, anew)]
+    assert all(np.any(files[0][key] != files[1][key]) for key in files[0])
+
+
 def test_keys_of_calibration(folders, first_run, tmp_path):
     """The read-outs that look at training data, of the adapter that the first run trained."""
     config = choice_config(folders)

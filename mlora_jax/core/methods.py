@@ -14,7 +14,7 @@ from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.policies import POLICIES, Policy, get_policy
 
 # What becomes of the optimizer's moments where the factors are squeezed.
-CARRIES = ("reset", "rotate")
+CARRIES = ("reset", "rotate", "restart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Method:
     Attributes:
       phases: at least one; their fractions sum to 1.
       summary: one line for tables and errors.
-      carry: of `CARRIES`; "rotate" takes the optimizer's moments along with the factors, "reset" starts them anew.
+      carry: of `CARRIES`; "rotate" takes the optimizer's moments along with the factors, "reset" starts them anew, and
+        "restart" the learning rate too: it falls to zero in every phase (warm restarts, arXiv 1608.03983).
 
     Raises:
       ValueError: no phase, an unknown policy, fractions that do not sum to 1, an unknown carry.
@@ -93,6 +94,15 @@ class Method:
         if any(later <= earlier for earlier, later in zip(starts, (*starts[1:], steps), strict=True)):
             raise ValueError(f"{steps} steps are too few for phases that begin at {starts}")
         return tuple(starts)
+
+    def anneals_from(self, steps: int) -> tuple[int, ...]:
+        """The number of finished steps at which the learning rate is at its peak and begins to fall to zero.
+
+        >>> both = Phase("lora", 0.7), Phase("per_example", 0.3)
+        >>> [Method(phases=both, summary="", carry=carry).anneals_from(100) for carry in ("reset", "restart")]
+        [(0,), (0, 70)]
+        """
+        return self.starts(steps) if self.carry == "restart" else (0,)
 
     def hierarchy(self, hierarchy: RankHierarchy, phase: int = -1) -> RankHierarchy:
         """S, scales and weights in a phase, of a trial that starts with `hierarchy`; by default at the end."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -17,7 +19,7 @@ from mlora_jax.config import Trial, further_methods
 from mlora_jax.core import Draw, Method, RankHierarchy, get_method
 from mlora_jax.core.squeeze import Tree, squeeze_factors, turn_gradients
 from mlora_jax.train.loop import TrialKeys, compile_draws
-from mlora_jax.train.step import TrialState
+from mlora_jax.train.step import Schedule, TrialState
 
 
 class PhaseShape(NamedTuple):
@@ -88,6 +90,18 @@ class TrialPhases:
             start, passes = shape.end, passes + (shape.end - start) * shape.profiles
         return passes / self.steps
 
+    def schedules(self, trials: Sequence[Trial]) -> Callable[[int], Schedule]:
+        """Finished steps -> learning rates and lengths [K] of trials that train together."""
+        warmup, count = self.config.train.warmup_steps, len(trials)
+        rates = jnp.array([trial.learning_rate for trial in trials], float)
+        starts = self.method(trials[0]).anneals_from(self.steps)
+        # One that has ended its warm-up where its phase begins: from there it falls to zero.
+        each = [
+            Schedule(rates, jnp.full(count, start or warmup, float), jnp.full(count, end, float))
+            for start, end in itertools.pairwise((*starts, self.steps))
+        ]
+        return lambda step: each[bisect.bisect_right(starts, step) - 1]
+
     def draws(self, trials: Sequence[Trial], keys: TrialKeys) -> Callable[[int], Draw]:
         """Finished steps -> the draws of trials that train together, with a leading K."""
         starts = self.method(trials[0]).starts(self.steps)
@@ -115,8 +129,8 @@ def squeeze_trials(
 
     Args:
       optimizer: from `make_optimizer`.
-      carry: "reset" starts the optimizer anew; "rotate" takes its moments along, the second ones as if the gradients of
-        different columns were uncorrelated.
+      carry: "rotate" takes the optimizer's moments along, the second ones as if the gradients of different columns were
+        uncorrelated; others start it anew.
       profile: profile tree.
       state: of K trials.
       functions: [K, R], the profile of the function that each trial keeps.

@@ -55,7 +55,7 @@ def test_three_phases():
         ((Phase("lora", 0.7),), "reset", r"sum to 1, got \[0.7\]"),
         ((Phase("lora", 1.0), Phase("lora", 0.0)), "reset", "above 0"),
         ((Phase("lroa", 1.0),), "reset", "unknown policy 'lroa'; did you mean 'lora'"),
-        ((Phase("lora", 1.0),), "turn", "unknown carry 'turn'; known: reset, rotate"),
+        ((Phase("lora", 1.0),), "turn", "unknown carry 'turn'; known: reset, rotate, restart"),
     ],
 )
 def test_a_method_that_cannot_be_is_refused(phases, carry, message):
