@@ -146,7 +146,7 @@ DEFAULTS: dict[str, Any] = {
         "batches": 8,  # of optimizer steps, of which "squeeze_inputs" takes the inputs
     },
     "study": {  # what experiments.study trains in place of the trials above
-        "groups": ("leading", "separate"),  # | matryoshka | further | variants, see mlora_jax.study.rivals
+        "groups": ("leading", "separate"),  # | matryoshka | further | variants | weighted, see mlora_jax.study.rivals
         "rank": 32,  # R
         "rates": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),  # the learning rates that there are
         "start": (1e-3, 3e-3, 1e-2),  # those tried first; others follow while the best is at the edge

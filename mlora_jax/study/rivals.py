@@ -78,8 +78,11 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
     "variants": (  # methods of the cells' configs
         Rival("renest_50"),
         Rival("renest_30"),
-        Rival("renest_30", weights="ends"),
         Rival("renest_rotated"),
+        Rival("renest_30_rotated"),
+    ),
+    "weighted": (
+        Rival("renest_30", weights="ends"),
         Rival("per_example", weights="ends"),
     ),
     "matryoshka": _MATRYOSHKA,
