@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.adapt import InputGram, set_profile, split, watch_inputs
 from mlora_jax.config import Trial
@@ -21,6 +22,8 @@ from mlora_jax.evaluate import read_out
 from mlora_jax.experiment import Experiment
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.parallel import hosts
+from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights, split_rows
+from mlora_jax.parallel.mesh import ROWS, shards_of
 from mlora_jax.train.calibrate import calibrate
 from mlora_jax.train.loop import trial_keys
 from mlora_jax.train.objective import answer_loss
@@ -71,13 +74,14 @@ def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHi
     if not hosts.agree(hosts.is_first() and file.is_file()):
         adapted, options = experiment.adapted(trial.rank), experiment.config.calibration
         profiles = calibrate(
-            _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk),
-            (adapted.base, adapter, adapted.profile),
+            _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk, experiment.mesh),
+            (adapted.base, put_weights(adapter, experiment.mesh), put_replicated(adapted.profile, experiment.mesh)),
             hierarchy,
-            _batches(experiment, trial),
+            (put_rows(batch, experiment.mesh, 0) for batch in _batches(experiment, trial)),
             steps=min(options.steps, experiment.steps),
             learning_rate=options.learning_rate,
             key=jax.random.fold_in(trial_keys(trial.seed).draws, experiment.steps),
+            mesh=experiment.mesh,
         )
         hosts.together(lambda: _write_calibrated(file, hierarchy, profiles))
     return hosts.agree(read_calibrated(file.parent) if hosts.is_first() else {})
@@ -89,7 +93,7 @@ def _write_calibrated(file: pathlib.Path, hierarchy: RankHierarchy, profiles: np
 
 
 @functools.lru_cache(maxsize=16)
-def _loss_of(graphdef, chunk: int):
+def _loss_of(graphdef, chunk: int, mesh: Mesh | None):
     """(trees, profiles [B, R], batch) -> nats; one function for all trials of a model, so that it compiles once."""
 
     def loss(trees, profiles, batch):
@@ -97,7 +101,12 @@ def _loss_of(graphdef, chunk: int):
         values = set_profile(profile, profiles, per_example=True)
         return answer_loss(graphdef, base, adapter, values, batch, chunk=chunk)
 
-    return loss
+    def loss_of_parts(trees, profiles, batch):
+        parts = jax.tree.map(lambda x: split_rows(x, 0, shards_of(mesh)), (profiles, batch))
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(ROWS)))
+        return jnp.sum(jax.vmap(loss, in_axes=(None, 0, 0), spmd_axis_name=ROWS)(trees, *parts))
+
+    return loss if mesh is None else loss_of_parts
 
 
 def read_calibrated(folder) -> dict[int, jax.Array]:
@@ -121,12 +130,14 @@ def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Ar
     model = nnx.merge(adapted.evaluation_graphdef, adapted.base, adapted.adapter, adapted.profile)
     graphdef, base, _, profile, grams = split(watch_inputs(model), mutable=InputGram)
 
-    add = _sum_of(graphdef)
+    add, mesh = _sum_of(graphdef), experiment.mesh
+    adapter, (profile, grams) = put_weights(adapter, mesh), put_replicated((profile, grams), mesh)
     for _, batch in zip(range(experiment.config.calibration.batches), _batches(experiment, trial), strict=False):
         answered = np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1)  # the last token that counts
         real = np.arange(batch["tokens"].shape[1]) <= answered[:, None]
-        profiles = real.astype(np.float32)[..., None] * function  # [B, T, R]
-        grams = jax.block_until_ready(add(base, adapter, profile, grams, batch["tokens"], profiles))
+        profiles = real.astype(np.float32)[..., None] * np.asarray(function)  # [B, T, R]
+        rows = put_rows((batch["tokens"], profiles), mesh, 0)
+        grams = put_replicated(jax.block_until_ready(add(base, adapter, profile, grams, *rows)), mesh)
     return grams
 
 

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from mlora_jax.core import RankHierarchy
+from mlora_jax.parallel.arrays import fetch, put_replicated
 from mlora_jax.train.objective import AnswerBatch
 
 
@@ -24,6 +26,7 @@ def calibrate(
     steps: int,
     learning_rate: float,
     key: jax.Array,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The profile of every rank that fits a trained adapter best.
 
@@ -40,18 +43,20 @@ def calibrate(
       steps: of the optimizer.
       learning_rate: of the numbers, at the first step.
       key: `jax.random.key` for which example is of which rank.
+      mesh: where `trees` and batches lie; None for one device.
 
     Returns:
       Profiles [ranks of S, R], zero beyond each rank.
     """
     prefixes = _prefixes(hierarchy)
     numbers = jnp.ones_like(prefixes)
-    state = optax.scale_by_adam().init(numbers)
+    numbers, state = put_replicated((numbers, optax.scale_by_adam().init(numbers)), mesh)
     for number, batch in zip(range(steps), batches, strict=False):
         rate = learning_rate * (1 - number / steps)
         keys = jax.random.fold_in(key, number)
-        numbers, state = jax.block_until_ready(_step(loss, hierarchy, trees, numbers, state, batch, keys, rate))
-    return np.asarray(prefixes * numbers)
+        fitted = jax.block_until_ready(_step(loss, hierarchy, trees, numbers, state, batch, keys, rate))
+        numbers, state = put_replicated(fitted, mesh)
+    return np.asarray(prefixes) * fetch(numbers)
 
 
 def _prefixes(hierarchy: RankHierarchy) -> jax.Array:

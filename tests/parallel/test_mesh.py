@@ -18,6 +18,7 @@ from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch, local_rows, on_one_device, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, mesh_sizes, shards_of
 from mlora_jax.parallel.rules import shardings, spec_of
+from mlora_jax.readouts import read_out_trial
 from tests.tiny import tiny_config
 
 FOUR = jax.devices()[:4]
@@ -184,3 +185,42 @@ def test_rows_in_parts():
     for number, part in enumerate(sorted(placed.addressable_shards, key=lambda part: part.device.id)):
         np.testing.assert_array_equal(part.data, parts[number])
     assert local_rows(mesh, 8) == (0, 8)
+
+
+def test_readouts_that_run_the_model_are_the_same_on_a_mesh(tmp_path):
+    config = {
+        "model": {"path": "quickstart"},
+        "data": {"task": "quickstart", "cache_dir": str(tmp_path), "limit": 16, "pad_multiple": 16},
+        "adapter": {"targets": ("v_proj", "o_proj")},
+        "trials": {"method": ("lora",), "rank": (3,), "scaling": ("rank",)},
+        "train": {"batch_size": 8, "accumulation": 2},
+        "calibration": {"steps": 3, "batches": 2},
+        "evaluation": {"limit": 4},
+    }
+    (trial,) = expand_trials(resolve(config))
+    found = {}
+    for name, axes in {
+        "one": {},
+        "data": {},
+        "mixed": {"data": 2, "fsdp": 2},
+        "wide": {"data": 2, "tensor": 2},
+    }.items():
+        with jax.default_device(FOUR[0] if name == "one" else None):
+            experiment = Experiment.load(resolve({**config, "parallel": axes}))
+            assert (experiment.mesh is None) == (name == "one")
+            state, _ = experiment.start([trial])
+            adapter = jax.tree.map(lambda x: np.asarray(fetch(x))[0] + 0.05, state.adapter)  # B is zero at the start
+            hierarchy = trial.hierarchy(experiment.config.adapter.ranks)
+            for readout in ("calibrated", "squeeze_inputs"):
+                (folder := tmp_path / name / readout).mkdir(parents=True)
+                made = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder)
+                profiles = np.stack([np.asarray(p) for p in made.profiles.values()])
+                if readout == "calibrated":
+                    assert not np.allclose(profiles[-1], profiles[-1, 0])
+                factors = [np.asarray(fetch(x)) for x in jax.tree.leaves(made.adapter)]
+                found[name, readout] = profiles, [a @ b for a, b in zip(factors[::2], factors[1::2], strict=True)]
+    for (name, readout), (profiles, products) in found.items():
+        expected = found["one", readout]
+        np.testing.assert_allclose(profiles, expected[0], rtol=1e-4, atol=1e-5, err_msg=f"{name} {readout}")
+        for product, other in zip(products, expected[1], strict=True):
+            np.testing.assert_allclose(product, other, rtol=1e-3, atol=1e-5, err_msg=f"{name} {readout}")
