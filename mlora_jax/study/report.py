@@ -20,7 +20,7 @@ from mlora_jax.study.results import Cell, Measured, area_interval, difference, r
 from mlora_jax.study.rivals import GROUPS, Rival
 
 MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
-CHAMPIONS = Rival("renest"), Rival("renest_30")
+CHAMPIONS = Rival("renest"), Rival("renest_30_rotated")
 PANEL = (4.4, 3.3)  # inches
 _SHOWN = tuple(dict.fromkeys((*GROUPS["leading"], *CHAMPIONS)))
 
@@ -119,10 +119,9 @@ def _signed(found: Interval) -> str:
 
 
 def _outcome(cell: Cell, first: Rival, second: Rival) -> Interval | None:
+    """The difference in a cell where both are finished."""
     pair = [cell.measured.get(rival) for rival in (first, second)]
-    if None in pair or not set(pair[0].verdicts) & set(pair[1].verdicts):
-        return None
-    return difference(*pair)
+    return None if None in pair or not all(found.complete for found in pair) else difference(*pair)
 
 
 def _pairs(cells: Sequence[Cell]) -> str:

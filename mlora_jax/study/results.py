@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -133,12 +134,17 @@ def interval(z: np.ndarray, *, seed: int = 0, confidence: float = 0.95) -> Inter
 
     Source: the pigeonhole bootstrap, Owen (2007), Annals of Applied Statistics 1.
     """
-    random, (seeds, items) = np.random.default_rng(seed), z.shape
-    rows = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=SAMPLES) / seeds
-    columns = random.multinomial(items, np.full(items, 1 / items), size=SAMPLES) / items
+    rows, columns = _shares(*z.shape, seed)
     means = np.einsum("ns,ns->n", rows, columns @ z.T)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high), float(z.mean()))
+
+
+@functools.lru_cache(maxsize=2)
+def _shares(seeds: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What share of the draws each seed has [samples, seeds], and each item [samples, items]."""
+    random = np.random.default_rng(seed)
+    return tuple(random.multinomial(count, np.full(count, 1 / count), size=SAMPLES) / count for count in (seeds, items))
 
 
 def area_interval(measured: Measured) -> Interval:

@@ -122,6 +122,10 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     assert "| renest | 1.00 | 0.01 | 2 |" in text and "| lora | 1.00 | 0.1* | 2 |" in text
     assert "| dylora (unfinished) | 1.00 | 0.01 | 1 |" in text
     assert "lora at each rank by itself | 2 |" in text and "### renest less the others" in text
+    pairs, less = (text[text.index(title) :].split("### ")[1] for title in ("### Pairs", "### renest less"))
+    assert "| lora | " in less and "| dylora | " not in less  # dylora lacks a seed
+    (row,) = [line for line in pairs.splitlines() if line.startswith("| renest | ")]
+    assert row.count("0/1/0") == 1 and "1/0/0" not in row and "0/0/1" not in row
     assert "- other: lora, lora + squeeze, dylora" in text
     lines = (workdir / "study.csv").read_text().splitlines()
     assert lines[0] == "cell,rival,cost,learning_rate,seed,rank,accuracy,items,complete"
