@@ -6,6 +6,7 @@ one behind a colon: `--config paper_gsm8k_llama32_1b:r256`, `--config configs/pa
 Every key of `mlora_jax.config.DEFAULTS` can be set on the command line, whether the config file names it or not.
 """
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mlora_jax.config import check_key, resolve
+from mlora_jax.config import NAMED, check_key, resolve
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
 SHIPPED = pathlib.Path(__file__).parents[1] / "configs"  # beside this package, in a checkout and where it is installed
@@ -72,13 +73,26 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
     """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
     try:
         path, arguments = take_config_path(sys.argv)
-        for argument in arguments[1:]:
-            if argument.startswith("-"):
-                check_key(argument.lstrip("-").partition("=")[0])
-        config = config_flags.DEFINE_config_dict("config", read_config(path), sys_argv=arguments)
+        names = [argument.lstrip("-").partition("=")[0] for argument in arguments[1:] if argument.startswith("-")]
+        for name in names:
+            check_key(name)
+        default = read_config(path)
+        _make_room(default, names)
+        config = config_flags.DEFINE_config_dict("config", default, sys_argv=arguments)
         app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _make_room(config: ConfigDict, names: list[str]) -> None:
+    """Lets the command line give values to names that are new to a group of them, such as a method of one's own."""
+    for name in names:
+        group, _, key = name.rpartition(".")
+        if group in NAMED:
+            at = functools.reduce(lambda found, part: found[part], group.split(".")[1:], config)
+            if key not in at:
+                with at.unlocked():
+                    at[key] = ()
 
 
 def _quietly(action, config: ConfigDict, left: list[str]) -> None:

@@ -327,7 +327,7 @@ def check_key(name: str) -> None:
         if not isinstance(group, Mapping):
             raise ValueError(f"{path} is a value and has no key {key!r}")
         _check_keys(group, (key,), path)
-        group, path = group[key], f"{path}.{key}"
+        group, path = group.get(key, ()), f"{path}.{key}"  # a name that is new to a group of `NAMED` is a value
 
 
 def _check_keys(defaults: Mapping, given: Iterable[str], path: str) -> None:

@@ -39,15 +39,20 @@ def test_a_shipped_config_with_overrides(tmp_path):
         f"--config.data.raw_dir={raw}",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
         "--config.trials.rank=(3,)",
-        "--config.trials.method=('matryoshka',)",
+        "--config.methods.mine=(('lora', 0.5), ('per_example', 0.5), 'rotate')",
+        "--config.evaluation.readouts.mine=('prefix', 'squeeze')",
+        "--config.trials.method=('matryoshka', 'mine')",
         "--config.trials.seed=(7,)",
         "--config.train.clip=0.5",
+        "--config.train.epochs=4",
         "--config.data.max_length=128",
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "base accuracy" in done.stdout and "| matryoshka (masked) | 0.001 |" in done.stdout
-    assert (tmp_path / "run/adapters/matryoshka-r3-none-lr0.001-seed7/adapter.safetensors").is_file()
+    assert "| mine + squeeze | 0.001 |" in done.stdout
+    for method in ("matryoshka", "mine"):
+        assert (tmp_path / f"run/adapters/{method}-r3-none-lr0.001-seed7/adapter.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,7 @@ def test_a_shipped_config_with_overrides(tmp_path):
     [
         (["--config.train.clp=1"], "unknown config key config.train.clp; did you mean config.train.clip?"),
         (["--config.trials.method=('lor',)"], "unknown method 'lor'; did you mean 'lora'?"),
+        (["--config.methods.mine=(('lora', 1.0), 'turn')"], "unknown carry 'turn'; known: reset, rotate, restart"),
         (["--config.trials.scaling=('half',)"], "unknown scaling 'half'; known: none, rank, sqrt"),
         (["--config.adapter.ranks=(4,2)"], "ranks must be strictly increasing without repeats, got (4, 2)"),
         (["--config.adapter.ranks=(1,64)"], "rank 64 of S is above the adapter's rank R = 32"),

@@ -231,6 +231,9 @@ def test_keys_of_the_command_line():
     check_key("configuration.zzz")
     with pytest.raises(ValueError, match=r"config\.train\.epochs is a value and has no key 'more'"):
         check_key("config.train.epochs.more")
+    check_key("config.methods.mine")
+    with pytest.raises(ValueError, match=r"config\.methods\.mine is a value and has no key 'more'"):
+        check_key("config.methods.mine.more")
 
 
 @pytest.mark.parametrize(
