@@ -1,7 +1,7 @@
 """The values that the paper's experiments share (MatryoshkaLoRA, arXiv 2605.07850), and their variants.
 
-r32 and r256 are the paper's grids at R = 32 and R = 256; smoke is a run of minutes on a CPU with a model of your own,
-which exercises every stage of the grid and says nothing about the methods.
+r32 and r256 are the paper's grids at R = 32 and R = 256; smoke is a run of a minute on a CPU with a model of your own,
+which goes through every stage of the grid on one device, under one scaling, and says nothing about the methods.
 """
 
 from ml_collections import ConfigDict

@@ -90,7 +90,7 @@ DEFAULTS: dict[str, Any] = {
     # Methods of one's own, besides those of mlora_jax.core.METHODS: a name and its phases in order, each a policy and
     # its share of the steps, with a squeeze in between: {"name": (("lora", 0.7), ("per_example", 0.3))}. "rotate" as
     # one more entry takes the optimizer's moments through the squeeze, which otherwise starts them anew; "restart"
-    # starts the learning rate anew too, which then falls to zero in every phase.
+    # starts the learning rate anew too, which then falls to zero in every phase. A warm-up comes once, at the start.
     "methods": {},
     "train": {
         "epochs": 3,
@@ -266,7 +266,8 @@ def further_methods(config: Mapping | ConfigDict) -> dict[str, Method]:
 
 def _summary(phases: tuple[Phase, ...], carry: str) -> str:
     parts = ", squeezed, ".join(f"{phase.policy} for {phase.fraction:.0%} of the steps" for phase in phases)
-    return f"{parts}; optimizer moments {carry}" if len(phases) > 1 else parts
+    kept = {"reset": "moments reset", "rotate": "moments rotated", "restart": "moments and learning rate started anew"}
+    return f"{parts}; {kept[carry]}" if len(phases) > 1 else parts
 
 
 def harness_tasks(entries: Iterable) -> list[tuple[str, int | None]]:

@@ -22,7 +22,7 @@ from mlora_jax.evaluate import read_out
 from mlora_jax.experiment import Experiment
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.parallel import hosts
-from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights, split_rows
+from mlora_jax.parallel.arrays import on_one_device, put_replicated, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import ROWS, shards_of
 from mlora_jax.train.calibrate import calibrate
 from mlora_jax.train.loop import trial_keys
@@ -102,8 +102,7 @@ def _loss_of(graphdef, chunk: int, mesh: Mesh | None):
         return answer_loss(graphdef, base, adapter, values, batch, chunk=chunk)
 
     def loss_of_parts(trees, profiles, batch):
-        parts = jax.tree.map(lambda x: split_rows(x, 0, shards_of(mesh)), (profiles, batch))
-        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(ROWS)))
+        parts = _parts((profiles, batch), mesh)
         return jnp.sum(jax.vmap(loss, in_axes=(None, 0, 0), spmd_axis_name=ROWS)(trees, *parts))
 
     return loss if mesh is None else loss_of_parts
@@ -130,7 +129,8 @@ def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Ar
     model = nnx.merge(adapted.evaluation_graphdef, adapted.base, adapted.adapter, adapted.profile)
     graphdef, base, _, profile, grams = split(watch_inputs(model), mutable=InputGram)
 
-    add, mesh = _sum_of(graphdef), experiment.mesh
+    mesh = experiment.mesh
+    add = _sum_of(graphdef, mesh)
     adapter, (profile, grams) = put_weights(adapter, mesh), put_replicated((profile, grams), mesh)
     for _, batch in zip(range(experiment.config.calibration.batches), _batches(experiment, trial), strict=False):
         answered = np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1)  # the last token that counts
@@ -138,21 +138,33 @@ def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Ar
         profiles = real.astype(np.float32)[..., None] * np.asarray(function)  # [B, T, R]
         rows = put_rows((batch["tokens"], profiles), mesh, 0)
         grams = put_replicated(jax.block_until_ready(add(base, adapter, profile, grams, *rows)), mesh)
-    return grams
+    return grams if mesh is None else on_one_device(grams)
 
 
 @functools.lru_cache(maxsize=16)
-def _sum_of(graphdef):
+def _sum_of(graphdef, mesh: Mesh | None):
     """(base, adapter, profile, grams, tokens [B, T], profiles [B, T, R]) -> grams with those of these tokens added."""
 
-    @jax.jit
     def add(base, adapter, profile, grams, tokens, profiles):
         values = set_profile(profile, profiles, per_example=True)
         model = nnx.merge(graphdef, base, adapter, values, grams)
         model.hidden(tokens)
         return nnx.state(model, InputGram)
 
-    return add
+    def add_of_parts(base, adapter, profile, grams, tokens, profiles):
+        def of_part(tokens, profiles):
+            return add(base, adapter, profile, jax.tree.map(jnp.zeros_like, grams), tokens, profiles)
+
+        made = jax.vmap(of_part, spmd_axis_name=ROWS)(*_parts((tokens, profiles), mesh))
+        return jax.tree.map(lambda old, new: old + jnp.sum(new, axis=0), grams, made)
+
+    return jax.jit(add if mesh is None else add_of_parts)
+
+
+def _parts(rows, mesh: Mesh):
+    """Arrays [B, ...] as [S, B / S, ...], a part for each shard of the rows."""
+    parts = jax.tree.map(lambda x: split_rows(x, 0, shards_of(mesh)), rows)
+    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
 def _batches(experiment: Experiment, trial: Trial):

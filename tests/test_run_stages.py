@@ -118,7 +118,7 @@ def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_pat
     )
     (trial,) = expand_trials(config)
     monkeypatch.setattr(run, "load_adapter", lambda *arguments: (0, trial.hierarchy(), {"finite": True}))
-    stages = stand_in(config=config, experiment=experiment, folder=folder, interrupted=evaluator.interrupted)
+    stages = stand_in(config=config, experiment=experiment, folder=folder, signal_came=evaluator.interrupted)
     with pytest.raises(run.Interrupted):
         run._evaluate_trial(stages, trial)  # three ranks
     assert evaluator.passes == 1 and not read_json_lines(tmp_path / "curves.jsonl")

@@ -13,7 +13,7 @@ import jax
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.policies import POLICIES, Policy, get_policy
 
-# What becomes of the optimizer's moments where the factors are squeezed.
+# What becomes of the optimizer's moments, and of the learning rate, where the factors are squeezed.
 CARRIES = ("reset", "rotate", "restart")
 
 

@@ -161,7 +161,7 @@ def _regrets(cells: Sequence[Cell]) -> str:
 
 
 def _regret(found: Measured, ceiling: Measured | None) -> str:
-    if ceiling is None or not set(found.verdicts) & set(ceiling.verdicts):
+    if ceiling is None or not (found.complete and ceiling.complete):
         return ""
     return _signed(regret(found, ceiling)) if ceiling.ranks[-1] in found.ranks else ""
 

@@ -140,11 +140,12 @@ def interval(z: np.ndarray, *, seed: int = 0, confidence: float = 0.95) -> Inter
     return Interval(float(low), float(high), float(z.mean()))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _shares(seeds: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """What share of the draws each seed has [samples, seeds], and each item [samples, items]."""
     random = np.random.default_rng(seed)
-    return tuple(random.multinomial(count, np.full(count, 1 / count), size=SAMPLES) / count for count in (seeds, items))
+    counts = [random.multinomial(count, np.full(count, 1 / count), size=SAMPLES) for count in (seeds, items)]
+    return tuple((drawn / drawn[0].sum()).astype(np.float32) for drawn in counts)
 
 
 def area_interval(measured: Measured) -> Interval:

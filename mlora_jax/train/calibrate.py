@@ -56,7 +56,7 @@ def calibrate(
         keys = jax.random.fold_in(key, number)
         fitted = jax.block_until_ready(_step(loss, hierarchy, trees, numbers, state, batch, keys, rate))
         numbers, state = put_replicated(fitted, mesh)
-    return np.asarray(prefixes) * fetch(numbers)
+    return np.asarray(prefixes) * np.asarray(fetch(numbers))
 
 
 def _prefixes(hierarchy: RankHierarchy) -> jax.Array:

@@ -95,9 +95,9 @@ class TrialPhases:
         warmup, count = self.config.train.warmup_steps, len(trials)
         rates = jnp.array([trial.learning_rate for trial in trials], float)
         starts = self.method(trials[0]).anneals_from(self.steps)
-        # One that has ended its warm-up where its phase begins: from there it falls to zero.
+        # A later phase is one whose warm-up is over: from its start on the rate falls to zero.
         each = [
-            Schedule(rates, jnp.full(count, start or warmup, float), jnp.full(count, end, float))
+            Schedule(rates, jnp.full(count, max(start, warmup), float), jnp.full(count, end, float))
             for start, end in itertools.pairwise((*starts, self.steps))
         ]
         return lambda step: each[bisect.bisect_right(starts, step) - 1]
