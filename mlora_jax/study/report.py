@@ -82,9 +82,8 @@ def _cell_text(cell: Cell) -> str:
     separate = cell.separate()
     if len(separate) > 1:
         accuracies = [f"{separate[r].accuracies().mean():.3f}" if r in separate else "" for r in ranks]
-        seeds = {len(found.verdicts) for found in separate.values()}
-        count = str(min(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-        rows.append(["lora at each rank by itself", str(len(separate)), "", count, *accuracies, "", "", ""])
+        seeds = min(len(found.verdicts) for found in separate.values())
+        rows.append(["lora at each rank by itself", str(len(separate)), "", str(seeds), *accuracies, "", "", ""])
     edge = any(found.at_edge for found in whole)
     note = "\n* at the edge of the learning rates that there are.\n" if edge else ""
     return (
@@ -161,7 +160,7 @@ def _regrets(cells: Sequence[Cell]) -> str:
 
 
 def _regret(found: Measured, ceiling: Measured | None) -> str:
-    if ceiling is None or not (found.complete and ceiling.complete):
+    if ceiling is None or not found.complete:
         return ""
     return _signed(regret(found, ceiling)) if ceiling.ranks[-1] in found.ranks else ""
 
@@ -206,7 +205,7 @@ def _write_csv(file, cells: Sequence[Cell]) -> None:
 
 
 def draw_study(cells: Sequence[Cell]) -> Figure:
-    """Accuracy over the rank of the leading rivals: a panel per cell, a band of one standard deviation over seeds."""
+    """Accuracy over the rank of the finished leading rivals: a panel per cell, a band of a standard deviation."""
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.9), layout="constrained")
@@ -216,8 +215,8 @@ def draw_study(cells: Sequence[Cell]) -> Figure:
     shown = {}
     for cell, area in zip(cells, areas, strict=False):
         for color, rival in zip(PALETTE, _SHOWN, strict=False):
-            if rival in cell.measured:
-                found = cell.measured[rival]
+            found = cell.measured.get(rival)
+            if found is not None and found.complete:
                 values = found.accuracies()
                 (line,) = area.plot(found.ranks, values.mean(axis=0), color=color, marker="o", markersize=3.5)
                 shown.setdefault(rival.name, line)

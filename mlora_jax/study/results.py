@@ -73,8 +73,9 @@ class Cell:
     unfinished: tuple[Rival, ...]
 
     def separate(self) -> dict[int, Measured]:
-        """Rank -> LoRA trained at that rank by itself."""
-        return {rival.rank: found for rival, found in self.measured.items() if rival.rank is not None}
+        """Rank -> LoRA trained at that rank by itself, where that is finished."""
+        finished = [found for found in self.measured.values() if found.complete and found.rival.rank is not None]
+        return {found.rival.rank: found for found in finished}
 
 
 def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
