@@ -109,12 +109,20 @@ def resumed_from(output):
 
 
 def kill_at_random(tmp_path, config, seconds, *, kills, seed):
-    """Starts a run again and again, each time killed; the last time it may finish. Returns `resumed_from` of all."""
+    """Starts a run again and again, each time killed, at last behind a checkpoint; then it may finish.
+
+    Returns `resumed_from` of all.
+    """
     chance, killed, resumed = random.Random(seed), 0, []
     while killed < kills:
         process = start(command(tmp_path, config, tmp_path / "run"), config)
+        moment = chance.uniform(0.2, 0.9) * seconds
+        if killed == kills - 1:
+            while not saved_steps(tmp_path / "run") and process.poll() is None:
+                time.sleep(0.01)
+            moment = chance.uniform(0, 0.2)
         try:
-            process.communicate(timeout=chance.uniform(0.2, 0.9) * seconds)
+            process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             resumed += resumed_from(process.communicate()[0])
