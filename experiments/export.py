@@ -23,6 +23,7 @@ from experiments.deploy_flags import MODEL, OUTPUT, RANK, base_folder, base_name
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.interop import RANKS_FOR as ACCEPTED
 from mlora_jax.interop import accepted_rank, export_adapter, export_merged, export_peft
+from mlora_jax.models.hub import hub_id
 from mlora_jax.train.adapter_file import read_adapter, trained_function
 
 FORMS = ("peft", "hf", "safetensors")
@@ -116,8 +117,10 @@ def _allocation(path: str, budget: int) -> dict[str, tuple[int, ...]]:
 
 
 def _write_peft(target, folder, description: Mapping, adapter, hierarchy, rank, options: Mapping) -> str:
-    # PEFT looks here for the base where nothing else is said; a hub id is as good as a folder.
-    base = MODEL.value or str(base_folder(folder, description))
+    # PEFT looks here for the base where nothing else is said: a model of the hub by its id, which holds on any machine.
+    base = base_name(folder, description)
+    if not MODEL.value and hub_id(base) is None:
+        base = str(base_folder(folder, description))
     export_peft(target, adapter, hierarchy, rank, base_model=base, ranks_for=RANKS_FOR.value, **options)
     return f"PEFT adapter in {target}{_hint(rank)}"
 

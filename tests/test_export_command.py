@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from peft import PeftConfig
 
 from experiments import export
 from experiments.run import find_config, read_config
@@ -77,6 +78,17 @@ def test_a_folder_for_each_rank_as_a_user_types_it(run, tmp_path):
     assert config["base_model_name_or_path"] == str(run[0] / "model")
     record = json.loads((out / "rank-4/mlora_jax.json").read_text())
     assert record["exported_from"] == {"trial": {"method": "matryoshka"}, "task": "trec"}
+
+
+@pytest.mark.parametrize(("base", "revision"), [("owner/tiny", None), ("owner/tiny@v1", "v1")])
+def test_a_base_of_the_hub_keeps_its_name(run, tmp_path, capsys, base, revision):
+    """PEFT finds it on any machine; the cache's folder holds on this one only. Nothing is downloaded for it."""
+    shutil.copytree(run[0] / "adapters/lora-r6", tmp_path / "adapter")
+    described = json.loads((tmp_path / "adapter/adapter.json").read_text())
+    (tmp_path / "adapter/adapter.json").write_text(json.dumps({**described, "base_model": base}))
+    exported(capsys, tmp_path / "adapter", to="peft", rank=["2"], output=str(tmp_path / "out"))
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.base_model_name_or_path, config.revision) == ("owner/tiny", revision)
 
 
 def test_the_other_forms_and_their_places(run, tmp_path, capsys):

@@ -10,6 +10,7 @@ import huggingface_hub
 
 from mlora_jax.models import DecoderConfig
 from mlora_jax.models.config import CONFIG_FILE, read_config
+from mlora_jax.models.hub import hub_id
 
 _LLAMA_3: dict[str, Any] = {
     "model_type": "llama",
@@ -60,12 +61,14 @@ def model_shape(path: str) -> DecoderConfig:
     """
     if path and (pathlib.Path(path) / CONFIG_FILE).is_file():
         return read_config(path)
-    if re.fullmatch(r"[\w.\-]+/[\w.\-]+", path):
-        cached = huggingface_hub.try_to_load_from_cache(path, CONFIG_FILE)
+    name, on_hub = path, hub_id(path)
+    if on_hub is not None:
+        name, revision = on_hub
+        cached = huggingface_hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
         if isinstance(cached, str):
             return read_config(pathlib.Path(cached).parent)
     for pattern, values in KNOWN.items():
-        if re.fullmatch(pattern, path.rpartition("/")[2]):
+        if re.fullmatch(pattern, name.rpartition("/")[2]):
             return DecoderConfig.from_hugging_face(values)
     raise ValueError(
         f"the shape of the model {path!r} is not known: set config.model.path to a folder with its {CONFIG_FILE}, the "

@@ -18,6 +18,7 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.interop.factors import LayerFactors, RankOrRanks, by_path, layer_factors
 from mlora_jax.interop.folder import check_free, new_folder, write_json, write_record
 from mlora_jax.interop.names import LINEAR_PATHS, module_name
+from mlora_jax.models.hub import hub_id
 from mlora_jax.models.hugging_face import write_aside
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,7 +73,7 @@ def export_peft(
       hierarchy: S, scales and weights.
       rank: of the read-out, 1..R; or ranks per layer, 0..R, as `mlora_jax.evaluate.Allocation.ranks`.
       readout: "prefix", "nested", "masked" or "squeeze".
-      base_model: folder or hub id of the base, which PEFT writes down.
+      base_model: folder or hub id of the base, as "OWNER/NAME" or "OWNER/NAME@REVISION", which PEFT loads it by.
       function: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
       ranks_for: a key of `RANKS_FOR`: all layers are padded with zeros to one rank that this program accepts.
       description: further JSON values for `mlora_jax.json`.
@@ -94,11 +95,13 @@ def export_peft(
     if ranks_for:
         found = {key: _padded(each, r) for key, each in found.items()}
     layers = {module_name(*key): each for key, each in found.items()}
+    repository, revision = hub_id(str(base_model)) or (str(base_model), None)
     pattern = {re.escape(name): each.rank for name, each in layers.items() if each.rank != r}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
+        "base_model_name_or_path": repository,
+        "revision": revision,
         "r": r,
         "lora_alpha": r,
         "rank_pattern": pattern,

@@ -63,9 +63,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if "/owner/tiny/" not in path:
             code = "GatedRepo" if "/gated/" in path else "RepoNotFound"
             return self.send(403 if code == "GatedRepo" else 404, b"{}", with_body, {"X-Error-Code": code})
-        if rest == "revision/main":
+        if rest == "revision/v0":
+            return self.send(404, b"{}", with_body, {"X-Error-Code": "RevisionNotFound"})
+        if rest in ("revision/main", "revision/v1"):
             return self.send_json({"id": "owner/tiny", "sha": COMMIT, "private": False}, with_body)
-        if rest in (f"tree/{COMMIT}", "tree/main"):
+        if rest in (f"tree/{COMMIT}", "tree/main", "tree/v1"):
             tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
             return self.send_json(tree, with_body)
         name = rest.removeprefix(f"resolve/{COMMIT}/")
@@ -106,7 +108,8 @@ from mlora_jax.models import Tokenizer, checkpoint_folder, load_decoder
 
 found = {"layers": load_decoder("owner/tiny").config.num_layers, "folder": str(checkpoint_folder("owner/tiny"))}
 found["tokens"] = Tokenizer.load("owner/tiny").vocab_size
-for name in ("owner/none", "gated/tiny"):
+found["v1"] = str(checkpoint_folder("owner/tiny@v1"))
+for name in ("owner/none", "gated/tiny", "owner/tiny@v0"):
     try:
         load_decoder(name)
     except FileNotFoundError as error:
@@ -144,6 +147,9 @@ def test_a_model_is_downloaded_from_the_hub_once(hub, model, tmp_path):
         "'owner/none' is neither a folder nor a model on the hub: check the name; if it is private"
         in found["owner/none"]
     )
+    assert found["v1"] == found["folder"]  # the same commit
+    assert any(path.endswith("owner/tiny/revision/v1") for _, path, _ in hub.asked)
+    assert found["owner/tiny@v0"].startswith("'owner/tiny' has no branch, tag or commit 'v0' on the hub")
     assert "it is gated: accept its terms at https://huggingface.co/gated/tiny" in found["gated/tiny"]
     assert "Fetching" in run.stderr  # huggingface_hub's own progress.
 
@@ -154,6 +160,16 @@ def test_a_cached_model_needs_no_network(cache, model):
     assert load_decoder("owner/tiny").config == load_decoder(model).config
     assert Tokenizer.load("owner/tiny").vocab_size == Tokenizer.load(model).vocab_size
     assert load_adapted(checkpoint="owner/tiny").name == "owner/tiny"
+
+
+def test_a_revision_is_another_snapshot(cache, model):
+    snapshot = put_into_cache(cache, model, *(file.name for file in model.iterdir()))
+    for revision in ("main", COMMIT):
+        assert checkpoint_folder(f"owner/tiny@{revision}") == snapshot
+        assert load_adapted(checkpoint=f"owner/tiny@{revision}").name == f"owner/tiny@{revision}"
+    message = r"nothing of its revision 'refs/pr/3' .*`hf download owner/tiny --revision refs/pr/3`"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_decoder("owner/tiny@refs/pr/3")
 
 
 def test_offline_it_is_said_what_is_missing(cache, model):
@@ -186,7 +202,7 @@ def test_weights_of_an_unsupported_model_are_not_downloaded(cache, model):
 @pytest.mark.parametrize(
     "path",
     ["./nope", "../a/b", "models/nope/x", "/models/nope", "~/nope", "nope", "a/b/", "a//b", ".a/b", "a/-b", "a/b..c",
-     "a/b.git", "a/b c", "", pathlib.Path("owner/tiny")],
+     "a/b.git", "a/b c", "a/b@", "a/b@/x", "a/b@v1@v2", "a@v1/b", "a/b@../c", "a/b.git@v1", "", pathlib.Path("owner/tiny")],
 )  # fmt: skip
 def test_what_looks_like_a_path_is_not_sent_to_the_hub(monkeypatch, tmp_path, path):
     def never(*arguments, **options):
