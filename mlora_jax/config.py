@@ -52,7 +52,7 @@ CHANGEABLE = (
 # The type of a default is the type of the key. An empty string or tuple stands for "not set".
 DEFAULTS: dict[str, Any] = {
     "model": {
-        # A Hugging Face folder or a hub id, as OWNER/NAME or OWNER/NAME@REVISION; "quickstart" is the package's own base.
+        # A Hugging Face folder or a hub id, OWNER/NAME or OWNER/NAME@REVISION; "quickstart" is the package's own base.
         "path": "quickstart",
         "dtype": "float32",  # of the frozen base and of compute; "" keeps the dtype on disk
         "quantization": "",  # of the frozen base's kernels: int8 | nf4 (the extra `quant`); "" leaves them as they are

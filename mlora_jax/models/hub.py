@@ -94,16 +94,18 @@ def _fetch(repository: str, revision: str | None, files: tuple[str, ...], *, nee
     except errors.LocalEntryNotFoundError as error:
         partial = getattr(error, "snapshot_path", None)  # since huggingface_hub 2
         if partial is None:
+            what = "it" if revision is None else f"its revision {revision!r}"
             raise FileNotFoundError(
-                f"{repository!r} is no folder, and the hub's cache {constants.HF_HUB_CACHE} has "
-                f"nothing of {'it' if revision is None else f'its revision {revision!r}'} ({_cause(error)}): it lacks {_listed(needed)}. {_way_out(repository, revision)}"
+                f"{repository!r} is no folder, and the hub's cache {constants.HF_HUB_CACHE} has nothing of {what} "
+                f"({_cause(error)}): it lacks {_listed(needed)}. {_way_out(repository, revision)}"
             ) from None
         folder = pathlib.Path(partial)
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{repository!r} is no folder, and as the hub's cache has it ({folder}) it lacks {_listed(missing)}: the "
-            f"download was cut short, or the repository has none (only safetensors are read). {_way_out(repository, revision)}"
+            "download was cut short, or the repository has none (only safetensors are read). "
+            f"{_way_out(repository, revision)}"
         )
     return folder
 
