@@ -24,7 +24,8 @@ from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.interop import RANKS_FOR as ACCEPTED
 from mlora_jax.interop import accepted_rank, export_adapter, export_merged, export_peft
 from mlora_jax.models.hub import hub_id
-from mlora_jax.train.adapter_file import read_adapter, trained_function
+from mlora_jax.train.adapter_file import read_adapter, read_description, trained_function
+from mlora_jax.train.fitted import find_readout, fitted
 
 FORMS = ("peft", "hf", "safetensors")
 
@@ -55,15 +56,21 @@ def _run(arguments: Sequence[str]) -> None:
             raise ValueError(f"--{name} is of --to {form} only, got --to {TO.value}")
     given = pathlib.Path(arguments[1])
     folder = _adapter_folder(given)
-    adapter, hierarchy, description = read_adapter(folder)
+    description, found = read_description(folder), find_readout(folder, READOUT.value)
+    adapter, hierarchy, _ = read_adapter(found.folder)
     ranks = _ranks(hierarchy)
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
     options = {
-        "readout": READOUT.value,
+        "readout": found.readout,
         "function": trained_function(description, hierarchy),
-        "description": {"exported_from": {name: description.get(name) for name in ("trial", "task")}},
+        "profiles": found.profiles,
+        "description": {
+            "exported_from": {**{name: description.get(name) for name in ("trial", "task")}, "readout": READOUT.value}
+        },
     }
+    for rank in ranks if found.profiles else ():
+        fitted(found.profiles, rank)  # before anything is written
     chosen = {rank: _allocation(ALLOCATION.value, rank) if ALLOCATION.value else rank for rank in ranks}
     for rank, target in _targets(given, folder, ranks).items():
         print(_WRITERS[TO.value](target, folder, description, adapter, hierarchy, chosen[rank], options))

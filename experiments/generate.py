@@ -132,21 +132,22 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     """One record per prompt and rank, in this order."""
     import numpy as np
 
-    from mlora_jax.core import readout_profile
     from mlora_jax.core.hierarchy import check_rank
     from mlora_jax.evaluate import Generator, StopStrings, read_out
     from mlora_jax.train.adapter_file import load_adapted, read_description, trained_function
+    from mlora_jax.train.fitted import find_readout
 
     description = read_description(folder)
     for rank in ranks:
         check_rank(rank, f"--rank for the adapter in {folder}", low=0, high=description["rank"])
+    found = find_readout(folder, READOUT.value)
     model, tokenizer = _load_base(folder, description)
     context = model.config.max_position_embeddings
     encoded = _encode(prompts, tokenizer, context)
-    graphdef, base, adapter, profile, hierarchy, _ = load_adapted(folder, model)
+    graphdef, base, adapter, profile, hierarchy, _ = load_adapted(found.folder, model)
     ends = StopStrings(tokenizer, STOP.value)
     function = trained_function(description, hierarchy)
-    adapter, hierarchy, readout = read_out(adapter, profile, hierarchy, READOUT.value, function)
+    adapter, hierarchy, readout = read_out(adapter, profile, hierarchy, found.readout, function)
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
     generator = Generator(
@@ -162,7 +163,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     answers = generator.generate(
         adapter,
         [encoded[number] for number, _ in asked],
-        np.stack([readout_profile(hierarchy, readout, rank) for _, rank in asked]),
+        np.stack([found.profile(hierarchy, readout, rank) for _, rank in asked]),
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,

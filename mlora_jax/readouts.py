@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -20,15 +18,14 @@ from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.core.squeeze import squeeze_factors
 from mlora_jax.evaluate import read_out
 from mlora_jax.experiment import Experiment
-from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.parallel import hosts
-from mlora_jax.parallel.arrays import on_one_device, put_replicated, put_rows, put_weights, split_rows
+from mlora_jax.parallel.arrays import fetch, on_one_device, put_replicated, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import ROWS, shards_of
+from mlora_jax.train.adapter_file import save_adapter
 from mlora_jax.train.calibrate import calibrate
+from mlora_jax.train.fitted import CALIBRATED, SQUEEZED, read_profiles, write_profiles
 from mlora_jax.train.loop import trial_keys
 from mlora_jax.train.objective import answer_loss
-
-CALIBRATED = "calibrated.json"
 
 
 class ReadOut(NamedTuple):
@@ -54,10 +51,11 @@ def read_out_trial(
       adapter: trained tree.
       hierarchy: of the adapter.
       readout: of `READOUT_NAMES`. "calibrated" and "squeeze_inputs" run the model on training data.
-      folder: of the adapter; profiles that were fitted are kept there and read again.
+      folder: of the adapter. What was made of data is kept there, for `mlora_jax.train.fitted.find_readout`, and fitted
+        profiles are read again.
     """
     if readout == "calibrated":
-        profiles = _calibrated(experiment, trial, adapter, hierarchy, pathlib.Path(folder) / CALIBRATED)
+        profiles = _calibrated(experiment, trial, adapter, hierarchy, pathlib.Path(folder))
         return ReadOut(adapter, profiles)
     adapted, function = experiment.adapted(trial.rank), experiment.phases.function(trial)
     if readout == "squeeze_inputs":
@@ -65,13 +63,16 @@ def read_out_trial(
         squeezed = jax.jit(squeeze_factors)(
             adapter, set_profile(adapted.profile, function), grams=grams, key=jax.random.key(0)
         )
-        adapter, hierarchy, readout = squeezed.adapter, dataclasses.replace(hierarchy, scaling="none"), "prefix"
+        # The scale is in the factors now.
+        hierarchy, readout = RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank), "prefix"
+        adapter = fetch(squeezed.adapter)
+        hosts.together(lambda: save_adapter(pathlib.Path(folder) / SQUEEZED, adapter, hierarchy, {"of": trial.name}))
     adapter, hierarchy, name = read_out(adapter, adapted.profile, hierarchy, readout, function)
     return ReadOut(adapter, {rank: readout_profile(hierarchy, name, rank) for rank in hierarchy.ranks})
 
 
-def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHierarchy, file: pathlib.Path) -> dict:
-    if not hosts.agree(hosts.is_first() and file.is_file()):
+def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHierarchy, folder: pathlib.Path) -> dict:
+    if not hosts.agree(hosts.is_first() and (folder / CALIBRATED).is_file()):
         adapted, options = experiment.adapted(trial.rank), experiment.config.calibration
         profiles = calibrate(
             _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk, experiment.mesh),
@@ -83,13 +84,8 @@ def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHi
             key=jax.random.fold_in(trial_keys(trial.seed).draws, experiment.steps),
             mesh=experiment.mesh,
         )
-        hosts.together(lambda: _write_calibrated(file, hierarchy, profiles))
-    return hosts.agree(read_calibrated(file.parent) if hosts.is_first() else {})
-
-
-def _write_calibrated(file: pathlib.Path, hierarchy: RankHierarchy, profiles: np.ndarray) -> None:
-    with write_aside(file) as aside:
-        aside.write_text(json.dumps({"ranks": hierarchy.ranks, "profiles": profiles.tolist()}) + "\n", "utf-8")
+        hosts.together(lambda: write_profiles(folder, hierarchy.ranks, profiles))
+    return hosts.agree(read_profiles(folder) if hosts.is_first() else {})
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,21 +102,6 @@ def _loss_of(graphdef, chunk: int, mesh: Mesh | None):
         return jnp.sum(jax.vmap(loss, in_axes=(None, 0, 0), spmd_axis_name=ROWS)(trees, *parts))
 
     return loss if mesh is None else loss_of_parts
-
-
-def read_calibrated(folder) -> dict[int, jax.Array]:
-    """rank -> the profile [R] that was fitted to it.
-
-    Raises:
-      FileNotFoundError: none was fitted to this adapter.
-    """
-    file = pathlib.Path(folder) / CALIBRATED
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {CALIBRATED}: run its experiment with 'calibrated' among config.evaluation.readouts"
-        )
-    record = json.loads(file.read_text(encoding="utf-8"))
-    return {rank: jnp.asarray(p, float) for rank, p in zip(record["ranks"], record["profiles"], strict=True)}
 
 
 def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Array):

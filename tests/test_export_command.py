@@ -77,7 +77,7 @@ def test_a_folder_for_each_rank_as_a_user_types_it(run, tmp_path):
     config = json.loads((out / "rank-4/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(run[0] / "model")
     record = json.loads((out / "rank-4/mlora_jax.json").read_text())
-    assert record["exported_from"] == {"trial": {"method": "matryoshka"}, "task": "trec"}
+    assert record["exported_from"] == {"trial": {"method": "matryoshka"}, "task": "trec", "readout": "nested"}
 
 
 @pytest.mark.parametrize(("base", "revision"), [("owner/tiny", None), ("owner/tiny@v1", "v1")])
@@ -110,6 +110,42 @@ def test_the_other_forms_and_their_places(run, tmp_path, capsys):
         for name, (a, b) in factors["matryoshka-r6"].items()
     }
     np.testing.assert_allclose(plain(tmp_path / "out", TOKENS), with_deltas(folder / "model", best, TOKENS), **CLOSE)
+
+
+def test_read_outs_that_were_made_of_data(run, tmp_path, capsys):
+    """The profiles and the squeezed factors that a run leaves beside an adapter, in every form."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(run[0] / "adapters/lora-r6", folder)
+    with pytest.raises(FileNotFoundError, match="has no read-out 'calibrated', which is made of training data: run"):
+        exported(capsys, folder, to="peft", rank=["2"], readout="calibrated")
+    with pytest.raises(FileNotFoundError, match="has no read-out 'squeeze_inputs'"):
+        exported(capsys, folder, to="peft", rank=["2"], readout="squeeze_inputs")
+    profiles = np.tril(np.random.default_rng(0).normal(size=(6, 6)))[[0, 1, 3, 5]]
+    (folder / "calibrated.json").write_text(json.dumps({"ranks": S, "profiles": profiles.tolist()}))
+    for form, rank in (("peft", 2), ("hf", 4), ("safetensors", 2)):
+        out = tmp_path / form
+        exported(capsys, folder, to=form, rank=[str(rank)], readout="calibrated", output=str(out))
+        logits = expected(run, "lora-r6", profiles[S.index(rank)])
+        if form == "peft":
+            made = with_peft(run[0] / "model", out, TOKENS)[0]
+        else:
+            merged = out if form == "hf" else tmp_path / "merged"
+            if form == "safetensors":
+                exported(capsys, out, to="hf", rank=["2"], output=str(merged))
+            made = plain(merged, TOKENS)
+        np.testing.assert_allclose(made, logits, **CLOSE)
+        assert json.loads((out / "mlora_jax.json").read_text())["readout"] == "calibrated"
+    with pytest.raises(ValueError, match="is calibrated at the ranks 1, 2, 4, 6, not at 3"):
+        exported(capsys, folder, to="peft", rank=["1", "3"], readout="calibrated", output=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    # Of the other read-out a run leaves another adapter: here that of the other trial.
+    shutil.copytree(run[0] / "adapters/matryoshka-r6", folder / "squeeze_inputs")
+    exported(capsys, folder, to="peft", rank=["3"], readout="squeeze_inputs", output=str(tmp_path / "squeezed"))
+    logits = expected(run, "matryoshka-r6", readouts(S, 3, "sqrt")["prefix"])
+    np.testing.assert_allclose(with_peft(run[0] / "model", tmp_path / "squeezed", TOKENS)[0], logits, **CLOSE)
+    (folder / "calibrated.json").write_text("{")
+    with pytest.raises(ValueError, match=r"calibrated\.json is damaged"):
+        exported(capsys, folder, to="peft", rank=["2"], readout="calibrated")
 
 
 def test_an_exported_adapter_is_what_every_command_takes(run, tmp_path, capsys):

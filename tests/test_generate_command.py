@@ -109,6 +109,18 @@ def test_one_prompt_of_an_adapter_whose_base_has_moved(run, tmp_path, capsys):
         answered(capsys, adapter=str(adapter), rank=["4"], prompt=PROMPTS[0])
 
 
+def test_a_read_out_that_was_fitted(run, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapters/lora-r4", adapter)
+    p = [0.7, -0.4, 0.0, 0.0]
+    (adapter / "calibrated.json").write_text(json.dumps({"ranks": [2], "profiles": [p]}))
+    asked = {"adapter": str(adapter), "prompt": PROMPTS[0], "readout": "calibrated"}
+    assert answered(capsys, rank=["2"], **asked) == f"{expected(run, 'lora-r4', np.array(p), PROMPTS[:1])[0]}\n"
+    assert answered(capsys, rank=["0"], **asked) == f"{expected(run, 'lora-r4', np.zeros(4), PROMPTS[:1])[0]}\n"
+    with pytest.raises(ValueError, match="is calibrated at the ranks 2, not at 4"):
+        answered(capsys, rank=["4"], **asked)
+
+
 def test_readouts_stops_and_draws(run, tmp_path, capsys):
     (tmp_path / "ask.txt").write_text("\n".join((*PROMPTS, "")))
     shared = {"run": str(run), "trial": "matryoshka-r4", "rank": ["2", "4"], "prompts": str(tmp_path / "ask.txt")}

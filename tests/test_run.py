@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from mlora_jax import run
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
 from mlora_jax.core import RankHierarchy
+from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.experiment import Experiment, StepTiming
 from mlora_jax.inputs import model_folder
 from mlora_jax.interop import export_peft
@@ -313,6 +314,12 @@ def test_keys_of_calibration(folders, first_run, tmp_path):
         read = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
         again = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
         np.testing.assert_array_equal(np.stack([*read.profiles.values()]), np.stack([*again.profiles.values()]))
+        # What is on disk for other commands is the same.
+        shutil.copytree(trained.adapter, folder, dirs_exist_ok=True)
+        for rank, p in read.profiles.items():
+            loaded = load_adapted(checkpoint=config["model"]["path"], adapter=folder, rank=rank, readout=readout)
+            np.testing.assert_array_equal(loaded.p, p)
+        jax.tree.map(np.testing.assert_array_equal, loaded.adapter, read.adapter)
         return np.stack([*read.profiles.values()]), np.asarray(jax.tree.leaves(read.adapter)[0])
 
     fitted, same = found("calibrated", steps=3)

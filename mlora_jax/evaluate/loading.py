@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.adapt import adapt, split
-from mlora_jax.core import RankHierarchy, readout_profile
+from mlora_jax.config import READOUT_NAMES
+from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
-from mlora_jax.train.adapter_file import trained_function
+from mlora_jax.train.adapter_file import read_description, trained_function
+from mlora_jax.train.fitted import find_readout
 
 BATCH_SIZE, PAD_MULTIPLE = 32, 16
 
@@ -58,7 +60,7 @@ def load_adapted(**options: Any) -> Loaded:
       checkpoint: Hugging Face folder or hub id of the base.
       adapter: folder that `save_adapter` wrote; empty: the base alone.
       rank: of the read-out, 0..R; 0 is the base, None the largest of S.
-      readout: "prefix", "nested", "masked" or "squeeze".
+      readout: of `READOUT_NAMES`; those that look at data as the adapter's run made them.
       dtype: of weights and compute; empty: as stored.
       quantization: of the base's kernels, as `config.model.quantization`; empty: none.
       max_length: the context in tokens; None: the model's.
@@ -122,10 +124,13 @@ def _load(
 
 def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: str):
     """((graphdef, base, adapter, profile), p [R], hierarchy) of an adapter's folder."""
-    graphdef, base, adapter, profile, hierarchy, description = read_adapted(folder, model)
+    if readout not in READOUT_NAMES:
+        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(READOUT_NAMES)}")
+    description, found = read_description(folder), find_readout(folder, readout)
+    graphdef, base, adapter, profile, hierarchy, _ = read_adapted(found.folder, model)
     function = trained_function(description, hierarchy)
-    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, function)
-    p = readout_profile(hierarchy, name, hierarchy.ranks[-1] if rank is None else rank)
+    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, found.readout, function)
+    p = found.profile(hierarchy, name, hierarchy.ranks[-1] if rank is None else rank)
     return (graphdef, base, adapter, profile), p, hierarchy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from mlora_jax.config import FACTOR_READOUTS
 from mlora_jax.core import RankHierarchy, readout_profile, squeeze
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import path_names
+from mlora_jax.train.fitted import fitted
 
 # One rank for all, or path of a module -> a rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
 RankOrRanks = int | Mapping[str, Sequence[int]]
@@ -42,6 +44,7 @@ def layer_factors(
     *,
     readout: str = "prefix",
     function: jax.Array | None = None,
+    profiles: Mapping[int, jax.Array] | None = None,
 ) -> dict[tuple[str, int | None], LayerFactors]:
     """The function of a read-out as plain factors.
 
@@ -49,19 +52,23 @@ def layer_factors(
       adapter: tree of factors a [..., D, R] and b [..., R, F].
       hierarchy: S, scales and weights, with the same R.
       rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
-      readout: "prefix", "nested", "masked" or "squeeze".
+      readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
       function: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
+      profiles: of "calibrated": rank -> p [R], as `mlora_jax.train.fitted.read_profiles`.
 
     Returns:
       (path, layer) -> factors, in the order of the adapter; the layer is None where nothing is stacked. A layer of rank
       0 is left out.
 
     Raises:
-      ValueError: an unknown read-out, a rank outside 0..R, ranks of other modules or layers than the adapter's, factors
-        of another R than the hierarchy's.
+      ValueError: an unknown read-out, a rank outside 0..R or one that nothing was fitted to, ranks of other modules or
+        layers than the adapter's, factors of another R than the hierarchy's.
     """
-    if readout not in FACTOR_READOUTS:
-        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(FACTOR_READOUTS)}")
+    known = (*FACTOR_READOUTS, "calibrated")
+    if readout not in known:
+        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(known)}")
+    if (readout == "calibrated") != (profiles is not None):
+        raise ValueError(f"fitted profiles are what 'calibrated' needs, and no other read-out; got {readout!r}")
     factors = by_path(adapter)
     for path, pair in factors.items():
         if pair["a"].shape[-1] != hierarchy.max_rank:
@@ -73,7 +80,12 @@ def layer_factors(
         factors, hierarchy = squeeze(factors, profile, ranks=hierarchy.ranks)
         readout = "prefix"
     used = {r for rows in ranks.values() for r in rows}
-    profiles = {r: np.asarray(readout_profile(hierarchy, readout, r)) for r in used}
+    at = (
+        functools.partial(readout_profile, hierarchy, readout)
+        if profiles is None
+        else functools.partial(fitted, profiles)
+    )
+    p_of = {r: np.asarray(at(r)) for r in used}
     found = {}
     for path, pair in factors.items():
         wide = np.promote_types(pair["a"].dtype, np.float32)
@@ -82,7 +94,7 @@ def layer_factors(
         rows = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), ranks[path], strict=True)
         for layer, (left, right, r) in enumerate(rows):
             if r:
-                scaled = profiles[r][:r, None].astype(wide) * right[:r]
+                scaled = p_of[r][:r, None].astype(wide) * right[:r]
                 found[path, layer if stacked else None] = LayerFactors(left[:, :r], scaled)
     return found
 
