@@ -22,7 +22,8 @@ from mlora_jax.study.rivals import GROUPS, Rival
 MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
 CHAMPIONS = Rival("renest"), Rival("renest_30_rotated")
 PANEL = (4.4, 3.3)  # inches
-_SHOWN = tuple(dict.fromkeys((*GROUPS["leading"], *CHAMPIONS)))
+_DRAWN = tuple(dict.fromkeys((*GROUPS["leading"], *CHAMPIONS)))
+_COMPARED = tuple(dict.fromkeys((*_DRAWN, *GROUPS["variants"])))
 
 
 def write_study(workdir, configs: Mapping[str, ConfigDict]) -> str:
@@ -71,7 +72,7 @@ def _cell_text(cell: Cell) -> str:
             [
                 found.rival.name + ("" if found.complete else " (unfinished)"),
                 f"{found.cost:.2f}",
-                f"{found.learning_rate:g}{'*' if found.at_edge else ''}",
+                f"{found.learning_rate:g}{_edge(found)}",
                 str(len(found.verdicts)),
                 *(f"{accuracy:.3f}" for accuracy in found.accuracies().mean(axis=0)),
                 f"{area.value:.3f}",
@@ -81,14 +82,20 @@ def _cell_text(cell: Cell) -> str:
         )
     separate = cell.separate()
     if len(separate) > 1:
-        accuracies = [f"{separate[r].accuracies().mean():.3f}" if r in separate else "" for r in ranks]
+        accuracies = [
+            f"{separate[r].accuracies().mean():.3f}{_edge(separate[r])}" if r in separate else "" for r in ranks
+        ]
         seeds = min(len(found.verdicts) for found in separate.values())
         rows.append(["lora at each rank by itself", str(len(separate)), "", str(seeds), *accuracies, "", "", ""])
-    edge = any(found.at_edge for found in whole)
-    note = "\n* at the edge of the learning rates that there are.\n" if edge else ""
-    return (
-        f"### {cell.name}\n\nBase {cell.base:.3f}; {cell.items} test items.\n\n{to_markdown(Table(header, rows))}{note}"
-    )
+    text = f"### {cell.name}\n\nBase {cell.base:.3f}; {cell.items} test items.\n\n{to_markdown(Table(header, rows))}"
+    return f"{text}\n{_EDGE}" if any("*" in value for row in rows for value in row) else text
+
+
+_EDGE = "* at the edge of the learning rates that there are.\n"
+
+
+def _edge(found: Measured) -> str:
+    return "*" if found.at_edge else ""
 
 
 def _differences(cells: Sequence[Cell], champion: Rival) -> str:
@@ -124,8 +131,8 @@ def _outcome(cell: Cell, first: Rival, second: Rival) -> Interval | None:
 
 
 def _pairs(cells: Sequence[Cell]) -> str:
-    """Wins, ties and losses over the cells of every two leading rivals."""
-    leading = [rival for rival in _SHOWN if any(rival in cell.measured for cell in cells)]
+    """Wins, ties and losses over the cells of every two leading rivals or variants."""
+    leading = [rival for rival in _COMPARED if any(rival in cell.measured for cell in cells)]
     counts = {}
     for first, second in itertools.permutations(leading, 2):
         found = [outcome for cell in cells if (outcome := _outcome(cell, first, second))]
@@ -143,13 +150,10 @@ def _regrets(cells: Sequence[Cell]) -> str:
     rows, ranks = [], sorted({rank for cell in cells for rank in cell.separate()})
     for cell in cells:
         separate = cell.separate()
-        if len(separate) < 2:
-            continue
-        for rival in _SHOWN:
+        for rival in _COMPARED:
             if rival in cell.measured:
-                found = cell.measured[rival]
-                shown = [_regret(found, separate.get(rank)) for rank in ranks]
-                rows.append([cell.name, rival.name, *shown])
+                shown = [_regret(cell.measured[rival], separate.get(rank)) for rank in ranks]
+                rows += [[cell.name, rival.name, *shown]] if any(shown) else []
     if not rows:
         return ""
     header = ["cell", "", *map(str, ranks)]
@@ -167,15 +171,18 @@ def _regret(found: Measured, ceiling: Measured | None) -> str:
 
 def _rates(cells: Sequence[Cell]) -> str:
     rivals = [rival for rival in dict.fromkeys(r for cell in cells for r in cell.measured)]
-    rows = [
-        [rival.name, *(f"{cell.measured[rival].learning_rate:g}" if rival in cell.measured else "" for cell in cells)]
-        for rival in rivals
-    ]
-    return (
-        f"### The best learning rate\n\n{to_markdown(Table(['', *(cell.name for cell in cells)], rows))}"
-        if rows
-        else ""
-    )
+    rows = [[rival.name, *(_rate(cell.measured.get(rival)) for cell in cells)] for rival in rivals]
+    if not rows:
+        return ""
+    table = to_markdown(Table(["", *(cell.name for cell in cells)], rows))
+    return f"### The best learning rate\n\n{table}\nIn brackets: not finished. {_EDGE}"
+
+
+def _rate(found: Measured | None) -> str:
+    if found is None:
+        return ""
+    rate = f"{found.learning_rate:g}{_edge(found)}"
+    return rate if found.complete else f"({rate})"
 
 
 def _unfinished(cells: Sequence[Cell]) -> str:
@@ -214,7 +221,7 @@ def draw_study(cells: Sequence[Cell]) -> Figure:
         area.set_axis_off()
     shown = {}
     for cell, area in zip(cells, areas, strict=False):
-        for color, rival in zip(PALETTE, _SHOWN, strict=False):
+        for color, rival in zip(PALETTE, _DRAWN, strict=False):
             found = cell.measured.get(rival)
             if found is not None and found.complete:
                 values = found.accuracies()

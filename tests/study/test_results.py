@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scipy.stats import t, ttest_1samp
 
 from mlora_jax.config import resolve
 from mlora_jax.core import aurac
@@ -35,7 +36,7 @@ def write_curve(folder, rival, rate, seed, accuracies, rng):
 
 @pytest.fixture
 def study(tmp_path):
-    """A study of one cell: renest is complete, lora is at the edge, dylora lacks a seed, the rest is missing."""
+    """A study of one cell: renest and the worse per_example are complete, lora is at the edge, dylora lacks a seed."""
     rng, folder, found = np.random.default_rng(0), tmp_path / "cell", {}
     folder.mkdir()
     base = {
@@ -49,7 +50,8 @@ def study(tmp_path):
     }
     (folder / "curves.jsonl").write_text(json.dumps(base | {"items": ITEMS}) + "\n")
     high, low = (0.6, 0.8, 0.9), (0.05, 0.1, 0.2)
-    for name, best, seeds in (("renest", 1e-2, (1, 2)), ("lora", 1e-1, (1, 2)), ("dylora", 1e-2, (1,))):
+    begun = (("renest", 1e-2, (1, 2)), ("lora", 1e-1, (1, 2)), ("dylora", 1e-2, (1,)), ("per_example", 1e-2, (1, 2)))
+    for name, best, seeds in begun:
         for rate in CONFIG["rates"]:
             write_curve(folder, Rival(name), rate, 1, low, rng)
         text = (folder / "curves.jsonl").read_text().splitlines(keepends=True)
@@ -57,10 +59,11 @@ def study(tmp_path):
             trial = Rival(name).trial(4, best, seed).name
             text = [line for line in text if json.loads(line)["trial"] != trial]
             (folder / "curves.jsonl").write_text("".join(text))
-            found[name, seed] = write_curve(folder, Rival(name), best, seed, high, rng)
+            reached = (0.3, 0.3, 0.4) if name == "per_example" else high
+            found[name, seed] = write_curve(folder, Rival(name), best, seed, reached, rng)
             text = (folder / "curves.jsonl").read_text().splitlines(keepends=True)
     for rate in CONFIG["rates"]:
-        found["alone", rate] = write_curve(folder, Rival("lora", rank=1), rate, 1, (0.7 + rate,), rng)
+        found["alone", rate] = write_curve(folder, Rival("lora", rank=1), rate, 1, (0.9 if rate == 1e-1 else 0.5,), rng)
     found["alone", 2] = write_curve(folder, Rival("lora", rank=1), 1e-1, 2, (0.8,), rng)
     write_curve(folder, Rival("lora", rank=2), 1e-2, 1, (0.8, 0.9), rng)  # unfinished
     return tmp_path, resolve({"study": CONFIG}), found
@@ -78,7 +81,6 @@ def test_a_cell_knows_its_best_rates_and_what_is_missing(study):
     assert missing == {
         "dylora",
         "lora + squeeze",
-        "per_example",
         "sandwich",
         "renest_sandwich",
         "lora (R = 2)",
@@ -103,21 +105,40 @@ def test_differences_and_regret_are_paired(study):
     assert regret(renest, alone).value == pytest.approx(expected)
 
 
-def test_the_interval_covers_items_and_seeds():
-    """Of normal effects of seed and item the two-way bootstrap has about the standard error of both together."""
-    rng, seeds, items = np.random.default_rng(1), 30, 400
-    z = rng.normal(size=(seeds, 1)) + 3 * rng.normal(size=items) + rng.normal(size=(seeds, items))
+@pytest.mark.parametrize(("of_seeds", "of_items"), [(3.0, 0.3), (1.0, 1.0), (0.3, 3.0), (0.0, 0.0)])
+def test_the_interval_covers_what_it_says_with_three_seeds(of_seeds, of_items):
+    """Whether the seeds' noise is larger than the items' or smaller; a bootstrap over seeds covers .77 of the first."""
+    rng, seeds, items, times = np.random.default_rng(1), 3, 100, 1500
+    held = 0
+    for _ in range(times):
+        noise = 0.1 * of_seeds * rng.normal(size=(seeds, 1)) + of_items * rng.normal(size=items)
+        found = interval(0.4 + noise + rng.normal(size=(seeds, items)))
+        held += found.low <= 0.4 <= found.high
+    assert held / times == pytest.approx(0.95, abs=0.025)
+
+
+def test_the_interval_is_that_of_an_analysis_of_variance():
+    """By loops over the sums of squares; of one seed it is the one-sample t interval."""
+    z = np.random.default_rng(2).normal(size=(4, 7)) + np.arange(4)[:, None] + np.arange(7)
+    mean = sum(sum(row) for row in z) / 28
+    of_seed = [sum(row) / 7 for row in z]
+    of_item = [sum(z[s][i] for s in range(4)) / 4 for i in range(7)]
+    by_seed = sum(7 * (m - mean) ** 2 for m in of_seed) / 3
+    by_item = sum(4 * (m - mean) ** 2 for m in of_item) / 6
+    rest = sum((z[s][i] - of_seed[s] - of_item[i] + mean) ** 2 for s in range(4) for i in range(7)) / 18
+    both = by_seed + by_item - rest
+    half = t.ppf(0.975, both**2 / (by_seed**2 / 3)) * (both / 28) ** 0.5
     found = interval(z)
-    error = np.sqrt(z.mean(axis=1).var() / seeds + z.mean(axis=0).var() / items)
-    assert found.value == pytest.approx(z.mean())
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(error, rel=0.08)
+    np.testing.assert_allclose((found.low, found.value, found.high), (mean - half, mean, mean + half))
     assert interval(z, confidence=0.5).high < found.high
-    only_items = interval(z[:1])
-    assert (only_items.high - only_items.low) / (2 * 1.96) == pytest.approx(z[0].std() / np.sqrt(items), rel=0.08)
+    only_items, expected = interval(z[:1]), ttest_1samp(z[0], 0.0).confidence_interval()
+    np.testing.assert_allclose((only_items.low, only_items.high), (expected.low, expected.high))
+    # Nothing but the items differs: all degrees of freedom.
+    assert np.isfinite(interval(np.tile(z[0], (3, 1))).high)
 
 
 def test_the_report_says_what_is_there_and_what_is_not(study):
-    workdir, config, _ = study
+    workdir, config, found = study
     text = write_study(workdir, {"cell": config, "other": config})
     assert (workdir / "study.md").read_text() == text
     assert "| renest | 1.00 | 0.01 | 2 |" in text and "| lora | 1.00 | 0.1* | 2 |" in text
@@ -125,8 +146,24 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     assert "lora at each rank by itself | 2 |" in text and "### renest less the others" in text
     pairs, less = (text[text.index(title) :].split("### ")[1] for title in ("### Pairs", "### renest less"))
     assert "| lora | " in less and "| dylora | " not in less  # dylora lacks a seed
-    (row,) = [line for line in pairs.splitlines() if line.startswith("| renest | ")]
-    assert row.count("0/1/0") == 1 and "1/0/0" not in row and "0/0/1" not in row
+    header, *rows = [[value.strip() for value in line.split("|")[1:-1]] for line in pairs.splitlines() if "|" in line]
+    outcomes = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert (outcomes["renest"]["lora"], outcomes["lora"]["renest"]) == ("0/1/0", "0/1/0")
+    assert (outcomes["renest"]["per_example"], outcomes["per_example"]["renest"]) == ("1/0/0", "0/0/1")
+    assert outcomes["renest"]["dylora"] == "0/0/0"
+    # Regret of what is finished, at every rank whose ceiling is: 1, and R by LoRA itself.
+    table = text[text.index("### Regret") :].split("### ")[1]
+    regrets = {row[1]: row[2:] for line in table.splitlines() if (row := [v.strip() for v in line.split("|")[1:-1]])}
+    assert regrets[""] == ["1", "4"] and set(regrets) == {"", "---:", "lora", "per_example", "renest"}
+    of_rank_1 = [found["alone", 1e-1].mean(), found["alone", 2].mean()]
+    for name in ("renest", "per_example"):
+        expected = np.mean(of_rank_1) - np.mean([found[name, seed][0].mean() for seed in (1, 2)])
+        assert regrets[name][0].strip("*").startswith(f"{expected:+.3f} (")
+    assert regrets["lora"][1].startswith("+0.000 (") and float(regrets["per_example"][1].split()[0].strip("*")) > 0.3
+    rates = text[text.index("### The best learning rate") :].split("### ")[1]
+    assert "| lora | 0.1* |" in rates and "| dylora | (0.01) |" in rates and "| lora (R = 1) | 0.1* |" in rates
+    (ceiling,) = [line for line in text.splitlines() if line.startswith("| lora at each rank by itself")]
+    assert f"| {np.mean(of_rank_1):.3f}* |" in ceiling
     assert "- other: lora, lora + squeeze, dylora" in text
     lines = (workdir / "study.csv").read_text().splitlines()
     assert lines[0] == "cell,rival,cost,learning_rate,seed,rank,accuracy,items,complete"
