@@ -78,6 +78,7 @@ def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHi
             _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk, experiment.mesh),
             (adapted.base, put_weights(adapter, experiment.mesh), put_replicated(adapted.profile, experiment.mesh)),
             hierarchy,
+            experiment.phases.function(trial),
             (put_rows(batch, experiment.mesh, 0) for batch in _batches(experiment, trial)),
             steps=min(options.steps, experiment.steps),
             learning_rate=options.learning_rate,

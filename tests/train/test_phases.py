@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from mlora_jax.adapt import InputGram, RankProfile, adapt, set_profile, split, watch_inputs
-from mlora_jax.config import Trial, resolve
+from mlora_jax.config import DEFAULTS, Trial, resolve
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.core.squeeze import squeeze_factors, turn_gradients
 from mlora_jax.train.calibrate import calibrate
@@ -274,22 +274,51 @@ def test_validations_before_the_last_phase_choose_nothing():
     assert Stopped([7], patience=2).run(steps=20).trials.adapter.tolist() == [70 + 12 - 7]
 
 
-def test_calibration_finds_the_numbers_of_every_rank():
-    hierarchy = RankHierarchy((1, 2, 6), "sqrt")
-    targets = jnp.array([[3.0, 0, 0, 0, 0, 0], [0.5, 2.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0.1, 0.2, 0.3]])
+def squared(targets):
+    """A loss [B] with its least value where the profile of every rank of S is its target."""
+    columns = jnp.sum(targets != 0, axis=1)
 
     def loss(trees, profiles, batch):
-        ranks = jnp.sum(profiles[:, :2] != 0, axis=1) + (jnp.sum(profiles != 0, axis=1) > 2)
-        return jnp.sum(jnp.square(profiles - trees[ranks - 1]) * batch["weights"])
+        row = jnp.argmin(jnp.abs(jnp.sum(profiles != 0, axis=1)[:, None] - columns), axis=1)
+        return jnp.sum(jnp.square(profiles - trees[row]) * batch["weights"])
 
-    batches = itertools.repeat({"tokens": np.zeros((9, 4), int), "weights": np.ones((9, 1), np.float32)})
-    found = calibrate(loss, targets, hierarchy, batches, steps=300, learning_rate=0.3, key=jax.random.key(0))
+    return loss
+
+
+BATCHES = itertools.repeat({"tokens": np.zeros((9, 4), int), "weights": np.ones((9, 1), np.float32)})
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0, 8.0)])
+def test_calibration_finds_the_numbers_of_every_rank(weights):
+    """Also of one that has no weight in training."""
+    hierarchy = RankHierarchy((1, 2, 6), "sqrt", weights)
+    targets = jnp.array([[3.0, 0, 0, 0, 0, 0], [0.5, 2.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0.1, 0.2, 0.3]])
+    options = dict(function=hierarchy.lora(), batches=BATCHES, key=jax.random.key(0))
+    found = calibrate(squared(targets), targets, hierarchy, steps=300, learning_rate=0.3, **options)
     np.testing.assert_allclose(found, targets, atol=0.02)
-    few = calibrate(loss, targets, hierarchy, batches, steps=1, learning_rate=0.1, key=jax.random.key(0))
-    prefixes = np.stack([hierarchy.prefix(rank) for rank in (1, 2, 6)])
-    assert np.all((few == 0) == (prefixes == 0)) and np.allclose(
-        np.abs(few / np.where(few, prefixes, 1) - 1)[few != 0], 0.1
-    )
+    few = calibrate(squared(targets), targets, hierarchy, steps=1, learning_rate=0.1, **options)
+    fixed = [hierarchy.prefix, hierarchy.nested, lambda r: hierarchy.lora() * (np.arange(6) < r)]
+    for r, row, target in zip((1, 2, 6), few, targets, strict=True):
+        best = min((np.asarray(p(r)) for p in fixed), key=lambda p: np.sum((p - target) ** 2))
+        np.testing.assert_allclose(np.abs(row[:r] / best[:r] - 1), 0.1, rtol=1e-4)
+        assert not np.any(row[r:])
+
+
+@pytest.mark.parametrize("scaling", ["none", "rank", "sqrt"])
+@pytest.mark.parametrize("best", ["prefix", "nested", "masked"])
+def test_calibration_is_no_worse_than_a_fixed_read_out(scaling, best):
+    """At the default steps and rate, for every rank, though the diagonal of the paper is far from the prefix."""
+    hierarchy = RankHierarchy((1, 2, 4, 8, 16), scaling, tuple(1 / r for r in (1, 2, 4, 8, 16)))
+    targets = jnp.stack([getattr(hierarchy, best)(r) for r in hierarchy.ranks])
+    targets *= 1 + 0.2 * np.sin(1 + np.arange(targets.size)).reshape(targets.shape)
+    options = DEFAULTS["calibration"]
+    found = calibrate(
+        squared(targets), targets, hierarchy, hierarchy.matryoshka(), BATCHES,
+        steps=options["steps"], learning_rate=options["learning_rate"], key=jax.random.key(0),
+    )  # fmt: skip
+    for name in ("prefix", "nested", "masked"):
+        fixed = np.stack([getattr(hierarchy, name)(r) for r in hierarchy.ranks])
+        assert np.all(np.sum((found - targets) ** 2, axis=1) < np.sum((fixed - targets) ** 2, axis=1))
 
 
 def test_what_b_is_given_is_summed_up_layer_by_layer():
