@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
             "train": {"epochs": 1, "batch_size": 32, "trials_at_once": 1},
             "validation": {"holdout": 0.1, "limit": 256},
             "checkpoint": {"every": 0},
-            "study": {"groups": ("leading",), "rank": 32, "start": (0.0003, 0.001, 0.003)},
+            "study": {"groups": ("leading", "dearer"), "rank": 32, "start": (0.0003, 0.001, 0.003)},
         }
     )

@@ -20,11 +20,14 @@ def get_config() -> ConfigDict:
                 "renest_50": (("lora", 0.5), ("per_example", 0.5)),
                 "renest_30": (("lora", 0.3), ("per_example", 0.7)),
                 "renest_rotated": (("lora", 0.7), ("per_example", 0.3), "rotate"),
-                "renest_30_rotated": (("lora", 0.3), ("per_example", 0.7), "rotate"),
             },
             "train": {"epochs": 1, "batch_size": 32, "trials_at_once": 1},
             "validation": {"holdout": 0.1, "limit": 256},
             "checkpoint": {"every": 0},
-            "study": {"groups": ("leading", "variants", "separate"), "rank": 32, "start": (0.003, 0.01, 0.03)},
+            "study": {
+                "groups": ("leading", "dearer", "separate", "matryoshka", "variants"),
+                "rank": 32,
+                "start": (0.003, 0.01, 0.03),
+            },
         }
     )

@@ -20,11 +20,22 @@ def get_config() -> ConfigDict:
                 "renest_50": (("lora", 0.5), ("per_example", 0.5)),
                 "renest_30": (("lora", 0.3), ("per_example", 0.7)),
                 "renest_rotated": (("lora", 0.7), ("per_example", 0.3), "rotate"),
-                "renest_30_rotated": (("lora", 0.3), ("per_example", 0.7), "rotate"),
             },
             "train": {"epochs": 2, "batch_size": 32, "trials_at_once": 1},
             "validation": {"holdout": 0.1, "limit": 256},
             "checkpoint": {"every": 0},
-            "study": {"groups": ("leading", "variants", "separate", "weighted", "further", "matryoshka"), "rank": 32},
+            "study": {
+                "groups": (
+                    "leading",
+                    "dearer",
+                    "variants",
+                    "separate",
+                    "matryoshka",
+                    "weighted",
+                    "further",
+                    "matryoshka_all",
+                ),
+                "rank": 32,
+            },
         }
     )

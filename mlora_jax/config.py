@@ -147,9 +147,11 @@ DEFAULTS: dict[str, Any] = {
         "batches": 8,  # of optimizer steps, of which "squeeze_inputs" takes the inputs
     },
     "study": {  # what experiments.study trains in place of the trials above
-        "groups": ("leading", "separate"),  # | matryoshka | further | variants | weighted, see mlora_jax.study.rivals
+        # leading | dearer | separate | variants | weighted | matryoshka | matryoshka_all | further, in the order of
+        # training: what they are is in mlora_jax.study.rivals.
+        "groups": ("leading", "separate"),
         "rank": 32,  # R
-        "rates": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),  # the learning rates that there are
+        "rates": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),  # the learning rates that there are
         "start": (1e-3, 3e-3, 1e-2),  # those tried first; others follow while the best is at the edge
         "seeds": (42, 666, 2408),  # the first one screens the learning rates
     },
@@ -174,6 +176,7 @@ DEFAULTS: dict[str, Any] = {
             "sandwich": ("prefix",),
             "per_example": ("prefix",),
             "renest": ("prefix",),
+            "renest_30_rotated": ("prefix",),
             "renest_sandwich": ("prefix",),
         },
     },

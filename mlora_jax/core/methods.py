@@ -128,6 +128,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             phases=(Phase("lora", 0.7), Phase("per_example", 0.3)),
             summary="LoRA, squeezed after 70 % of the steps, then a prefix for each example",
         ),
+        "renest_30_rotated": Method(
+            phases=(Phase("lora", 0.3), Phase("per_example", 0.7)),
+            summary="renest, squeezed after 30 % of the steps, the optimizer's moments taken along",
+            carry="rotate",
+        ),
         "renest_sandwich": Method(
             phases=(Phase("lora", 0.5), Phase("sandwich", 0.5)),
             summary="LoRA, squeezed after half of the steps, then the sandwich rule",

@@ -57,13 +57,17 @@ def separate(rank: int) -> tuple[Rival, ...]:
     return tuple(Rival("lora", rank=r) for r in powers_of_two(rank))
 
 
-_MATRYOSHKA = tuple(
-    Rival("matryoshka", readout, scaling, weights)
+def _matryoshka(*settings: tuple[str, str]) -> tuple[Rival, ...]:
+    readouts = ("prefix", "nested", "masked", "squeeze", "calibrated")
+    return tuple(Rival("matryoshka", readout, *setting) for setting in settings for readout in readouts)
+
+
+_SETTINGS = [  # of P
+    (scaling, weights)
     for scaling in SCALINGS
     for weights in ("uniform", "mean", "inverse")
     if (scaling, weights) != ("none", "inverse")  # s_r is 1: that is "uniform"
-    for readout in ("prefix", "nested", "masked", "calibrated")
-)
+]
 # In the order in which the queue takes them.
 GROUPS: dict[str, tuple[Rival, ...]] = {
     "leading": (
@@ -72,21 +76,26 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
         Rival("dylora"),
         Rival("per_example"),
         Rival("renest"),
-        Rival("sandwich"),
+        Rival("renest_30_rotated"),
+    ),
+    "dearer": (  # more than one forward and backward pass a step
         Rival("renest_sandwich"),
+        Rival("sandwich"),
     ),
     "variants": (  # methods of the cells' configs
         Rival("renest_50"),
         Rival("renest_30"),
         Rival("renest_rotated"),
-        Rival("renest_30_rotated"),
     ),
     "weighted": (
         Rival("renest_30", weights="ends"),
         Rival("per_example", weights="ends"),
     ),
-    "matryoshka": _MATRYOSHKA,
+    "matryoshka": _matryoshka(("none", "uniform"), ("rank", "mean")),
+    "matryoshka_all": _matryoshka(*_SETTINGS),
     "further": (
+        Rival("dylora", "squeeze"),
+        Rival("per_example", "squeeze"),
         Rival("lora", "squeeze_inputs"),
         Rival("lora", "calibrated"),
         Rival("dylora_original"),
@@ -97,7 +106,7 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
 
 
 def rivals_of(groups: Sequence[str], rank: int) -> tuple[Rival, ...]:
-    """The rivals of some groups in their order; "separate" is `separate(rank)`.
+    """The rivals of some groups in their order, each once; "separate" is `separate(rank)`.
 
     Raises:
       ValueError: an unknown group.
@@ -107,4 +116,4 @@ def rivals_of(groups: Sequence[str], rank: int) -> tuple[Rival, ...]:
         if group != "separate" and group not in GROUPS:
             raise ValueError(f"unknown group {group!r} of config.study.groups; known: separate, {', '.join(GROUPS)}")
         found += separate(rank) if group == "separate" else GROUPS[group]
-    return tuple(found)
+    return tuple(dict.fromkeys(found))

@@ -9,7 +9,7 @@ RENEST = METHODS["renest"]
 
 
 def test_every_policy_is_a_method_of_one_phase_with_its_scales():
-    assert METHODS.keys() == POLICIES.keys() | {"renest", "renest_sandwich"}
+    assert METHODS.keys() == POLICIES.keys() | {"renest", "renest_30_rotated", "renest_sandwich"}
     for name, policy in POLICIES.items():
         method = METHODS[name]
         assert method.policies == (policy,)

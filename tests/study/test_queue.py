@@ -74,8 +74,8 @@ def test_rivals_are_trials():
     assert Rival("matryoshka", weights="mean").trial(8, 1e-3, 1).weights == (0.25,) * 4
     assert Rival("per_example", weights="ends").trial(8, 1e-3, 1).weights == pytest.approx([1 / 3, 1 / 6, 1 / 6, 1 / 3])
     assert [rival.rank for rival in separate(12)] == [1, 2, 4, 8, 12]
-    names = [rival.name for group in GROUPS for rival in GROUPS[group]]
-    assert len(set(names)) == len(names)
+    rivals = rivals_of([*GROUPS, "separate", "leading"], 8)
+    assert len({rival.name for rival in rivals}) == len(rivals)
     assert Rival("matryoshka", "masked", "sqrt", "mean").name == "matryoshka + masked (s = sqrt, w = mean)"
     with pytest.raises(ValueError, match=r"unknown group 'best' of config.study.groups; known: separate, leading"):
         rivals_of(["best"], 8)

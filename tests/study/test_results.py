@@ -81,8 +81,7 @@ def test_a_cell_knows_its_best_rates_and_what_is_missing(study):
     assert missing == {
         "dylora",
         "lora + squeeze",
-        "sandwich",
-        "renest_sandwich",
+        "renest_30_rotated",
         "lora (R = 2)",
     }
     renest = cell.measured[Rival("renest")]
