@@ -232,7 +232,8 @@ class Experiment:
         adapted, carry = self.adapted(trials[0].rank), self.phases.method(trials[0]).carry
         functions = jnp.stack([self.phases.function(trial, phase) for trial in trials])
         fresh = jax.vmap(lambda key: jax.random.fold_in(key, phase))(keys.adapter)
-        squeeze = functools.partial(squeeze_trials, adapted.optimizer, carry, adapted.profile)
+        options = {"init": self.config.adapter.init}
+        squeeze = functools.partial(squeeze_trials, adapted.optimizer, carry, adapted.profile, **options)
         if self.mesh is None:
             return squeeze(state, functions, fresh)
         # One trial after the other on one device, the results on the host.

@@ -57,6 +57,10 @@ class Policy:
     uses_weights: bool = False
 
 
+def _largest_prefix(hierarchy: RankHierarchy) -> jax.Array:
+    return hierarchy.prefix(hierarchy.ranks[-1])
+
+
 def _all_columns(hierarchy: RankHierarchy, profiles: jax.Array) -> Draw:
     """Profiles [N, R] for all examples alike, of equal weight."""
     count = len(profiles)
@@ -115,7 +119,10 @@ def _per_example(hierarchy, key, examples):
 POLICIES: dict[str, Policy] = {
     "lora": Policy(draw=_lora, summary="every column at s_R"),
     "dylora": Policy(
-        draw=_dylora, uses_weights=True, summary="a prefix b of S per micro-batch, as in the MatryoshkaLoRA paper"
+        draw=_dylora,
+        function=_largest_prefix,
+        uses_weights=True,
+        summary="a prefix b of S per micro-batch, as in the MatryoshkaLoRA paper",
     ),
     "dylora_original": Policy(
         draw=_dylora_original, every="step", summary="a prefix b of 1..R per step, as in DyLoRA's code"
@@ -128,17 +135,20 @@ POLICIES: dict[str, Policy] = {
     ),
     "matryoshka_exact": Policy(
         draw=_matryoshka_exact,
+        function=_largest_prefix,
         count=lambda hierarchy: len(hierarchy.ranks),
         uses_weights=True,
         summary="the mean of the losses at every prefix of S",
     ),
     "sandwich": Policy(
         draw=_sandwich,
+        function=_largest_prefix,
         count=lambda hierarchy: 3,
         summary="the mean of the losses at the smallest, the largest and one random prefix between them",
     ),
     "per_example": Policy(
         draw=_per_example,
+        function=_largest_prefix,
         every="example",
         uses_weights=True,
         summary="a prefix of S for each example, spread evenly over the step's examples and shuffled",

@@ -72,12 +72,15 @@ class Squeezed(NamedTuple):
     turns: Tree
 
 
-def squeeze_factors(adapter: Tree, profile: Tree, *, key: jax.Array, grams: Tree | None = None) -> Squeezed:
+def squeeze_factors(
+    adapter: Tree, profile: Tree, *, key: jax.Array, grams: Tree | None = None, init: str = "fan_rank"
+) -> Squeezed:
     """What `squeeze` does, with what an optimizer's state needs to follow; traceable.
 
     Args:
       adapter, profile, grams: as `squeeze`; one axis more in front holds several adapters.
       key: a `jax.random.key`, or [K] of them, one for each entry of the first axis of every factor.
+      init: of the fresh columns, as `initialize_factors`.
     """
     factors, profiles = by_parent(adapter), by_parent(profile)
     weights = None if grams is None else by_parent(grams)
@@ -88,7 +91,7 @@ def squeeze_factors(adapter: Tree, profile: Tree, *, key: jax.Array, grams: Tree
             raise ValueError(f"{'.'.join(parent) or 'the adapter'} lacks its gram")
         gram = None if weights is None else weights[parent]["gram"]
         fold_in = functools.partial(jax.random.fold_in, data=path_hash(".".join(parent)))
-        done[parent] = _squeeze_pair(a, b, p, gram, jax.vmap(fold_in)(key) if key.ndim else fold_in(key))
+        done[parent] = _squeeze_pair(a, b, p, gram, jax.vmap(fold_in)(key) if key.ndim else fold_in(key), init)
 
     def pick(offset):
         def one(path, leaf):
@@ -118,7 +121,7 @@ def turn_gradients(tree: Tree, turns: Tree, *, squared: bool = False) -> Tree:
     return jax.tree_util.tree_map_with_path(one, tree, turns)
 
 
-def _squeeze_pair(a, b, p, gram, key) -> tuple[jax.Array, ...]:
+def _squeeze_pair(a, b, p, gram, key, init: str) -> tuple[jax.Array, ...]:
     leading, rank = a.shape[:-2], a.shape[-1]
     count = math.prod(leading)
     keys = (
@@ -129,14 +132,15 @@ def _squeeze_pair(a, b, p, gram, key) -> tuple[jax.Array, ...]:
     rows = a.reshape(count, *a.shape[-2:]), b.reshape(count, *b.shape[-2:]), p.reshape(count, rank), keys.reshape(count)
     if gram is not None:
         rows = (*rows, gram.reshape(count, rank, rank))
-    one_by_one = functools.partial(jax.lax.map, lambda row: _squeeze_one(*row))
+    one = lambda row: _squeeze_one(init, *row)  # noqa: E731
+    one_by_one = functools.partial(jax.lax.map, one)
     # One matrix at a time: on a CPU of few cores, batched factorisations that run side by side wait for each other's
     # threads for ever (each splits its batch over the pool whose threads they all occupy).
-    found = jax.lax.platform_dependent(rows, cpu=one_by_one, default=jax.vmap(lambda row: _squeeze_one(*row)))
+    found = jax.lax.platform_dependent(rows, cpu=one_by_one, default=jax.vmap(one))
     return tuple(x.reshape(*leading, *x.shape[1:]) for x in found)
 
 
-def _squeeze_one(a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
+def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
     """A' [D, R], B' [R, F], and the turns [R, R] of their gradients."""
     features_in, rank = a.shape
     wide = jnp.promote_types(a.dtype, jnp.float32)
@@ -163,7 +167,7 @@ def _squeeze_one(a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
     missing = rank - len(s)  # R above D or F: the product cannot have rank R
     left, turn_a = (jnp.pad(x, [(0, 0), (0, missing)]) for x in (left, turn_a))
     right, turn_b = (jnp.pad(x, [(0, missing), (0, 0)]) for x in (right, turn_b))
-    fresh, _ = initialize_factors(key, features_in, 1, rank, dtype=wide)
+    fresh, _ = initialize_factors(key, features_in, 1, rank, init=init, dtype=wide)
     return jnp.where(jnp.pad(real, (0, missing)), left, fresh), right, turn_a, turn_b
 
 

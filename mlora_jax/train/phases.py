@@ -116,7 +116,7 @@ class TrialPhases:
         return compile_draws(drawn_by, keys.draws, accumulation=options.accumulation, examples=rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="init")
 def squeeze_trials(
     optimizer: optax.GradientTransformation,
     carry: str,
@@ -124,6 +124,8 @@ def squeeze_trials(
     state: TrialState,
     functions: jax.Array,
     keys: jax.Array,
+    *,
+    init: str = "fan_rank",
 ) -> TrialState:
     """Squeezes the factors of K trials, all layers of all of them in one program.
 
@@ -135,9 +137,10 @@ def squeeze_trials(
       state: of K trials.
       functions: [K, R], the profile of the function that each trial keeps.
       keys: [K] `jax.random.key`s for fresh columns.
+      init: of those, as `config.adapter.init`.
     """
     profiles = jax.vmap(lambda p: set_profile(profile, p))(functions)
-    adapter, turns = squeeze_factors(state.adapter, profiles, key=keys)
+    adapter, turns = squeeze_factors(state.adapter, profiles, key=keys, init=init)
     if carry == "rotate":
         moments = jax.tree.map(functools.partial(_turn, turns=turns), state.optimizer, is_leaf=_is_adam)
     else:

@@ -195,6 +195,16 @@ def test_the_trained_function_is_the_diagonal_for_matryoshka_and_lora_otherwise(
     np.testing.assert_allclose(get_policy(name).function(HIERARCHY), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_the_trained_function_ends_with_the_ranks_that_are_trained(name):
+    """Where S ends below R, the largest prefix has the scale of its own rank, and no further column."""
+    trained = {"lora": 5, "dylora_original": 5, "dylora_frozen": 5}.get(name, 2)
+    scale = 1 / np.sqrt(trained)
+    expected = [1 + 2**-0.5, 2**-0.5, 0, 0, 0] if name == "matryoshka" else [scale] * trained + [0] * (5 - trained)
+    found = get_policy(name).function(RankHierarchy((1, 2), "sqrt", max_rank=5))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

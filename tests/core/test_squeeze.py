@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlora_jax.core import POLICIES, SCALINGS, RankHierarchy, p_scaled_product, squeeze, truncate
+from mlora_jax.core.squeeze import squeeze_factors
 from tests.oracles import numpy_reference as reference
 
 PRECISIONS = {"float32": (False, 1e-5), "float64": (True, 1e-10)}  # tolerance relative to the norm of A diag(p) B
@@ -216,6 +217,13 @@ def test_fresh_columns_depend_on_the_key_and_the_path_and_nothing_else():
     np.testing.assert_array_equal(alone["up"]["a"], both["up"]["a"])
     assert np.all(np.asarray(both["up"]["a"]) != np.asarray(both["down"]["a"]))
     assert np.all(np.asarray(alone["up"]["a"]) != np.asarray(other["up"]["a"]))
+
+
+@pytest.mark.parametrize(("init", "bound"), [("fan_rank", 3**-0.5), ("fan_in", 400**-0.5)])
+def test_fresh_columns_are_as_long_as_those_of_a_new_adapter(init, bound):
+    pair, profile = {"a": jnp.ones((400, 3)), "b": jnp.zeros((3, 4))}, {"p": jnp.ones(3)}
+    fresh = squeeze_factors({"up": pair}, {"up": profile}, key=jax.random.key(0), init=init).adapter["up"]["a"]
+    assert 0.95 * bound < np.max(np.abs(fresh)) <= bound
 
 
 def test_dtypes_are_kept_and_the_work_is_done_in_float32():
