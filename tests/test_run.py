@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import fcntl
 import json
 import math
@@ -24,6 +25,7 @@ from mlora_jax.interop import export_peft
 from mlora_jax.readouts import read_out_trial
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.run import train
+from mlora_jax.run_tasks import readouts_of
 from mlora_jax.train.adapter_file import load_adapter
 from mlora_jax.train.records import read_json_lines
 from tests import test_run_tasks
@@ -334,7 +336,8 @@ def test_keys_of_calibration(folders, first_run, tmp_path):
 @pytest.mark.parametrize("method", DEFAULTS["evaluation"]["readouts"])
 def test_readouts_of_every_method(folders, method):
     config = resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("masked", "squeeze")))
-    assert config.evaluation.readouts[method] == ("masked", "squeeze")
+    trial, other = (dataclasses.replace(expand_trials(config)[0], method=name) for name in (method, "mine"))
+    assert readouts_of(config, trial) == ("masked", "squeeze") and readouts_of(config, other) == ("prefix",)
     with pytest.raises(ValueError, match=f"unknown read-out 'middle' in config.evaluation.readouts.{method}"):
         resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("middle",)))
 
