@@ -38,45 +38,56 @@ def _study(left: list[str]) -> None:
     if left:
         raise ValueError(f"what is {' '.join(left)!r}? Options begin with --")
     logging.set_verbosity(logging.WARNING)
-    from mlora_jax.study.queue import run_cell
     from mlora_jax.study.report import write_study
 
-    workdir, cells = pathlib.Path(WORKDIR.value), _cells()
+    workdir, known = pathlib.Path(WORKDIR.value), _known_cells()
+    for name in CELLS.value:
+        if name not in known:
+            raise ValueError(f"there is no cell {name!r}; cells: {', '.join(known)}")
+    asked = {name: known[name] for name in CELLS.value or known}
+    # Between two rounds of training, which listen for themselves, a signal ends the command with its report too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        if TRAIN.value:
+            _train(asked, workdir)
+    finally:
+        there = {name: config for name, config in known.items() if name in asked or (workdir / name).is_dir()}
+        print(write_study(workdir, there))
+
+
+def _train(cells: dict, workdir: pathlib.Path) -> None:
+    """The first group of all cells, then the second one, until nothing is missing or the time is over."""
+    from mlora_jax.study.queue import run_cell
+
     end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
 
     def leave_if_late():
         if time.monotonic() >= end:
             raise SystemExit(128 + signal.SIGTERM)
 
-    # Between two rounds of training, which listen for themselves, a signal ends the command with its report too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    timer = threading.Timer(HOURS.value * 3600, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if HOURS.value:
+        timer.start()
     try:
-        if TRAIN.value:
-            if HOURS.value:
-                timer = threading.Timer(HOURS.value * 3600, os.kill, (os.getpid(), signal.SIGTERM))
-                timer.daemon = True
-                timer.start()
-            for stage in range(max(len(config.study.groups) for config in cells.values())):
-                for name, config in cells.items():
-                    run_cell(config, workdir / name, groups=config.study.groups[: stage + 1], before_each=leave_if_late)
+        for stage in range(max(len(config.study.groups) for config in cells.values())):
+            for name, config in cells.items():
+                run_cell(config, workdir / name, groups=config.study.groups[: stage + 1], before_each=leave_if_late)
     finally:
-        print(write_study(workdir, cells))
+        timer.cancel()  # it would end the report as well
 
 
-def _cells() -> dict:
-    """Name -> config of the cells asked for, models and data found."""
-    known = [file.stem.removeprefix("study_") for file in sorted(SHIPPED.glob("study_*.py"))]
+def _known_cells() -> dict:
+    """Name -> config of every cell, models and data found."""
     cells = {}
-    for name in CELLS.value or known:
-        if name not in known:
-            raise ValueError(f"there is no cell {name!r}; cells: {', '.join(known)}")
-        config = read_config(f"study_{name}")
+    for file in sorted(SHIPPED.glob("study_*.py")):
+        config = read_config(file.stem)
         with config.unlocked():
             if config.model.path != "quickstart":
                 config.model.path = str(pathlib.Path(MODELS.value) / config.model.path)
             if config.data.raw_dir:
                 config.data.raw_dir = str(pathlib.Path(DATA.value) / config.data.raw_dir) if DATA.value else ""
-        cells[name] = config
+        cells[file.stem.removeprefix("study_")] = config
     return cells
 
 
