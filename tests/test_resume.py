@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or damaged go on and end in the same bits as one that was left alone."""
 
+import functools
 import json
 import os
 import pathlib
@@ -10,10 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from mlora_jax.run import train
+from mlora_jax import run
+from mlora_jax.config import resolve
+from mlora_jax.experiment import Experiment
+from mlora_jax.run import Interrupted, train
 from mlora_jax.train.records import read_json_lines
 from tests.conftest import QUICKLY_COMPILED
 from tests.tiny import write_checkpoint, write_trec
@@ -94,10 +99,29 @@ def outcome(workdir):
     return records, {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(files)}
 
 
+# A rank above the eight outputs of v_proj, so that the squeeze draws columns afresh.
+TURNED = {"method": "turned", "seed": (1, 2), "rank": 9}
+
+
+@pytest.fixture(scope="module")
+def phased(config):
+    """The same run with a method of two phases in its first batch, at step 15 squeezed."""
+    trials = {**config["trials"], "list": (TURNED, *config["trials"]["list"])}
+    return {**config, "methods": {"turned": (("lora", 0.5), ("per_example", 0.5), "rotate")}, "trials": trials}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
+    return left_alone(config, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_phased(phased, tmp_path_factory):
+    return left_alone(phased, tmp_path_factory.mktemp("undisturbed_phased"))
+
+
+def left_alone(config, folder):
     """What a run leaves that nobody touches, and the seconds it takes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
     since = time.monotonic()
     finish(start(command(folder, config, folder / "run"), config, fill_cache=True))
     return outcome(folder / "run"), time.monotonic() - since
@@ -109,7 +133,7 @@ def resumed_from(output):
 
 
 def kill_at_random(tmp_path, config, seconds, *, kills, seed):
-    """Starts a run again and again, each time killed, at last behind a checkpoint; then it may finish.
+    """Starts a run again and again, each time killed, at last behind some checkpoint; then it may finish.
 
     Returns `resumed_from` of all.
     """
@@ -118,7 +142,8 @@ def kill_at_random(tmp_path, config, seconds, *, kills, seed):
         process = start(command(tmp_path, config, tmp_path / "run"), config)
         moment = chance.uniform(0.2, 0.9) * seconds
         if killed == kills - 1:
-            while not saved_steps(tmp_path / "run") and process.poll() is None:
+            behind = chance.randrange(1, STEPS - 9)  # before the squeeze or after it
+            while max(saved_steps(tmp_path / "run"), default=0) < behind and process.poll() is None:
                 time.sleep(0.01)
             moment = chance.uniform(0, 0.2)
         try:
@@ -153,11 +178,68 @@ def test_killed_after_a_checkpoint(config, undisturbed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_at_many_random_moments(config, undisturbed, tmp_path, seed):
-    expected, seconds = undisturbed
-    resumed = kill_at_random(tmp_path, config, seconds, kills=5, seed=100 + seed)
+def test_killed_at_many_random_moments(phased, undisturbed_phased, tmp_path, seed):
+    expected, seconds = undisturbed_phased
+    resumed = kill_at_random(tmp_path, phased, seconds, kills=5, seed=100 + seed)
     assert resumed and min(resumed) > 0  # some of the kills came while a batch trained
     assert outcome(tmp_path / "run") == expected
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def in_process(phased):
+    """The method of two phases alone, ten steps, squeezed after the fifth, in this process."""
+    scores, log = run._score, run._log
+    config = {
+        **phased,
+        "trials": {**phased["trials"], "list": (TURNED,)},
+        "train": {**phased["train"], "epochs": 4, "log_every": 1, "trials_at_once": 2},
+        "validation": {**phased["validation"], "every": 4, "patience": 0},
+    }
+    loaded = functools.cache(lambda: Experiment.load(resolve(config)))
+
+    def start(workdir, *, last=None, killed=False):
+        """Trains until so many steps are logged, and then a signal comes; or a kill during the step behind them."""
+
+        def log_and_stop(of, batch, step, slot, values):
+            log(of, batch, step, slot, values)
+            if killed and step == last + 1:
+                raise KilledError
+            if not killed and (step, slot) == (last, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "write_report", lambda folder: None)  # figures take long
+            patch.setattr(run, "Experiment", SimpleNamespace(load=lambda config: loaded()))  # and so does compiling
+            # Ever higher losses, so that only a run that knows where its last phase began keeps the right adapter.
+            patch.setattr(run, "_score", lambda of, trial, step, adapter: step + scores(of, trial, step, adapter))
+            patch.setattr(run, "_log", log_and_stop if last else log)
+            train({**config, "checkpoint": {"every": 1 if killed else 0}}, workdir)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def never_stopped(in_process, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("never_stopped")
+    in_process(folder)
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("last", [3, 5, 6, 8])  # in the first phase, at its end, behind the squeeze, in the second one
+@pytest.mark.parametrize("killed", [False, True])
+def test_stopped_around_a_squeeze(in_process, never_stopped, tmp_path, capsys, last, killed):
+    with pytest.raises(KilledError if killed else Interrupted):
+        in_process(tmp_path, last=last, killed=killed)
+    assert max(saved_steps(tmp_path)) == last
+    assert max(record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")) == last + killed
+    capsys.readouterr()
+    in_process(tmp_path)
+    assert resumed_from(capsys.readouterr().out) == [last]
+    assert outcome(tmp_path) == never_stopped
 
 
 def wait_for(workdir, process, steps):
