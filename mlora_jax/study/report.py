@@ -22,8 +22,8 @@ from mlora_jax.study.rivals import GROUPS, Rival
 MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
 CHAMPIONS = Rival("renest"), Rival("renest_30_rotated")
 PANEL = (4.4, 3.3)  # inches
-_DRAWN = tuple(dict.fromkeys((*GROUPS["leading"], *CHAMPIONS)))
-_COMPARED = tuple(dict.fromkeys((*_DRAWN, *GROUPS["variants"])))
+_DRAWN = (*GROUPS["leading"], *GROUPS["dearer"])
+_COMPARED = (*_DRAWN, *GROUPS["variants"])
 
 
 def write_study(workdir, configs: Mapping[str, ConfigDict]) -> str:
