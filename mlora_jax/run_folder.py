@@ -157,17 +157,27 @@ class RunFolder:
 
     def _check_config(self, config: ConfigDict) -> None:
         file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))
-        # Before that a run has only looked at its config, model and data, and may have found something to correct.
-        begun = (self.path / LEDGER).is_file() or bool(self._read_whole_curves())
-        if file.is_file() and begun:
-            changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new)
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run of another config: {'; '.join(changed)}. Give another --workdir, or "
-                    "delete this one"
-                )
+        changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new) if file.is_file() else []
+        if changed and self._begun():
+            raise ValueError(
+                f"{self.path} holds a run of another config: {'; '.join(changed)}. Give another --workdir, or "
+                "delete this one"
+            )
+        if changed:
+            (self.path / LEDGER).unlink(missing_ok=True)  # a plan of nothing but trials that are wanted no more
         with write_aside(file) as aside:
             aside.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+
+    def _begun(self) -> bool:
+        """Whether anything was measured, logged, saved or trained.
+
+        Before that a run has only looked at its config, model and data, and may have found something to correct.
+        """
+        ledger, metrics = self.path / LEDGER, self.path / METRICS
+        batches = json.loads(ledger.read_text(encoding="utf-8"))["batches"] if ledger.is_file() else ()
+        logged = metrics.is_file() and metrics.stat().st_size > 0
+        saved = any(self.path.glob("checkpoints/*/*"))
+        return logged or saved or any(batch["trained"] for batch in batches) or bool(self._read_whole_curves())
 
     def _read_ledger(self) -> None:
         record = json.loads((self.path / LEDGER).read_text(encoding="utf-8"))

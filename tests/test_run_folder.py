@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from mlora_jax.config import expand_trials, resolve
-from mlora_jax.run_folder import CURVES, RunFolder, only_one_run
+from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run
 from mlora_jax.train.records import JsonLines
 
 
@@ -22,13 +22,24 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(tmp_path):
         RunFolder(tmp_path, resolve({}))
 
 
-def test_a_folder_in_which_nothing_was_planned_or_measured_takes_another_config(tmp_path):
-    """The corrections that errors about data and memory ask for."""
-    RunFolder(tmp_path, resolve({}))
+@pytest.mark.parametrize("begun", ["logged", "saved", "trained"])
+def test_a_folder_in_which_nothing_was_trained_or_measured_takes_another_config(tmp_path, begun):
+    """The corrections that errors about data, memory and targets ask for; what was planned is planned anew."""
+    planned(tmp_path, resolve({}))
     (tmp_path / CURVES).touch()
+    (tmp_path / METRICS).touch()
     corrected = resolve({"data": {"max_length": 99}, "train": {"remat": True}})
-    RunFolder(tmp_path, corrected)
-    planned(tmp_path, corrected)
+    assert RunFolder(tmp_path, corrected).batches == []
+    folder = planned(tmp_path, corrected)
+    assert len(RunFolder(tmp_path, corrected).batches) == 1
+    (batch,) = folder.batches
+    if begun == "logged":
+        with JsonLines(tmp_path / METRICS) as metrics:
+            metrics.write({"trial": batch.trials[0].name, "step": 1})
+    elif begun == "saved":
+        (folder.checkpoints(batch) / "1").mkdir(parents=True)
+    else:
+        folder.finish(batch)
     with pytest.raises(ValueError, match=r"another config: config\.data\.max_length was 99"):
         RunFolder(tmp_path, resolve({}))
 
