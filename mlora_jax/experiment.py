@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -130,6 +132,17 @@ class Experiment:
         if experiment.validates_by_loss:
             experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
         return experiment
+
+    def data_digests(self) -> dict[str, str]:
+        """Split -> digest of the tokens that are trained on, or of the rows that are evaluated on."""
+        train = hashlib.sha256()
+        for example in self.examples.examples:
+            train.update(np.asarray(example.tokens, np.int64).tobytes())
+            train.update(np.asarray(example.loss_mask, np.int8).tobytes())
+        digests = {"train": train}
+        for name, rows in self.rows.items():
+            digests[name] = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode())
+        return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
 
     @property
     def validates_by_loss(self) -> bool:

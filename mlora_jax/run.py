@@ -104,8 +104,8 @@ def train(config: ConfigDict | dict, workdir) -> Results:
         that the config has in addition are trained.
 
     Raises:
-      ValueError: a config, data row, checkpoint or target that cannot be used, or a workdir of another config; the
-        message names it.
+      ValueError: a config, data row, checkpoint or target that cannot be used, or a workdir of another config or
+        of other data; the message names it.
       FileNotFoundError: a file of the model or the data is missing.
       ModuleNotFoundError: the config asks for Weights & Biases, which is not installed.
       OSError: a checkpoint could not be written.
@@ -145,6 +145,7 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         for tracker in trackers:
             stack.callback(tracker.close)
         experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
+        folder.check_data(experiment.data_digests())
         signal_came = stack.enter_context(_until_asked_to_stop())
         progress = stack.enter_context(RunProgress(console=None if hosts.is_first() else Console(quiet=True)))
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, signal_came)

@@ -36,12 +36,19 @@ def readouts_of(config: ConfigDict, trial: Trial) -> tuple[str, ...]:
 
 
 def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
-    """The tasks of the config that local data do not hold, and what is missing; needs `config.evaluation.raw_dir`."""
-    names = list(dict.fromkeys(name for name, _ in harness_tasks(config.evaluation.tasks)))
-    if not names or not config.evaluation.raw_dir:
-        return {}
-    from mlora_jax.evaluate.task_files import gather_local  # slow to import
+    """The tasks of the config that local data do not hold, and what is missing; needs `config.evaluation.raw_dir`.
 
+    Raises:
+      ValueError: a task that the harness does not know either.
+    """
+    names = list(dict.fromkeys(name for name, _ in harness_tasks(config.evaluation.tasks)))
+    if not names:
+        return {}
+    from mlora_jax.evaluate.task_files import check_names, gather_local  # slow to import
+
+    if not config.evaluation.raw_dir:
+        check_names(names)
+        return {}
     return gather_local(names, raw_dir=config.evaluation.raw_dir, cache_dir=config.data.cache_dir)[1]
 
 

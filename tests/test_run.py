@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import pathlib
 import shutil
 import struct
 import sys
@@ -83,6 +84,31 @@ def with_key(config, name, value):
         at = at.setdefault(group, {})
     at[key] = value
     return config
+
+
+def test_a_run_does_not_go_on_with_other_data(folders, tmp_path):
+    """Where the file was changed in between, or where another folder of raw data is named."""
+    rows = pathlib.Path(folders["own"]).read_text().splitlines(keepends=True)
+    (tmp_path / "own.jsonl").write_text("".join(rows))
+    config = with_key(own_config(folders), "data.file", str(tmp_path / "own.jsonl"))
+    first = train(config, tmp_path / "run").trials[0]
+    more = with_key(config, "trials.learning_rate", (0.03, 0.01))
+    (tmp_path / "own.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(
+        ValueError, match=r"holds a run on other data: the train.* rows have changed since it began"
+    ):
+        train(more, tmp_path / "run")
+    (tmp_path / "own.jsonl").write_text("".join(rows))
+    assert train(more, tmp_path / "run").trials[0].curves == first.curves
+
+
+def test_a_task_that_there_is_not_is_found_before_anything_is_trained(folders, tmp_path):
+    config = with_key(choice_config(folders), "evaluation.tasks", ("arc_chalenge",))
+    with pytest.raises(
+        ValueError, match=r"unknown task 'arc_chalenge' of config.evaluation.tasks; did you"
+    ):
+        train(config, tmp_path)
+    assert not (tmp_path / "batches.json").exists()
 
 
 CLOCKS = ("time", "tokens_per_second")

@@ -7,6 +7,7 @@ wording, few-shot sampling, filters and metrics are those of the installed harne
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -99,6 +100,21 @@ def load_tasks(
     manager = TaskManager(include_path=paths or None, include_defaults=not all(known))
     with contextlib.nullcontext() if others else offline():
         return manager.load(wanted)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for what is no task, group or tag of the harness and none of ours."""
+    others = [name for name in names if name not in OWN_TASKS and not _known_folder(name)]
+    if not others:
+        return  # reading the harness's thousands of files takes seconds
+    from lm_eval.tasks import TaskManager
+
+    known = [*TaskManager().task_index, *OWN_TASKS]
+    for name in others:
+        if name not in known and not pathlib.Path(name).is_file():  # a task file of one's own
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown task {name!r} of config.evaluation.tasks{hint}")
 
 
 def gather_local(
