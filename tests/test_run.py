@@ -94,9 +94,7 @@ def test_a_run_does_not_go_on_with_other_data(folders, tmp_path):
     first = train(config, tmp_path / "run").trials[0]
     more = with_key(config, "trials.learning_rate", (0.03, 0.01))
     (tmp_path / "own.jsonl").write_text("".join(reversed(rows)))
-    with pytest.raises(
-        ValueError, match=r"holds a run on other data: the train.* rows have changed since it began"
-    ):
+    with pytest.raises(ValueError, match=r"holds a run on other data: the train.* rows have changed since it began"):
         train(more, tmp_path / "run")
     (tmp_path / "own.jsonl").write_text("".join(rows))
     assert train(more, tmp_path / "run").trials[0].curves == first.curves
@@ -104,9 +102,7 @@ def test_a_run_does_not_go_on_with_other_data(folders, tmp_path):
 
 def test_a_task_that_there_is_not_is_found_before_anything_is_trained(folders, tmp_path):
     config = with_key(choice_config(folders), "evaluation.tasks", ("arc_chalenge",))
-    with pytest.raises(
-        ValueError, match=r"unknown task 'arc_chalenge' of config.evaluation.tasks; did you"
-    ):
+    with pytest.raises(ValueError, match=r"unknown task 'arc_chalenge' of config.evaluation.tasks; did you"):
         train(config, tmp_path)
     assert not (tmp_path / "batches.json").exists()
 
