@@ -11,6 +11,7 @@ from absl import app, flags, logging
 
 from experiments import adapter_flags
 from experiments.adapter_flags import READOUT, TRIAL
+from experiments.deploy_flags import find_adapter
 from mlora_jax.report import SPLITS
 
 flags.adopt_module_key_flags(adapter_flags)
@@ -64,7 +65,7 @@ def report(arguments: Sequence[str]) -> None:
         os.environ.setdefault("NPROC", str(threads))
     found = choose_ranks(
         run,
-        TRIAL.value or "",
+        find_adapter(run, TRIAL.value).name,
         readout=READOUT.value,
         within=WITHIN.value,
         budgets=integers("budget", BUDGET.value) or None,

@@ -66,6 +66,9 @@ def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
             if not equals and following > len(arguments):
                 break
             return (value if equals else arguments[index + 1]), [*arguments[:index], *arguments[following:]]
+    if {"-h", "--help", "-help", "--helpfull"} & set(arguments[1:]):
+        print(f"{sys.modules['__main__'].__doc__}\n`--config quickstart --help` lists every key and flag.")
+        raise SystemExit(0)
     raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
 
 

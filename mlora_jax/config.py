@@ -7,6 +7,7 @@ import difflib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -246,15 +247,15 @@ def expand_trials(config: ConfigDict) -> list[Trial]:
 
 
 def further_methods(config: Mapping | ConfigDict) -> dict[str, Method]:
-    """The methods of `config.methods`.
+    """The methods of `config.methods`. One that the table of methods has in the same words by now is left out.
 
     Raises:
-      ValueError: one that the table of methods has already, or that cannot be; the message names it.
+      ValueError: one that the table has in other words, or that cannot be; the message names it.
     """
     found = {}
     for name, entries in config["methods"].items():
-        if name in METHODS:
-            raise ValueError(f"config.methods.{name} is a method of that name already: give yours another one")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"config.methods.{name}: a name is made of letters, digits, _ and -")
         *pairs, last = entries or ((),)
         carry, pairs = (last, pairs) if isinstance(last, str) else ("reset", [*pairs, last])
         try:
@@ -265,13 +266,17 @@ def further_methods(config: Mapping | ConfigDict) -> dict[str, Method]:
                 f"config.methods.{name} must be phases like (('lora', 0.7), ('per_example', 0.3)), got {entries!r}: "
                 f"{error}"
             ) from None
+        if name in METHODS:
+            if (METHODS[name].phases, METHODS[name].carry) != (found[name].phases, found[name].carry):
+                raise ValueError(f"config.methods.{name} is a method of that name already: give yours another one")
+            del found[name]
     return found
 
 
 def _summary(phases: tuple[Phase, ...], carry: str) -> str:
     parts = ", squeezed, ".join(f"{phase.policy} for {phase.fraction:.0%} of the steps" for phase in phases)
     kept = {"reset": "moments reset", "rotate": "moments rotated", "restart": "moments and learning rate started anew"}
-    return f"{parts}; {kept[carry]}" if len(phases) > 1 else parts
+    return f"{parts}; {kept.get(carry, carry)}" if len(phases) > 1 else parts
 
 
 def harness_tasks(entries: Iterable) -> list[tuple[str, int | None]]:
@@ -440,10 +445,12 @@ CHOICES = (
 def _check(config: dict) -> None:
     for name, low, high in RANGES:
         value = _get(config, name)
-        if not value >= low or (high is not None and value > high):
+        if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
             raise ValueError(
-                f"config.{name} must be at least {low}{f' and at most {high}' if high else ''}, got {value}"
+                f"config.{name} must be at least {low} and {f'at most {high}' if high else 'finite'}, got {value}"
             )
+    if not 0 < (rate := config["calibration"]["learning_rate"]) < math.inf:
+        raise ValueError(f"config.calibration.learning_rate must be positive and finite, got {rate}")
     for name, allowed in CHOICES:
         if _get(config, name) not in allowed:
             raise ValueError(

@@ -19,14 +19,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mlora_jax.adapt import adapt, set_profile, split
-from mlora_jax.config import Trial
+from mlora_jax.adapt.layers import AdaptedLayer
+from mlora_jax.config import Trial, expand_trials
 from mlora_jax.core import RankHierarchy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, make_trials_pipeline
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
-from mlora_jax.inputs import check_context, hold_out_validation, load_data, load_model, run_mesh
+from mlora_jax.inputs import check_context, hold_out_validation, load_data, load_model, model_digest, run_mesh
 from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer
 from mlora_jax.parallel import hosts
@@ -131,18 +132,23 @@ class Experiment:
         experiment = cls(config, model, tokenizer, data, examples, rows, mesh)
         if experiment.validates_by_loss:
             experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
+        if config.adapter.start_from:
+            alike = {(trial.rank, trial.method, trial.scaling): trial for trial in expand_trials(config)}
+            for trial in alike.values():  # now rather than behind the trials before it
+                experiment._first_adapter(trial, jax.random.key(0))
         return experiment
 
-    def data_digests(self) -> dict[str, str]:
-        """Split -> digest of the tokens that are trained on, or of the rows that are evaluated on."""
+    def digests(self) -> dict[str, str]:
+        """Name -> digest, of the base model, the tokens that are trained on and the rows that are evaluated on."""
         train = hashlib.sha256()
         for example in self.examples.examples:
             train.update(np.asarray(example.tokens, np.int64).tobytes())
             train.update(np.asarray(example.loss_mask, np.int8).tobytes())
-        digests = {"train": train}
+        found = {"base model": model_digest(self.config.model.path), "train rows": train.hexdigest()}
         for name, rows in self.rows.items():
-            digests[name] = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode())
-        return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+            text = json.dumps(rows, sort_keys=True, default=str)
+            found[f"{name} rows"] = hashlib.sha256(text.encode()).hexdigest()
+        return {name: digest[:16] for name, digest in found.items()}
 
     @property
     def validates_by_loss(self) -> bool:
@@ -360,7 +366,13 @@ class Experiment:
 
     def _adapt(self, rank: int, key: jax.Array) -> nnx.Module:
         options = self.config.adapter
-        return adapt(self.model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
+        model = adapt(self.model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
+        if isinstance(getattr(model, "embed_tokens", None), AdaptedLayer):
+            raise ValueError(
+                f"config.adapter.targets {tuple(options.targets)} take embed_tokens too, which is no linear layer and "
+                "has no place in an export: name the layers to adapt, for example q_proj, v_proj"
+            )
+        return model
 
     def _adapt_for_rank(self, rank: int) -> Adapted:
         config, adapted = self.config, self._adapt(rank, jax.random.key(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import itertools
 import pathlib
@@ -15,9 +16,13 @@ from ml_collections import ConfigDict
 from mlora_jax.data import TaskData, load_task
 from mlora_jax.data.load import hold_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
+from mlora_jax.models.config import CONFIG_FILE
+from mlora_jax.models.weight_files import weight_files
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.mesh import AXES, make_mesh, shards_of
 from mlora_jax.parallel.rules import Placement, spec_of
+
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file, for its digest
 
 
 def run_mesh(config: ConfigDict) -> Mesh | None:
@@ -85,6 +90,20 @@ def model_folder(path: str) -> pathlib.Path:
             "config.model.path is not set: give a Hugging Face folder or a hub id by --config.model.path=FOLDER"
         )
     return checkpoint_folder(path)
+
+
+def model_digest(path: str) -> str:
+    """What tells one base from another: its config, and of every weight file the size and samples of its bytes."""
+    folder = model_folder(path)
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
+    for name in weight_files(folder):
+        size = name.stat().st_size
+        digest.update(str(size).encode())
+        with name.open("rb") as file:
+            for part in range(SAMPLES):
+                file.seek(size * part // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_context(config: ConfigDict, model: Decoder, *, generates: bool) -> None:

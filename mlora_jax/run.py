@@ -145,7 +145,7 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         for tracker in trackers:
             stack.callback(tracker.close)
         experiment = Experiment.load(config)  # the slow part comes when nothing else can be wrong
-        folder.check_data(experiment.data_digests())
+        folder.check_inputs(experiment.digests())
         signal_came = stack.enter_context(_until_asked_to_stop())
         progress = stack.enter_context(RunProgress(console=None if hosts.is_first() else Console(quiet=True)))
         run = _Run(config, folder, experiment, metrics, curves, progress, trackers, signal_came)

@@ -140,7 +140,7 @@ class RunFolder:
         self.batches: list[TrialBatch] = []
         self._trained: set[str] = set()
         self._machine = _machine()
-        self._data: dict[str, str] = {}
+        self._inputs: dict[str, str] = {}
         if (self.path / LEDGER).is_file():
             self._read_ledger()
 
@@ -195,7 +195,7 @@ class RunFolder:
                     "this run began with %s %s and goes on with %s: its last bits may differ",
                     name, before, self._machine[name],
                 )  # fmt: skip
-        self._machine, self._data = record["machine"], record.get("data", {})
+        self._machine, self._inputs = record["machine"], record.get("inputs", {})
         for batch in record["batches"]:
             trials = tuple(Trial(**{**trial, "weights": tuple(trial["weights"])}) for trial in batch["trials"])
             self.batches.append(TrialBatch(batch["name"], trials, batch["slots"]))
@@ -206,26 +206,26 @@ class RunFolder:
         if not hosts.is_first():
             return
         batches = [{**dataclasses.asdict(batch), "trained": self.trained(batch)} for batch in self.batches]
-        record = {"schema": SCHEMA, "machine": self._machine, "data": self._data, "batches": batches}
+        record = {"schema": SCHEMA, "machine": self._machine, "inputs": self._inputs, "batches": batches}
         with write_aside(self.path / LEDGER) as aside:
             aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def check_data(self, digests: Mapping[str, str]) -> None:
-        """Remembers what the run's data are.
+    def check_inputs(self, digests: Mapping[str, str]) -> None:
+        """Remembers what the run's base model and data are.
 
         Args:
-          digests: split -> digest.
+          digests: of `Experiment.digests`.
 
         Raises:
           ValueError: they are not those that the run began with.
         """
-        changed = [split for split, before in self._data.items() if digests.get(split) != before]
+        changed = [name for name, before in self._inputs.items() if digests.get(name) != before]
         if changed:
             raise ValueError(
-                f"{self.path} holds a run on other data: the {' and '.join(changed)} rows have changed since it began. "
-                "Put them back as they were, or give another --workdir"
+                f"{self.path} holds a run on other inputs: {' and '.join(changed)} changed since it began. Put back "
+                "what was there, or give another --workdir"
             )
-        self._data = dict(digests)
+        self._inputs = dict(digests)
 
     def trained(self, batch: TrialBatch) -> bool:
         """Whether all of its adapters are on disk."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,15 +41,18 @@ def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
 
     Raises:
       ValueError: a task that the harness does not know either.
+      FileNotFoundError: there is no such folder of raw data.
     """
     names = list(dict.fromkeys(name for name, _ in harness_tasks(config.evaluation.tasks)))
     if not names:
         return {}
     from mlora_jax.evaluate.task_files import check_names, gather_local  # slow to import
 
+    check_names(names)
     if not config.evaluation.raw_dir:
-        check_names(names)
         return {}
+    if not pathlib.Path(config.evaluation.raw_dir).expanduser().is_dir():
+        raise FileNotFoundError(f"there is no folder {config.evaluation.raw_dir} (config.evaluation.raw_dir)")
     return gather_local(names, raw_dir=config.evaluation.raw_dir, cache_dir=config.data.cache_dir)[1]
 
 

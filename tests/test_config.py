@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import pathlib
 
 import ml_collections
@@ -126,6 +127,10 @@ def test_methods_of_ones_own():
     ("values", "message"),
     [
         ({"methods": {"lora": MINE}}, "config.methods.lora is a method of that name already"),
+        ({"methods": {"a/b": MINE}}, "config.methods.a/b: a name is made of letters"),
+        ({"methods": {"mine": (*MINE, "rotat")}}, "config.methods.mine must be phases .*unknown carry 'rotat'"),
+        ({"calibration": {"learning_rate": math.nan}}, "config.calibration.learning_rate must be positive and finite"),
+        ({"train": {"epsilon": math.inf}}, "config.train.epsilon must be at least 0.0 and finite, got inf"),
         ({"methods": {"mine": ()}}, r"config.methods.mine must be phases like .*, got \(\)"),
         ({"methods": {"mine": (("lora", 0.5),)}}, r"config.methods.mine must be .*sum to 1, got \[0.5\]"),
         ({"methods": {"mine": (("lroa", 1.0),)}}, "config.methods.mine .*unknown policy 'lroa'; did you mean 'lora'"),
@@ -296,7 +301,7 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
         ({"trials": {"weights": ((1.0,),)}}, r"weights \(1\.0,\) and ranks .* differ in length"),
         (
             {"trials": {"weights": ((3.0, 1.0),), "rank": (2,), "method": ("matryoshka", "sandwich")}},
-            r"weights \(3\.0, 1\.0\) would change nothing for 'sandwich'; .*: dylora, matryoshka, .*, renest\. ",
+            r"weights \(3\.0, 1\.0\) would change nothing for 'sandwich'; .*: dylora, .*, renest_30_rotated\. ",
         ),
         ({"trials": {"weights": (("a",),)}}, "weights must be a sequence of numbers"),
         ({"trials": {"weights": ((0.0, 0.0),), "rank": (2,)}}, "not all zero"),
@@ -330,3 +335,12 @@ def test_a_word_that_is_no_choice_is_refused(name, allowed):
 def test_a_value_that_is_not_allowed_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         resolve(config)
+
+
+def test_a_method_that_became_one_of_the_table_stays_readable():
+    """A folder of a run keeps its config; the table grows."""
+    same = (("lora", 0.3), ("per_example", 0.7), "rotate")
+    config = resolve({"methods": {"renest_30_rotated": same}, "trials": {"method": ("renest_30_rotated",)}})
+    assert further_methods(config) == {}
+    with pytest.raises(ValueError, match=r"config.methods.renest_30_rotated is a method of that name already"):
+        resolve({"methods": {"renest_30_rotated": same[:2]}})

@@ -94,10 +94,35 @@ def test_a_run_does_not_go_on_with_other_data(folders, tmp_path):
     first = train(config, tmp_path / "run").trials[0]
     more = with_key(config, "trials.learning_rate", (0.03, 0.01))
     (tmp_path / "own.jsonl").write_text("".join(reversed(rows)))
-    with pytest.raises(ValueError, match=r"holds a run on other data: the train.* rows have changed since it began"):
+    with pytest.raises(ValueError, match=r"holds a run on other inputs: train rows.* changed since it began"):
         train(more, tmp_path / "run")
     (tmp_path / "own.jsonl").write_text("".join(rows))
     assert train(more, tmp_path / "run").trials[0].curves == first.curves
+
+
+def test_a_run_does_not_go_on_with_another_base(folders, tmp_path):
+    """One number of one tensor changed in the same file."""
+    shutil.copytree(folders["model"], tmp_path / "model")
+    config = with_key(own_config(folders), "model.path", str(tmp_path / "model"))
+    train(config, tmp_path / "run")
+    file = tmp_path / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="holds a run on other inputs: base model changed since it began"):
+        train(with_key(config, "trials.learning_rate", (0.03, 0.01)), tmp_path / "run")
+
+
+def test_embeddings_and_a_bad_start_are_refused_before_anything_is_trained(folders, tmp_path):
+    for key, value, message in (
+        ("adapter.targets", (".*",), r"config.adapter.targets \('\.\*',\) take embed_tokens too, which is no linear"),
+        ("adapter.start_from", str(tmp_path / "nowhere"), "nowhere is not the folder of a PEFT adapter"),
+        ("evaluation.raw_dir", str(tmp_path / "nowhere"), "there is no folder .*nowhere .config.evaluation.raw_dir"),
+    ):
+        config = with_key(with_key(choice_config(folders), key, value), "evaluation.tasks", ("trec",))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(with_key(config, "train.trials_at_once", 0), tmp_path / "run")
+    train(choice_config(folders), tmp_path / "run")  # the folder takes the corrected config
 
 
 def test_a_task_that_there_is_not_is_found_before_anything_is_trained(folders, tmp_path):

@@ -92,7 +92,11 @@ class Method:
             share += phase.fraction
             starts.append(round(share * steps))
         if any(later <= earlier for earlier, later in zip(starts, (*starts[1:], steps), strict=True)):
-            raise ValueError(f"{steps} steps are too few for phases that begin at {starts}")
+            names = ", ".join(phase.policy for phase in self.phases)
+            raise ValueError(
+                f"{steps} optimizer steps are too few for the phases {names}, which would begin after {starts} of "
+                "them: train for more epochs or on smaller batches, or choose another method"
+            )
         return tuple(starts)
 
     def anneals_from(self, steps: int) -> tuple[int, ...]:

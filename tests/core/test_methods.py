@@ -64,7 +64,7 @@ def test_a_method_that_cannot_be_is_refused(phases, carry, message):
 
 
 def test_too_few_steps_are_refused():
-    with pytest.raises(ValueError, match=r"1 steps are too few for phases that begin at \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"1 optimizer steps are too few for the phases .* begin after \[0, 1\]"):
         RENEST.starts(1)
 
 
