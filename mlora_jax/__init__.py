@@ -11,6 +11,7 @@ _HOMES = {
     "export_peft": "interop",
     "fold": "core",
     "import_peft": "interop",
+    "load_adapted": "train.adapter_file",
     "load_adapter": "train.adapter_file",
     "load_decoder": "models",
     "p_scaled_product": "core",
