@@ -70,6 +70,9 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
     class TooLarge(Quiet):
         steps = 10
 
+        def digests(self):
+            return {}
+
         def plan(self, trials, before_each):
             raise ValueError("one trial needs 9 GiB")
 
