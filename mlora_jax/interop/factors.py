@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,12 +79,9 @@ def layer_factors(
         factors, hierarchy = squeeze(factors, profile, ranks=hierarchy.ranks)
         readout = "prefix"
     used = {r for rows in ranks.values() for r in rows}
-    at = (
-        functools.partial(readout_profile, hierarchy, readout)
-        if profiles is None
-        else functools.partial(fitted, profiles)
-    )
-    p_of = {r: np.asarray(at(r)) for r in used}
+    p_of = {
+        r: np.asarray(readout_profile(hierarchy, readout, r) if profiles is None else fitted(profiles, r)) for r in used
+    }
     found = {}
     for path, pair in factors.items():
         wide = np.promote_types(pair["a"].dtype, np.float32)
