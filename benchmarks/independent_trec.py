@@ -10,7 +10,7 @@ What a read-out is made of, at rank r of S: `prefix` s_r for i <= r; `nested` th
 i <= q <= r; `masked` P_i for i <= r; `svd` the first r pairs of the balanced SVD of A diag(p) B, with p the
 profile of training (LoRA, DyLoRA: s_R). Nested and masked are read for matryoshka only.
 
-`--seam` says which tokens a question and an answer become, where a tokenizer merges across the border:
+`--boundary` says which tokens a question and an answer become, where a tokenizer merges across the border:
 `harness`, the prompt's own tokens, then the tail of the tokens of prompt + answer (lm-evaluation-harness);
 `separate`, prompt and answer on their own; `whole`, those of prompt + answer split at the prompt's length.
 With `whole` the last prompt token can give the answer away: tinystories-656k makes ":" of "Type:" before
@@ -109,7 +109,7 @@ def read_questions(path):
     return rows
 
 
-def encode(tokenizer, prompt, answer, seam):
+def encode(tokenizer, prompt, answer, boundary):
     """Tokens of the prompt, BOS first, and of the answer."""
     start = [tokenizer.bos_token_id]
 
@@ -118,9 +118,9 @@ def encode(tokenizer, prompt, answer, seam):
 
     alone, whole = tokens(prompt), tokens(prompt + answer)
     border = len(alone)
-    if seam == "whole":
+    if boundary == "whole":
         return start + whole[:border], whole[border:]
-    return start + alone, whole[border:] if seam == "harness" else tokens(answer)
+    return start + alone, whole[border:] if boundary == "harness" else tokens(answer)
 
 
 def train(model, wrapped, examples, arguments, scale):
@@ -274,7 +274,7 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--scaling", choices=SCALES, default="none")
-    parser.add_argument("--seam", choices=("harness", "separate", "whole"), default="harness")
+    parser.add_argument("--boundary", choices=("harness", "separate", "whole"), default="harness")
     parser.add_argument("--clip", type=float, default=1.0)
     arguments = parser.parse_args()
     start, scale = time.perf_counter(), SCALES[arguments.scaling]
@@ -286,10 +286,10 @@ def main():
     train_rows, test_rows = (
         read_questions(pathlib.Path(arguments.data) / name) for name in ("train_5500.label", "TREC_10.label")
     )
-    pairs = [encode(tokenizer, prompt, answers[label], arguments.seam) for prompt, label in train_rows]
+    pairs = [encode(tokenizer, prompt, answers[label], arguments.boundary) for prompt, label in train_rows]
     examples = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in pairs]
     labels = np.array([label for _, label in test_rows])
-    batches = pack([[encode(tokenizer, prompt, a, arguments.seam) for a in answers] for prompt, _ in test_rows])
+    batches = pack([[encode(tokenizer, prompt, a, arguments.boundary) for a in answers] for prompt, _ in test_rows])
 
     set_profile(wrapped, prefix(RANKS[-1], scale))
     base = summarise(score(model, batches), labels)
@@ -309,7 +309,7 @@ def main():
     curves["svd"] = curve(model, wrapped, batches, labels, lambda rank: prefix(rank, SCALES["none"]), ones)
     record = {name: getattr(arguments, name) for name in ("method", "learning_rate", "seed", "epochs", "scaling")}
     record |= {
-        "seam": arguments.seam,
+        "boundary": arguments.boundary,
         "model": pathlib.Path(arguments.model).name,
         "steps": len(losses),
         "first_loss": round(losses[0], 4),

@@ -57,15 +57,15 @@ def run(mesh_options: dict, method: str, steps: int):
     import numpy as np
     from flax import nnx
 
-    from mlora_jax.adapt import adapt, split
+    from mlora_jax.adapters import adapt, split
     from mlora_jax.core import RankHierarchy, get_method
     from mlora_jax.models import Decoder, DecoderConfig
     from mlora_jax.parallel.arrays import put_weights
     from mlora_jax.parallel.mesh import make_mesh
     from mlora_jax.parallel.rules import Placement
-    from mlora_jax.train.grid import bytes_on_device
-    from mlora_jax.train.loop import TrialsStep, compile_draws, stack_trees, trial_keys
-    from mlora_jax.train.step import Schedule, init_state, make_optimizer
+    from mlora_jax.training.grid import bytes_on_device
+    from mlora_jax.training.loop import TrialsStep, compile_draws, stack_trees, trial_keys
+    from mlora_jax.training.step import Schedule, init_state, make_optimizer
 
     sizes = {"trial": 1, "data": 1, "fsdp": 1, "tensor": 1} | {k: v for k, v in mesh_options.items() if k != "engine"}
     mesh = make_mesh(sizes) if mesh_options else None

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from experiments.run import read_config
+from mlora_jax.cli.run import read_config
 from mlora_jax.config import check_key, resolve
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -122,14 +122,14 @@ def test_no_import_points_back(path):
         ("core/product.py", "from mlora_jax import adapt"),
         ("core/product.py", "from ..adapt import split"),
         ("core/product.py", "def f():\n    from mlora_jax.models import Decoder"),
-        ("models/decoder.py", "from mlora_jax.adapt import adapt"),
+        ("models/decoder.py", "from mlora_jax.adapters import adapt"),
         ("models/decoder.py", "import importlib\nimportlib.import_module('mlora_jax.data')"),
-        ("data/tasks.py", "from mlora_jax.train.step import train_step"),
+        ("data/tasks.py", "from mlora_jax.training.step import train_step"),
         ("train/loop.py", "from mlora_jax.evaluate import rank_curve"),
-        ("evaluate/curve.py", "from mlora_jax.run import train"),
-        ("report/rows.py", "from mlora_jax.train.step import train_step"),
+        ("evaluate/curve.py", "from mlora_jax.run.train import train"),
+        ("report/rows.py", "from mlora_jax.training.step import train_step"),
         ("report/rows.py", "from mlora_jax.evaluate import rank_curve"),
-        ("config.py", "from mlora_jax.adapt import adapt"),
+        ("config.py", "from mlora_jax.adapters import adapt"),
         ("run.py", "import experiments.run"),
         ("train/loop.py", "import mlora_jax"),
     ],
@@ -217,9 +217,9 @@ ORDERS = """
 import sys
 
 ORDERS = (
-    "from mlora_jax import adapt, train; import mlora_jax.adapt, mlora_jax.train.loop, mlora_jax.run",
-    "import mlora_jax.adapt, mlora_jax.train.loop, mlora_jax.run; from mlora_jax import adapt, train",
-    "from mlora_jax.adapt import split; from mlora_jax.train import step; from mlora_jax import adapt, train",
+    "from mlora_jax import adapt, train; import mlora_jax.adapt, mlora_jax.training.loop, mlora_jax.run",
+    "import mlora_jax.adapt, mlora_jax.training.loop, mlora_jax.run; from mlora_jax import adapt, train",
+    "from mlora_jax.adapters import split; from mlora_jax.training import step; from mlora_jax import adapt, train",
 )
 for order in ORDERS:
     for name in [name for name in sys.modules if name.split(".")[0] == "mlora_jax"]:

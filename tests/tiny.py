@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlora_jax.models import Decoder, DecoderConfig, save_decoder
-from mlora_jax.train.step import train_step
+from mlora_jax.training.step import train_step
 from tests.data.conftest import write_tokenizer
 
 

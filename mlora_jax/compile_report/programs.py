@@ -13,16 +13,16 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.config import Trial, expand_trials
 from mlora_jax.evaluate.generation import Generator, PromptRows
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
 from mlora_jax.parallel.mesh import EVALUATED, make_mesh
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
-from mlora_jax.train.loop import TrialsStep, stack_trees, trial_keys
-from mlora_jax.train.phases import TrialPhases
-from mlora_jax.train.step import Schedule, init_state, make_optimizer
+from mlora_jax.training.loop import TrialsStep, stack_trees, trial_keys
+from mlora_jax.training.phases import TrialPhases
+from mlora_jax.training.step import Schedule, init_state, make_optimizer
 
 OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
 

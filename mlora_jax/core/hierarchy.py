@@ -148,7 +148,7 @@ class RankHierarchy:
         shares = None if self._even() else jnp.array(self.weights) / math.fsum(self.weights)
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
 
-    def spread(self, key: jax.Array, count: int) -> jax.Array:
+    def stratified_ranks(self, key: jax.Array, count: int) -> jax.Array:
         """Ranks of S for `count` examples, int32 [count]: spread as evenly as whole numbers allow, then shuffled.
 
         Every rank comes up as often as its share of the weights, rounded down or up; which are rounded up is random, so
@@ -158,7 +158,7 @@ class RankHierarchy:
           key: a `jax.random.key`.
           count: how many ranks, at least 1.
 
-        >>> sorted(RankHierarchy((1, 2, 4)).spread(jax.random.key(0), 6).tolist())
+        >>> sorted(RankHierarchy((1, 2, 4)).stratified_ranks(jax.random.key(0), 6).tolist())
         [1, 1, 2, 2, 4, 4]
         """
         start, order = jax.random.split(key)

@@ -110,7 +110,7 @@ def _sandwich(hierarchy, key):
 
 
 def _per_example(hierarchy, key, examples):
-    profiles = jax.vmap(hierarchy.prefix_at)(hierarchy.spread(key, examples))  # [E, R]
+    profiles = jax.vmap(hierarchy.prefix_at)(hierarchy.stratified_ranks(key, examples))  # [E, R]
     return Draw(profiles[None], jnp.ones_like(profiles[0]), jnp.ones(1, profiles.dtype))
 
 

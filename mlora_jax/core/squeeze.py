@@ -103,7 +103,7 @@ def squeeze_factors(
     return Squeezed(pick(0), pick(2))
 
 
-def turn_gradients(tree: Tree, turns: Tree, *, squared: bool = False) -> Tree:
+def map_gradients(tree: Tree, turns: Tree, *, squared: bool = False) -> Tree:
     """Gradients of the old factors, or averages of them, as gradients of the new ones.
 
     Args:

@@ -4,7 +4,7 @@
     from mlora_jax.data.tokenize import tokenize
 
     data = load_task("trec", raw_dir="...", tokenizer=tokenizer)
-    tokenized = tokenize(data.train, tokenizer, seam=data.seam, max_length=512, overflow="error")
+    tokenized = tokenize(data.train, tokenizer, boundary=data.boundary, max_length=512, overflow="error")
     pipeline = make_pipeline(tokenized.examples, seed=0, batch_size=32, accumulation=1, epochs=3)
 
 Names are resolved when they are used, so importing this package imports neither TFDS nor grain.

@@ -53,7 +53,7 @@ class TaskData:
     Attributes:
         train, test: rows to train on and to evaluate on.
         task: the row of `TASKS` they came from.
-        seam: how the border between prompt and answer is tokenised, for `tokenize`.
+        boundary: how the border between prompt and answer is tokenised, for `tokenize`.
         validation: further held-out rows, where the data set has them (may be empty).
         build: the folder of the build that was read.
     """
@@ -61,7 +61,7 @@ class TaskData:
     train: Rows
     test: Rows
     task: Task
-    seam: str
+    boundary: str
     validation: Rows
     build: pathlib.Path
 
@@ -124,7 +124,7 @@ def load_task(
         train=views["train"],
         test=views["test"],
         task=task,
-        seam=chosen.seam,
+        boundary=chosen.boundary,
         validation=views.get("validation", empty),
         build=pathlib.Path(builder.data_dir),
     )

@@ -23,7 +23,7 @@ class Style:
         answer: template of the answer; unused where there are choices.
         choices: every answer of a classification, in the order of the labels; empty: the row's own, if any.
         choice: template of one of the row's own choices.
-        seam: how the border between prompt and answer is tokenised, "separate", "joint" or "lossless" (see
+        boundary: how the border between prompt and answer is tokenised, "separate", "joint" or "lossless" (see
             `Tokenizer.encode_pair`).
     """
 
@@ -32,7 +32,7 @@ class Style:
     answer: str = ""
     choices: tuple[str, ...] = ()
     choice: str = "{choice}"
-    seam: str = "joint"
+    boundary: str = "joint"
 
     def render(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A stored row as {"prompt": str, "answer": str, "choices": list of str, "label": int (-1: none)}.
@@ -56,12 +56,12 @@ class ChatStyle:
         headers: what stands before a message, by role; None: the chat template of the model's tokenizer
             decides everything.
         footer: what stands after a message.
-        seam: how the border between prompt and answer of a prompt/completion line is tokenised.
+        boundary: how the border between prompt and answer of a prompt/completion line is tokenised.
     """
 
     headers: Mapping[str, str] | None
     footer: str = ""
-    seam: str = "lossless"
+    boundary: str = "lossless"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,8 @@ _TASKS = (
     Task(
         name="gsm8k",
         styles={
-            "reference": Style(prompt="Question: {question}\nAnswer: ", answer="{answer}", seam="separate"),
-            "harness": Style(prompt="Question: {question}\nAnswer:", answer=" {answer}", seam="lossless"),
+            "reference": Style(prompt="Question: {question}\nAnswer: ", answer="{answer}", boundary="separate"),
+            "harness": Style(prompt="Question: {question}\nAnswer:", answer=" {answer}", boundary="lossless"),
         },
         metric="exact_match",
         answer_pattern=r"#### (\-?[0-9\.\,]+)",
@@ -136,7 +136,7 @@ _TASKS = (
                 prompt="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
                 without={"input": "### Instruction:\n{instruction}\n\n### Response:\n"},
                 answer="{output}",
-                seam="separate",
+                boundary="separate",
             ),
         },
         # Long free answers: none is ever met word for word.

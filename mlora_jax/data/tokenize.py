@@ -2,12 +2,12 @@
 
 An answer that is one of a row's choices has no end token: it is scored without one.
 
-How the border between prompt and answer is tokenised matters. The seam "separate" encodes the two on their
+How the border between prompt and answer is tokenised matters. The boundary "separate" encodes the two on their
 own (the reference code's way); "joint" encodes them as one text and cuts where the prompt alone would end
 (lm-evaluation-harness's way, and so that of the tasks with choices, which are trained as they are scored);
 "lossless" does so too where no text is lost by it, and elsewhere encodes the answer as what continues the prompt
 (the way of own data: its tokens always spell prompt and completion). The same prompt gives other tokens either
-way, so a run states its seam; see `Tokenizer.encode_pair`.
+way, so a run states its boundary; see `Tokenizer.encode_pair`.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def tokenize(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
-    seam: str,
+    boundary: str,
     max_length: int,
     overflow: str = "error",
     split: str = "train",
@@ -90,7 +90,7 @@ def tokenize(
     Args:
         rows: as `load_task` gives them.
         tokenizer: the model's.
-        seam: "separate", "joint" or "lossless".
+        boundary: "separate", "joint" or "lossless".
         max_length: the longest example in tokens, its end token included.
         overflow: what to do with a longer one: "error", "drop", or "truncate" (cut on the right; one whose
             whole answer is cut away counts as dropped).
@@ -108,7 +108,7 @@ def tokenize(
     dropped = truncated = 0
     for index, row in enumerate(rows):
         name = f"{split} row {row.get('row', index)}"
-        example = encode_row(row, tokenizer, seam=seam, name=name, index=row.get("row", index))
+        example = encode_row(row, tokenizer, boundary=boundary, name=name, index=row.get("row", index))
         if len(example.tokens) > max_length:
             example = OVERFLOW[overflow](example, max_length, name)
             truncated += example is not None
@@ -123,7 +123,7 @@ def tokenize(
 
 
 def encode_row(
-    row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str, name: str = "the row", index: int = 0
+    row: Mapping[str, Any], tokenizer: Tokenizer, *, boundary: str, name: str = "the row", index: int = 0
 ) -> Example:
     """One row as tokens and loss mask, of any length.
 
@@ -132,7 +132,7 @@ def encode_row(
     """
     if "pieces" not in row:
         try:
-            prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], seam=seam)
+            prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], boundary=boundary)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         parts = [(prompt, False), (answer, True)]
@@ -160,7 +160,7 @@ def encode_row(
 
 
 def check_vocabulary(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, vocab_size: int, seam: str, split: str
+    rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, vocab_size: int, boundary: str, split: str
 ) -> None:
     """Checks that a model knows every token of some rows, their choices included.
 
@@ -168,7 +168,7 @@ def check_vocabulary(
         rows: as `load_task` gives them.
         tokenizer: the model's.
         vocab_size: V of the model, which knows the ids below it.
-        seam: "separate", "joint" or "lossless".
+        boundary: "separate", "joint" or "lossless".
         split: what errors call the rows.
 
     Raises:
@@ -179,7 +179,7 @@ def check_vocabulary(
     for index, row in enumerate(rows):
         name = f"{split} row {row.get('row', index)}"
         for answer in row.get("choices") or [row["answer"]]:
-            tokens = encode_row({**row, "answer": answer}, tokenizer, seam=seam, name=name).tokens
+            tokens = encode_row({**row, "answer": answer}, tokenizer, boundary=boundary, name=name).tokens
             if tokens.max() >= vocab_size:
                 unknown = int(tokens[tokens >= vocab_size][0])
                 raise ValueError(
@@ -196,9 +196,9 @@ def _token(tokenizer: Tokenizer, id: int) -> str:
         return "without a name"
 
 
-def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, seam: str, name: str = "the row") -> list[int]:
+def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, boundary: str, name: str = "the row") -> list[int]:
     """The tokens that a row's last answer was trained to follow: what generation starts from."""
-    example = encode_row(row, tokenizer, seam=seam, name=name)
+    example = encode_row(row, tokenizer, boundary=boundary, name=name)
     # The last answer runs to the end, so the last token without loss is the one before it.
     before = np.flatnonzero(~example.loss_mask)[-1] + 1
     return example.tokens[:before].tolist()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from mlora_jax.adapt import set_profile
+from mlora_jax.adapters import set_profile
 from mlora_jax.core import RankHierarchy, readout_profile, squeeze, summarize
 
 # Anything that gives per-item verdicts [items] (bool) of an adapter under a profile [R].

@@ -39,7 +39,7 @@ class GenerationEvaluator:
       profile: profile tree; its values are replaced by the p of each call.
       rows: dicts with prompt and answer (str).
       tokenizer: of the model.
-      seam: how prompt and answer meet, see `Tokenizer.encode_pair`.
+      boundary: how prompt and answer meet, see `Tokenizer.encode_pair`.
       task: says how the answer is found in a text (`answer_pattern`) and which strings end one (`stop`).
       max_length: a longer prompt loses tokens on its left.
       max_new_tokens: N.
@@ -61,7 +61,7 @@ class GenerationEvaluator:
         rows: Sequence[dict],
         tokenizer: Tokenizer,
         *,
-        seam: str,
+        boundary: str,
         task: Task,
         max_length: int,
         max_new_tokens: int,
@@ -89,7 +89,7 @@ class GenerationEvaluator:
                     f"answer {row['answer']!r} of row {number} has nothing that matches {task.answer_pattern}"
                 )
         prompts = [
-            prompt_tokens(row, tokenizer, seam=seam, name=f"row {row.get('row', number)} to evaluate on")
+            prompt_tokens(row, tokenizer, boundary=boundary, name=f"row {row.get('row', number)} to evaluate on")
             for number, row in enumerate(rows)
         ]
         self.truncated = sum(len(prompt) > max_length for prompt in prompts)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mlora_jax.adapt import fold_where_cheaper, set_profile
+from mlora_jax.adapters import fold_where_cheaper, set_profile
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
 from mlora_jax.models.tokenizer import Tokenizer

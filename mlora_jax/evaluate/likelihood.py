@@ -47,7 +47,7 @@ class ChoiceEvaluator(ScoredEvaluator):
       scorer: of the adapted decoder.
       rows: dicts with prompt (str), choices (list of str) and label (int).
       tokenizer: of the model.
-      seam: how prompt and choice meet, see `Tokenizer.encode_pair`.
+      boundary: how prompt and choice meet, see `Tokenizer.encode_pair`.
 
     Attributes:
       compiled: the scorer's jitted function; its cache size counts compilations.
@@ -57,8 +57,8 @@ class ChoiceEvaluator(ScoredEvaluator):
       ValueError: rows that are no items, see `choice_items`; a choice that is longer than the context.
     """
 
-    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str):
-        self._items = choice_items(rows, tokenizer, seam=seam)
+    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str):
+        self._items = choice_items(rows, tokenizer, boundary=boundary)
         super().__init__(scorer, self._items.requests)
         self.truncated = self._items.cut_items(scorer.max_length)
 

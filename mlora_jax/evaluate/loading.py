@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.config import READOUT_NAMES
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
-from mlora_jax.train.adapter_file import load_adapted as read_adapted
-from mlora_jax.train.adapter_file import read_description, trained_function
-from mlora_jax.train.fitted import find_readout
+from mlora_jax.training.adapter_file import load_adapted as read_adapted
+from mlora_jax.training.adapter_file import read_description, trained_profile
+from mlora_jax.training.fitted import find_readout
 
 BATCH_SIZE, PAD_MULTIPLE = 32, 16
 
@@ -128,7 +128,7 @@ def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: s
         raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(READOUT_NAMES)}")
     description, found = read_description(folder), find_readout(folder, readout)
     graphdef, base, adapter, profile, hierarchy, _ = read_adapted(found.folder, model)
-    function = trained_function(description, hierarchy)
+    function = trained_profile(description, hierarchy)
     adapter, hierarchy, name = read_out(adapter, profile, hierarchy, found.readout, function)
     p = found.profile(hierarchy, name, hierarchy.ranks[-1] if rank is None else rank)
     return (graphdef, base, adapter, profile), p, hierarchy

@@ -51,13 +51,13 @@ class ChoiceItems:
         return sum(bool(cut[i:j].any()) for i, j in itertools.pairwise(self.offsets))
 
 
-def choice_items(rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str) -> ChoiceItems:
+def choice_items(rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str) -> ChoiceItems:
     """Tokenizes rows with choices.
 
     Args:
       rows: dicts with prompt (str), choices (list of str) and label (int).
       tokenizer: of the model.
-      seam: how prompt and choice meet, see `Tokenizer.encode_pair`.
+      boundary: how prompt and choice meet, see `Tokenizer.encode_pair`.
 
     Raises:
       ValueError: a row without choices, a label that is none of them, a prompt or choice without tokens of its own.
@@ -70,10 +70,10 @@ def choice_items(rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str) -> Ch
                 f"row {number} has label {row['label']} for {len(choices)} choices: {row['prompt'][:60]!r}"
             )
         for choice in choices:
-            context, answer = tokenizer.encode_pair(row["prompt"], choice, seam=seam)
+            context, answer = tokenizer.encode_pair(row["prompt"], choice, boundary=boundary)
             if not answer or not context:
                 raise ValueError(
-                    f"row {number}: prompt or choice {choice!r} has no tokens of its own at the seam {seam!r}"
+                    f"row {number}: prompt or choice {choice!r} has no tokens of its own at the boundary {boundary!r}"
                 )
             requests.append(Request(tuple(context), tuple(answer)))
         offsets.append(len(requests))

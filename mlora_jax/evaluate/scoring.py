@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mlora_jax.adapt import set_profile
+from mlora_jax.adapters import set_profile
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths, pack
 from mlora_jax.models.attention import Spans
 from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights
 from mlora_jax.parallel.mesh import EVALUATED, shards_of
 from mlora_jax.parallel.rules import replicated
-from mlora_jax.train.objective import answer_scores
+from mlora_jax.training.objective import answer_scores
 
 ROW = 1024  # tokens of a row, or more for a longer text
 WIDTHS = 48  # see `few_lengths`; the widths of texts that attention is compiled for

@@ -23,7 +23,7 @@ class TokenEvaluator(ScoredEvaluator):
       scorer: of the adapted decoder.
       rows: dicts with prompt and answer (str).
       tokenizer: of the model.
-      seam: how prompt and answer meet, see `Tokenizer.encode_pair`.
+      boundary: how prompt and answer meet, see `Tokenizer.encode_pair`.
 
     Attributes:
       compiled: the scorer's jitted function; its cache size counts compilations.
@@ -34,9 +34,9 @@ class TokenEvaluator(ScoredEvaluator):
       ValueError: rows that are not as in training, or none that is short enough.
     """
 
-    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, seam: str):
+    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str):
         found = tokenize(
-            rows, tokenizer, seam=seam, max_length=scorer.max_length, overflow="truncate", split="evaluation"
+            rows, tokenizer, boundary=boundary, max_length=scorer.max_length, overflow="truncate", split="evaluation"
         )
         firsts = [int(np.argmax(example.loss_mask)) for example in found.examples]
         requests = [

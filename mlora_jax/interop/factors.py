@@ -13,7 +13,7 @@ from mlora_jax.config import FACTOR_READOUTS
 from mlora_jax.core import RankHierarchy, readout_profile, squeeze
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import path_names
-from mlora_jax.train.fitted import fitted
+from mlora_jax.training.fitted import fitted
 
 # One rank for all, or path of a module -> a rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
 RankOrRanks = int | Mapping[str, Sequence[int]]
@@ -53,7 +53,7 @@ def layer_factors(
       rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
       function: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: of "calibrated": rank -> p [R], as `mlora_jax.train.fitted.read_profiles`.
+      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.fitted.read_profiles`.
 
     Returns:
       (path, layer) -> factors, in the order of the adapter; the layer is None where nothing is stacked. A layer of rank

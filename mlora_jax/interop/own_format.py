@@ -13,7 +13,7 @@ import numpy as np
 from mlora_jax.core import RankHierarchy, truncate
 from mlora_jax.interop.factors import RankOrRanks, by_path, layer_factors
 from mlora_jax.interop.folder import check_free, new_folder, write_record
-from mlora_jax.train.adapter_file import save_adapter
+from mlora_jax.training.adapter_file import save_adapter
 
 
 def export_adapter(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from mlora_jax.adapt import AdaptedLinear, adapt, set_profile, split
+from mlora_jax.adapters import AdaptedLinear, adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, powers_of_two
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.interop.factors import LayerFactors, by_path

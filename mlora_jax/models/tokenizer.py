@@ -141,15 +141,15 @@ class Tokenizer:
             return [self.bos_id, *ids]
         return ids
 
-    def encode_pair(self, prompt: str, answer: str, *, seam: str) -> tuple[list[int], list[int]]:
+    def encode_pair(self, prompt: str, answer: str, *, boundary: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of the answer that follows it.
 
         Args:
             prompt: what the model is given; begins with BOS if the tokenizer adds it.
             answer: what the model is to say, without an end token.
-            seam: "separate": each is encoded on its own, which in many tokenizers puts a space before the answer.
+            boundary: "separate": each is encoded on its own, which in many tokenizers puts a space before the answer.
                 "joint": the two are encoded as one text and cut after as many ids as the prompt alone has. Where the
-                tokenizer merges across the seam, this loses or repeats text, and may leave few ids or none for the
+                tokenizer merges across the boundary, this loses or repeats text, and may leave few ids or none for the
                 answer; the harness scores choices so, and they are to be trained as they are scored.
                 "lossless": as "joint" where that keeps the text. Elsewhere the answer gets ids that continue the
                 prompt's own: those it has alone, or else behind a line break. What is trained is always the text.
@@ -160,21 +160,21 @@ class Tokenizer:
             alone: nothing of the answer shows in them, and generation starts from the same ids.
 
         Raises:
-            ValueError: an unknown seam, or under "lossless" an answer that no ids after the prompt's own spell.
+            ValueError: an unknown boundary, or under "lossless" an answer that no ids after the prompt's own spell.
 
         Source: "joint" is `TemplateLM._encode_pair` of lm-evaluation-harness.
 
         Example:
             Of a tokenizer that knows the word "upon" ("|" stands between tokens):
 
-                seam        "Once up" and "on a time"
+                boundary        "Once up" and "on a time"
                 separate    Once| up|| on| a| time      one space too many
                 joint       Once| up|| a| time          "on" is lost
                 lossless    Once| up||on| a| time
         """
-        if seam not in SEAMS:
-            raise ValueError(f"seam {seam!r} is not one of {', '.join(map(repr, SEAMS))}")
-        return SEAMS[seam](self, prompt, answer)
+        if boundary not in BOUNDARIES:
+            raise ValueError(f"boundary {boundary!r} is not one of {', '.join(map(repr, BOUNDARIES))}")
+        return BOUNDARIES[boundary](self, prompt, answer)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids.
@@ -247,7 +247,7 @@ def _lossless(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int]
     tail = whole[len(prompt_ids) :]
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, tail
-    # Texts are compared as decoded: a normalizer may change them, whatever the seam.
+    # Texts are compared as decoded: a normalizer may change them, whatever the boundary.
     text = tokenizer.decode(whole, skip_special_tokens=False)
     rest = (prompt + answer)[len(kept) :]
     # A line break at the front takes the space that many tokenizers put before a text, and merges with few letters.
@@ -264,7 +264,7 @@ def _lossless(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int]
     )
 
 
-SEAMS = {"separate": _separate, "joint": _joint, "lossless": _lossless}
+BOUNDARIES = {"separate": _separate, "joint": _joint, "lossless": _lossless}
 
 
 def _named_tokens(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -60,7 +60,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first process's value, in every process; all of them call this together."""
     if count() == 1:
         return value
@@ -75,7 +75,7 @@ class SharedError(Exception):
     """Marks an error that every process raises: none of them has to be stopped by force."""
 
 
-def together(act: Callable[[], Any]) -> None:
+def on_first_process(act: Callable[[], Any]) -> None:
     """Lets the first process do something; if that fails, it fails in all of them, with the same message.
 
     Raises:
@@ -91,7 +91,7 @@ def together(act: Callable[[], Any]) -> None:
             act()
         except Exception as caught:
             error = caught
-    failed = agree(error and (_kind(error), str(error)))
+    failed = broadcast(error and (_kind(error), str(error)))
     if failed is not None:
         raise (error or failed[0](failed[1])) from SharedError()
 
@@ -121,16 +121,16 @@ def check_shared(folder) -> None:
     if count() == 1:
         return
     path = pathlib.Path(folder)
-    token, file = agree(uuid.uuid4().hex), path / ".processes"
+    token, file = broadcast(uuid.uuid4().hex), path / ".processes"
 
     def write():
         path.mkdir(parents=True, exist_ok=True)
         file.write_text(token, encoding="utf-8")
 
-    together(write)
+    on_first_process(write)
     seen = file.is_file() and file.read_text(encoding="utf-8") == token
     blind = -largest(-int(seen)) == 0
-    together(lambda: file.unlink(missing_ok=True))
+    on_first_process(lambda: file.unlink(missing_ok=True))
     if blind:
         raise ValueError(
             f"{folder} is not the same folder for all {count()} processes: give a --workdir on storage that every host "
@@ -186,5 +186,5 @@ def first_then_others(make: Callable[[], T]) -> T:
     if count() == 1:
         return make()
     made = []
-    together(lambda: made.append(make()))
+    on_first_process(lambda: made.append(make()))
     return made[0] if made else make()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mlora_jax.config import CHANGEABLE, expand_trials, resolve
-from mlora_jax.train.records import read_json_lines
+from mlora_jax.training.records import read_json_lines
 
 SPLITS = ("validation", "test")
 # What a record says of every trial, and beyond that of every accuracy.

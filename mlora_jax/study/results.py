@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from mlora_jax.config import further_methods
 from mlora_jax.core import aurac, get_method
 from mlora_jax.evaluate import Interval
-from mlora_jax.run_folder import load_verdicts, read_curves
+from mlora_jax.run.folder import load_verdicts, read_curves
 from mlora_jax.study.queue import best_rate, scores, wanted
 from mlora_jax.study.rivals import Rival, rivals_of
 

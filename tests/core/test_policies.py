@@ -218,7 +218,7 @@ def test_an_unknown_method_is_refused(name, message):
         get_policy(name)
 
 
-def spread(hierarchy=HIERARCHY, *, accumulation=3, examples=8, key=KEY, step=5):
+def stratified_ranks(hierarchy=HIERARCHY, *, accumulation=3, examples=8, key=KEY, step=5):
     policy = get_policy("per_example")
     draw = draw_step(policy, hierarchy, key, step, accumulation=accumulation, examples=examples)
     assert draw.profiles.shape == (accumulation, 1, examples, hierarchy.max_rank)

@@ -35,7 +35,7 @@ def learned(example, tokenizer):
 
 
 def test_every_assistant_turn_with_its_end_is_learned(chat_tokenizer):
-    example = encode_row(render_chat(TURNS, TEMPLATE, chat_tokenizer, "it"), chat_tokenizer, seam="joint")
+    example = encode_row(render_chat(TURNS, TEMPLATE, chat_tokenizer, "it"), chat_tokenizer, boundary="joint")
     assert learned(example, chat_tokenizer) == [
         "Good day to you<|im_end|>\n",
         "  48 <em> miles\n<|im_end|>\n",
@@ -46,7 +46,7 @@ def test_every_assistant_turn_with_its_end_is_learned(chat_tokenizer):
 def test_tokens_and_mask_are_those_of_transformers(messages, chat_tokenizer, chat_folder):
     oracle = transformers.PreTrainedTokenizerFast.from_pretrained(chat_folder)
     expected = oracle.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-    example = encode_row(render_chat(messages, TEMPLATE, chat_tokenizer, "it"), chat_tokenizer, seam="joint")
+    example = encode_row(render_chat(messages, TEMPLATE, chat_tokenizer, "it"), chat_tokenizer, boundary="joint")
     assert example.tokens.tolist() == expected["input_ids"]
     assert example.loss_mask.astype(int).tolist() == expected["assistant_masks"]
 
@@ -79,13 +79,13 @@ def test_evaluation_asks_for_the_last_turn(chat_tokenizer):
         assert row == render_chat(TURNS, style, chat_tokenizer, "it")
         assert row["answer"] == TURNS[-1]["content"] and (row["choices"], row["label"]) == ([], -1)
         assert "Good day to you" in row["prompt"] and "48" not in row["prompt"]
-        example = encode_row(row, chat_tokenizer, seam="joint")
-        begin = prompt_tokens(row, chat_tokenizer, seam="joint")
+        example = encode_row(row, chat_tokenizer, boundary="joint")
+        begin = prompt_tokens(row, chat_tokenizer, boundary="joint")
         assert example.tokens[: len(begin)].tolist() == begin
         assert example.loss_mask[len(begin) :].all() and not example.loss_mask[len(begin) - 1]
     template = render_chat(TAIL, TEMPLATE, chat_tokenizer, "it")
     assert template["prompt"].endswith("How far is Denver ?<|im_end|>\n<|im_start|>assistant\n")
-    assert chat_tokenizer.encode(template["prompt"], bos=True) == prompt_tokens(template, chat_tokenizer, seam="joint")
+    assert chat_tokenizer.encode(template["prompt"], bos=True) == prompt_tokens(template, chat_tokenizer, boundary="joint")
 
 
 def test_plain_chat_needs_no_template_and_ends_every_turn(tokenizer):
@@ -94,7 +94,7 @@ def test_plain_chat_needs_no_template_and_ends_every_turn(tokenizer):
         "### System:\nBe short.\n\n### User:\nHello there\n\n### Assistant:\nGood day to you"
         "\n\n### User:\nHow far is Denver ?\n\n### Assistant:\n"
     )
-    example = encode_row(row, tokenizer, seam="joint")
+    example = encode_row(row, tokenizer, boundary="joint")
     assert learned(example, tokenizer) == ["Good day to you</s>", "  48 <em> miles\n</s>"]
     assert example.tokens[0] == tokenizer.bos_id and (example.tokens == tokenizer.bos_id).sum() == 1
     text = tokenizer.decode(example.tokens)
@@ -105,7 +105,7 @@ def test_a_template_that_writes_bos_gives_one_bos(make_tokenizer):
     template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}[assistant]{% endif %}"
     tokenizer = make_tokenizer(template, bos=True)
-    example = encode_row(render_chat(TURNS, TEMPLATE, tokenizer, "it"), tokenizer, seam="joint")
+    example = encode_row(render_chat(TURNS, TEMPLATE, tokenizer, "it"), tokenizer, boundary="joint")
     assert np.flatnonzero(example.tokens == tokenizer.bos_id).tolist() == [0]
     assert learned(example, tokenizer) == ["Good day to you</s>", "  48 <em> miles\n</s>"]
 
@@ -113,7 +113,7 @@ def test_a_template_that_writes_bos_gives_one_bos(make_tokenizer):
 def test_own_chats_end_to_end(jsonl, cache, chat_tokenizer):
     rows = [{"messages": TURNS, "id": i} for i in range(4)] + [{"prompt": "Hello", "completion": " there"}]
     data = load_task("jsonl", file=jsonl(rows), cache_dir=cache, tokenizer=chat_tokenizer, holdout=0.4)
-    done = tokenize(data.train, chat_tokenizer, seam=data.seam, max_length=200)
+    done = tokenize(data.train, chat_tokenizer, boundary=data.boundary, max_length=200)
     assert done.kept == 3
     for example in done.examples:
         turns = 2 if example.row < 4 else 1

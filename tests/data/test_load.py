@@ -6,17 +6,17 @@ import pytest
 
 from mlora_jax.data.load import hold_out, load_task
 from mlora_jax.data.tasks import TASKS, Style, Task, find_task
-from mlora_jax.models.tokenizer import SEAMS
+from mlora_jax.models.tokenizer import BOUNDARIES
 
 PAIRS = [{"prompt": f"ask {i} =>", "completion": f" say {i}", "id": i} for i in range(20)]
 
 
-def test_gsm8k_styles_differ_at_the_seam_and_share_a_build(raw, cache):
+def test_gsm8k_styles_differ_at_the_boundary_and_share_a_build(raw, cache):
     folder = raw("gsm8k")
     reference = load_task("gsm8k", raw_dir=folder, cache_dir=cache)
     harness = load_task("gsm8k", raw_dir=folder, cache_dir=cache, style="harness")
     assert reference.build == harness.build
-    assert (reference.seam, harness.seam) == ("separate", "lossless")
+    assert (reference.boundary, harness.boundary) == ("separate", "lossless")
     assert reference.train[0] == {
         "prompt": "Question: One and one?\nAnswer: ",
         "answer": "1+1=<<1+1=2>>2\n#### 2",
@@ -32,7 +32,7 @@ def test_gsm8k_styles_differ_at_the_seam_and_share_a_build(raw, cache):
 def test_classifications_are_worded_as_documented(raw, cache):
     trec = load_task("trec", raw_dir=raw("trec"), cache_dir=cache)
     kinds = [" abbreviation", " entity", " description", " person", " place", " number"]
-    assert trec.seam == "joint"
+    assert trec.boundary == "joint"
     assert trec.train[1] == {
         "prompt": "Question: When did it begin ?\nType:",
         "answer": " number",
@@ -60,7 +60,7 @@ def test_braces_in_a_text_are_text():
 def test_every_row_of_the_table_is_whole(task: Task):
     assert task.metric in ("choice", "exact_match", "tokens")
     assert task.builder.name == task.name
-    assert all(style.seam in SEAMS for style in task.styles.values())
+    assert all(style.boundary in BOUNDARIES for style in task.styles.values())
     assert task.style() is task.style(next(iter(task.styles)))
 
 
@@ -74,7 +74,7 @@ def test_rows_are_random_access(raw, cache):
 
 def test_own_pairs_are_split_by_a_fixed_rule(jsonl, cache):
     data = load_task("", file=jsonl(PAIRS), cache_dir=cache, holdout=0.25)
-    assert data.task.name == "jsonl" and data.seam == "lossless"
+    assert data.task.name == "jsonl" and data.boundary == "lossless"
     train, test = ([row["row"] for row in rows] for rows in (data.train, data.test))
     assert sorted(train + test) == list(range(20)) and len(test) == 5
     assert train == sorted(train) and set(test) == hold_out(20, 0.25)

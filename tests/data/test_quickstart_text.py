@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from mlora_jax.data import quickstart_text as text
-from mlora_jax.train import pretrain
+from mlora_jax.training import pretrain
 
 ROOT = pathlib.Path(__file__).parents[2]
 ASSET = ROOT / "mlora_jax" / "assets" / "quickstart"

@@ -6,7 +6,7 @@ import tokenizers
 
 from mlora_jax.data.load import load_task
 from mlora_jax.data.tokenize import encode_row, prompt_tokens, tokenize
-from mlora_jax.inputs import model_folder
+from mlora_jax.run.inputs import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 ROWS = [
@@ -22,7 +22,7 @@ def row_of(prompt_tokens_, answer_tokens):
 
 
 def test_loss_is_on_the_answer_and_the_end_only(tokenizer):
-    done = tokenize(ROWS, tokenizer, seam="separate", max_length=100)
+    done = tokenize(ROWS, tokenizer, boundary="separate", max_length=100)
     assert (done.kept, done.dropped, done.truncated) == (2, 0, 0)
     for row, example in zip(ROWS, done.examples, strict=True):
         assert example.tokens.dtype == np.int32 and example.loss_mask.dtype == bool
@@ -41,10 +41,10 @@ def test_own_pairs_are_trained_as_they_stand(jsonl, cache):
     pairs = [{"prompt": t[:n], "completion": t[n:]} for t in texts for n in range(1, len(t)) if t[:n].strip()]
     tokenizer = Tokenizer.load(model_folder("quickstart"))
     data = load_task("jsonl", file=jsonl(pairs), cache_dir=cache, tokenizer=tokenizer)
-    done = tokenize(data.train, tokenizer, seam=data.seam, max_length=64)
+    done = tokenize(data.train, tokenizer, boundary=data.boundary, max_length=64)
     for row, example in zip(data.train, done.examples, strict=True):
         assert tokenizer.decode(example.tokens) == row["prompt"] + row["answer"]
-        prompt = prompt_tokens(row, tokenizer, seam=data.seam)
+        prompt = prompt_tokens(row, tokenizer, boundary=data.boundary)
         assert prompt == tokenizer.encode(row["prompt"].rstrip(), bos=True)
         assert example.tokens[: len(prompt)].tolist() == prompt
 
@@ -53,32 +53,32 @@ def test_a_row_that_cannot_be_spelled_is_named():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "upon": 2}, unk_token="<unk>"))
     words = Tokenizer(backend, bos_id=None, eos_ids=(1,))
     with pytest.raises(ValueError, match="train row 7: the tokenizer merges the end of the prompt 'up'"):
-        tokenize([{"prompt": "up", "answer": "on", "row": 7}], words, seam="lossless", max_length=9)
+        tokenize([{"prompt": "up", "answer": "on", "row": 7}], words, boundary="lossless", max_length=9)
 
 
 def test_a_choice_has_no_end(tokenizer):
     row = ROWS[0] | {"choices": [" number", " place"], "label": 0}
-    (plain,), (choice,) = (tokenize([r], tokenizer, seam="joint", max_length=100).examples for r in (ROWS[0], row))
+    (plain,), (choice,) = (tokenize([r], tokenizer, boundary="joint", max_length=100).examples for r in (ROWS[0], row))
     assert choice.tokens.tolist() == plain.tokens[:-1].tolist() and plain.tokens[-1] == tokenizer.eos_id
     assert choice.loss_mask.tolist() == plain.loss_mask[:-1].tolist()
 
 
 def test_no_bos_where_the_tokenizer_adds_none(chat_tokenizer):
-    (example,) = tokenize(ROWS[:1], chat_tokenizer, seam="joint", max_length=100).examples
+    (example,) = tokenize(ROWS[:1], chat_tokenizer, boundary="joint", max_length=100).examples
     assert chat_tokenizer.bos_id not in example.tokens
     assert chat_tokenizer.decode(example.tokens) == ROWS[0]["prompt"] + ROWS[0]["answer"]
 
 
 @pytest.mark.parametrize("name", ("stories-260k", "tinystories-656k", "stories-3m"))
 def test_real_tokenizers_agree_with_the_plain_library(name, shared, cache):
-    """The seams written out by hand over `tokenizers` itself, on real rows."""
+    """The boundaries written out by hand over `tokenizers` itself, on real rows."""
     path = shared / "models" / name
     tokenizer = Tokenizer.load(path)
     plain = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     for style in ("reference", "harness"):
         data = load_task("gsm8k", raw_dir=str(shared / "data"), cache_dir=cache, style=style)
         for row in data.test[:20]:
-            example = encode_row(row, tokenizer, seam=data.seam)
+            example = encode_row(row, tokenizer, boundary=data.boundary)
             if style == "reference":
                 prompt = plain.encode(row["prompt"]).ids
                 answer = plain.encode(row["answer"], add_special_tokens=False).ids
@@ -94,19 +94,19 @@ def test_real_tokenizers_agree_with_the_plain_library(name, shared, cache):
                 assert tokenizer.decode([*prompt, *answer]) == tokenizer.decode(whole)  # it has no "#"
             assert example.tokens.tolist() == [*prompt, *answer, 2]
             assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * (len(answer) + 1)
-            assert prompt_tokens(row, tokenizer, seam=data.seam) == prompt
+            assert prompt_tokens(row, tokenizer, boundary=data.boundary) == prompt
 
 
 def test_a_row_at_the_limit_is_kept_and_one_above_is_not(chat_tokenizer):
     for overflow in LENGTHS:
-        done = tokenize([row_of(5, 3)], chat_tokenizer, seam="joint", max_length=9, overflow=overflow)
+        done = tokenize([row_of(5, 3)], chat_tokenizer, boundary="joint", max_length=9, overflow=overflow)
         assert (done.kept, done.dropped, done.truncated) == (1, 0, 0) and len(done.examples[0].tokens) == 9
 
 
 def test_error_names_row_length_limit_and_three_ways_out(chat_tokenizer):
     rows = [row_of(2, 2), {**row_of(5, 4), "row": 41}]
     with pytest.raises(ValueError) as caught:
-        tokenize(rows, chat_tokenizer, seam="joint", max_length=9, split="train")
+        tokenize(rows, chat_tokenizer, boundary="joint", max_length=9, split="train")
     assert str(caught.value) == (
         "train row 41 has 10 tokens, more than the limit data.max_length=9: raise data.max_length, or set "
         "data.overflow='drop' (leave such rows out) or data.overflow='truncate' (cut them on the right)"
@@ -115,19 +115,19 @@ def test_error_names_row_length_limit_and_three_ways_out(chat_tokenizer):
 
 def test_drop_leaves_long_rows_out_and_counts_them(chat_tokenizer):
     rows = [row_of(2, 2), row_of(5, 4), row_of(3, 1), row_of(20, 1)]
-    done = tokenize(rows, chat_tokenizer, seam="joint", max_length=9, overflow="drop")
+    done = tokenize(rows, chat_tokenizer, boundary="joint", max_length=9, overflow="drop")
     assert (done.kept, done.dropped, done.truncated) == (2, 2, 0)
     assert [example.row for example in done.examples] == [0, 2]
 
 
 def test_truncate_cuts_right_and_drops_rows_without_answer(chat_tokenizer):
     rows = [row_of(2, 2), row_of(5, 6), row_of(8, 3), row_of(9, 3), row_of(30, 3)]
-    done = tokenize(rows, chat_tokenizer, seam="joint", max_length=9, overflow="truncate")
+    done = tokenize(rows, chat_tokenizer, boundary="joint", max_length=9, overflow="truncate")
     assert (done.kept, done.dropped, done.truncated) == (3, 2, 2)
     assert done.kept + done.dropped == len(rows)
     assert [int(example.loss_mask.sum()) for example in done.examples] == [3, 4, 1]
     for example, row in zip(done.examples, rows, strict=False):
-        whole = encode_row(row, chat_tokenizer, seam="joint")
+        whole = encode_row(row, chat_tokenizer, boundary="joint")
         assert len(example.tokens) <= 9 and example.loss_mask.any()
         assert (example.tokens == whole.tokens[:9]).all() and (example.loss_mask == whole.loss_mask[:9]).all()
 
@@ -135,12 +135,12 @@ def test_truncate_cuts_right_and_drops_rows_without_answer(chat_tokenizer):
 def test_real_overflow_is_counted(shared, cache):
     tokenizer = Tokenizer.load(shared / "models" / "stories-260k")
     rows = load_task("gsm8k", raw_dir=str(shared / "data"), cache_dir=cache).test[:200]
-    lengths = [len(encode_row(row, tokenizer, seam="separate").tokens) for row in rows]
+    lengths = [len(encode_row(row, tokenizer, boundary="separate").tokens) for row in rows]
     above = sum(length > 256 for length in lengths)
     assert 0 < above < 200
-    dropped = tokenize(rows, tokenizer, seam="separate", max_length=256, overflow="drop")
+    dropped = tokenize(rows, tokenizer, boundary="separate", max_length=256, overflow="drop")
     assert (dropped.kept, dropped.dropped, dropped.truncated) == (200 - above, above, 0)
-    cut = tokenize(rows, tokenizer, seam="separate", max_length=256, overflow="truncate")
+    cut = tokenize(rows, tokenizer, boundary="separate", max_length=256, overflow="truncate")
     assert cut.kept + cut.dropped == 200 and cut.kept == 200 - above + cut.truncated and cut.truncated > 0
 
 
@@ -154,20 +154,20 @@ WRONG = [
         {"max_length": 3, "overflow": "drop"},
         r"nothing to train on in train: all 2 rows are over data\.max_length=3",
     ),
-    ({"seam": "glued"}, r"train row 0: seam 'glued' is not one of 'separate', 'joint', 'lossless'"),
+    ({"boundary": "glued"}, r"train row 0: boundary 'glued' is not one of 'separate', 'joint', 'lossless'"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_a_wrong_value_is_named(arguments, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        tokenize(ROWS, tokenizer, **{"seam": "joint", "max_length": 50, **arguments})
+        tokenize(ROWS, tokenizer, **{"boundary": "joint", "max_length": 50, **arguments})
 
 
 def test_nothing_to_learn_or_to_learn_it_from_is_an_error(tokenizer, chat_tokenizer):
     with pytest.raises(ValueError, match=r"train row 0: the answer '' has no tokens of its own"):
-        tokenize([{"prompt": "a", "answer": ""}], tokenizer, seam="joint", max_length=9)
+        tokenize([{"prompt": "a", "answer": ""}], tokenizer, boundary="joint", max_length=9)
     with pytest.raises(ValueError, match=r"train row 0: the prompt '' has no tokens, so nothing predicts"):
-        tokenize([{"prompt": "", "answer": "a"}], chat_tokenizer, seam="separate", max_length=9)
+        tokenize([{"prompt": "", "answer": "a"}], chat_tokenizer, boundary="separate", max_length=9)
     with pytest.raises(ValueError, match=r"nothing to train on in train: there are no rows"):
-        tokenize([], tokenizer, seam="joint", max_length=9)
+        tokenize([], tokenizer, boundary="joint", max_length=9)

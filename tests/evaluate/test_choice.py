@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mlora_jax import truncate
-from mlora_jax.adapt import adapt, set_profile, split
+from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import (
     RankCurve,
@@ -268,7 +268,7 @@ def tiny(tmp_path_factory):
         .set(2 * jax.random.normal(jax.random.key(1), (4, 16)))
     )
     scorer = Scorer(graphdef, base, profile, max_length=128, batch_size=24, pad_multiple=64)
-    prepared = scorer.prepare(choice_items(ROWS, Tokenizer.load(checkpoint), seam="joint").requests)
+    prepared = scorer.prepare(choice_items(ROWS, Tokenizer.load(checkpoint), boundary="joint").requests)
     return scorer, prepared, adapter, profile
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import accuracy_and_error, rank_curve
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.data.tasks import Style, Task
 from mlora_jax.evaluate import GenerationEvaluator, extract_answer
@@ -38,7 +38,7 @@ def evaluator(checkpoint, adapted, *, stop=(2,), task=None, rows=ROWS, **changes
     options = {"max_length": 64, "max_new_tokens": NEW, "batch_size": 2, "pad_multiple": 16} | changes
     tokenizer = Tokenizer.load(checkpoint)
     return GenerationEvaluator(
-        graphdef, base, profile, rows, tokenizer, seam="separate", task=task, stop=stop, **options
+        graphdef, base, profile, rows, tokenizer, boundary="separate", task=task, stop=stop, **options
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import Generator, StopStrings
 from mlora_jax.evaluate.generation import STEPS

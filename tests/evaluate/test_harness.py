@@ -20,13 +20,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mlora_jax.adapt import adapt, set_profile, split
+from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.evaluate.harness import AnswersFromMemory, NestedLM, Variant, evaluate_all
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.evaluate.task_files import load_tasks
 from mlora_jax.models import load_decoder, save_decoder
-from mlora_jax.train.adapter_file import save_adapter
+from mlora_jax.training.adapter_file import save_adapter
 from tests.data.conftest import write_tokenizer
 from tests.evaluate import raw_data
 from tests.tiny import write_checkpoint
@@ -377,7 +377,7 @@ results = evaluate_all(lm, {"2": lm.variant}, ["arc_challenge"], raw_dir=raw_dir
 print(results["2"]["results"]["arc_challenge"]["sample_len"])
 """
 COMMAND_LINE = """
-from mlora_jax.lm_eval import main
+from mlora_jax.cli.lm_eval import main
 
 main(sys.argv[1:])
 """
@@ -412,7 +412,7 @@ def test_the_command_line_without_torch_transformers_and_network(folder, adapter
 
 
 def test_the_command_line_says_what_is_missing(raw, capsys):
-    from mlora_jax.lm_eval import main
+    from mlora_jax.cli.lm_eval import main
 
     with pytest.raises(SystemExit, match="error: hellaswag: no folder hellaswag"):
         main(["--model_args", "checkpoint=x", "--tasks", "trec,hellaswag", "--raw_dir", str(raw)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.evaluate import ChoiceEvaluator, Scorer
 from mlora_jax.evaluate.requests import choice_items
 from mlora_jax.models import Tokenizer, load_decoder
@@ -42,7 +42,7 @@ def adapted(checkpoint):
 def evaluator_of(adapted, tokenizer, rows=ROWS, **changes):
     graphdef, base, _, profile = adapted
     scorer = Scorer(graphdef, base, profile, **({"max_length": 128, "batch_size": 2, "pad_multiple": 8} | changes))
-    return ChoiceEvaluator(scorer, rows, tokenizer, seam="joint")
+    return ChoiceEvaluator(scorer, rows, tokenizer, boundary="joint")
 
 
 def plain_scores(checkpoint, tokenizer, max_length):
@@ -51,7 +51,7 @@ def plain_scores(checkpoint, tokenizer, max_length):
     totals = []
     for row in ROWS:
         for choice in row["choices"]:
-            context, answer = tokenizer.encode_pair(row["prompt"], choice, seam="joint")
+            context, answer = tokenizer.encode_pair(row["prompt"], choice, boundary="joint")
             tokens = (context + answer)[-(max_length + 1) :]
             with torch.no_grad():
                 values = torch.log_softmax(model(torch.tensor([tokens[:-1]])).logits[0], dim=-1)
@@ -75,7 +75,7 @@ def test_verdicts_equal_one_pass_per_choice(checkpoint, tokenizer, adapted, max_
 def test_an_item_that_is_not_finite_is_wrong_and_told(tokenizer, value, caplog):
     """Whichever choice is the right one; the other items count as ever."""
     rows = [{"prompt": "x", "choices": [" a", " b"], "label": label} for label in (0, 1, 0, 1)]
-    items = choice_items(rows, tokenizer, seam="joint")
+    items = choice_items(rows, tokenizer, boundary="joint")
     values = np.array([value, -1.0, value, value, -0.5, -1.0, -1.0, -0.5])
     assert items.verdicts(values).tolist() == [False, False, True, True]
     assert [record.getMessage() for record in caplog.records] == [
@@ -95,8 +95,8 @@ def test_an_adapter_that_is_not_finite_scores_nothing(tokenizer, adapted, caplog
 def test_unusable_rows(tokenizer, adapted):
     for row in ({"prompt": "x", "choices": [], "label": 0}, {"prompt": "x", "choices": [" a"], "label": 1}):
         with pytest.raises(ValueError, match=f"label {row['label']} for {len(row['choices'])} choices"):
-            choice_items([row], tokenizer, seam="joint")
+            choice_items([row], tokenizer, boundary="joint")
     with pytest.raises(ValueError, match="row 0: prompt or choice '' has no tokens of its own"):
-        choice_items([{"prompt": "x", "choices": ["", " a"], "label": 1}], tokenizer, seam="joint")
+        choice_items([{"prompt": "x", "choices": ["", " a"], "label": 1}], tokenizer, boundary="joint")
     with pytest.raises(ValueError, match="alone is longer than 2 tokens"):
         evaluator_of(adapted, tokenizer, max_length=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlora_jax.adapt import adapt, set_profile, split
+from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.evaluate import Request, Scorer
 from mlora_jax.models import attention, load_decoder

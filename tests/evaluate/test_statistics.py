@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from mlora_jax.evaluate import RankCurve, bootstrap_aurac, compare
-from mlora_jax.run import _curve
+from mlora_jax.run.train import _curve
 
 RANKS = (1, 2, 8)
 

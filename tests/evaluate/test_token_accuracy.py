@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.evaluate import RankCurve, Scorer, TokenEvaluator
 from mlora_jax.models import Tokenizer, load_decoder
 from tests.tiny import write_checkpoint
@@ -42,7 +42,7 @@ def adapted(checkpoint):
 def evaluator_of(adapted, tokenizer, rows=ROWS, max_length=128):
     graphdef, base, _, profile = adapted
     scorer = Scorer(graphdef, base, profile, max_length=max_length, batch_size=2, pad_multiple=8)
-    return TokenEvaluator(scorer, rows, tokenizer, seam="separate")
+    return TokenEvaluator(scorer, rows, tokenizer, boundary="separate")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlora_jax.adapt import adapt, set_profile, split
+from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.models import load_decoder
 
 RANK = 6

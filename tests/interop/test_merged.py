@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from mlora_jax.core import RankHierarchy
 from mlora_jax.interop import export_adapter, export_merged
 from mlora_jax.models import load_decoder
-from mlora_jax.train.adapter_file import load_adapted
+from mlora_jax.training.adapter_file import load_adapted
 from tests.data.conftest import write_tokenizer
 from tests.interop.models import (
     RANK,

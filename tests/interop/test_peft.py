@@ -13,7 +13,7 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from mlora_jax.adapt import adapt, split
+from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.interop import RANKS_FOR, accepted_rank, export_peft, import_peft, start_from_peft
 from mlora_jax.models import load_decoder

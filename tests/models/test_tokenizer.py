@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlora_jax.inputs import model_folder
+from mlora_jax.run.inputs import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 NAMES = ["stories-260k", "tinystories-656k", "stories-3m"]
@@ -189,7 +189,7 @@ def test_the_files_that_name_tokens_go_before_those_that_number_them(llama_3_lik
     assert (ours.bos_id, ours.eos_ids, ours.pad_id, ours.adds_bos) == (None, (8, 7), 8, False)
 
 
-def test_seams(shared, llama_3_like):
+def test_boundaries(shared, llama_3_like):
     for folder in (*(shared / "models" / name for name in NAMES), llama_3_like):
         ours = Tokenizer.load(folder)
         for prompt, answer in (
@@ -198,18 +198,18 @@ def test_seams(shared, llama_3_like):
             ("x \n ", "yes"),
             (" ", "a"),
         ):
-            separate = ours.encode_pair(prompt, answer, seam="separate")
+            separate = ours.encode_pair(prompt, answer, boundary="separate")
             assert separate == (ours.encode(prompt, bos=True), ours.encode(answer, bos=False))
             # lm-evaluation-harness: context and continuation after trailing white space has moved over.
             spaces = len(prompt) - len(prompt.rstrip())
             context, continuation = prompt[: len(prompt) - spaces], prompt[len(prompt) - spaces :] + answer
             context_ids, whole = ours.encode(context, bos=True), ours.encode(context + continuation, bos=True)
-            assert ours.encode_pair(prompt, answer, seam="joint") == (context_ids, whole[len(context_ids) :])
-    prompt_ids, answer_ids = ours.encode_pair("Answer: ", "the", seam="joint")
+            assert ours.encode_pair(prompt, answer, boundary="joint") == (context_ids, whole[len(context_ids) :])
+    prompt_ids, answer_ids = ours.encode_pair("Answer: ", "the", boundary="joint")
     assert ours.decode(prompt_ids) == "Answer:" and ours.decode(answer_ids) == " the"
-    assert ours.encode_pair("Answer: ", "the", seam="separate")[1] == ours.encode("the", bos=False) != answer_ids
-    with pytest.raises(ValueError, match="seam 'glued' is not one of 'separate', 'joint', 'lossless'"):
-        ours.encode_pair("a", "b", seam="glued")
+    assert ours.encode_pair("Answer: ", "the", boundary="separate")[1] == ours.encode("the", bos=False) != answer_ids
+    with pytest.raises(ValueError, match="boundary 'glued' is not one of 'separate', 'joint', 'lossless'"):
+        ours.encode_pair("a", "b", boundary="glued")
 
 
 SPLIT_TEXTS = (
@@ -227,10 +227,10 @@ def check_lossless(folder, *, lossy=False):
         assert spelled == text or lossy
         for border in range(1, len(text)):
             prompt, answer = text[:border], text[border:]
-            prompt_ids, answer_ids = ours.encode_pair(prompt, answer, seam="lossless")
+            prompt_ids, answer_ids = ours.encode_pair(prompt, answer, boundary="lossless")
             assert prompt_ids == ours.encode(prompt.rstrip(), bos=True) and answer_ids
             assert ours.decode([*prompt_ids, *answer_ids]) == spelled
-            joint = ours.encode_pair(prompt, answer, seam="joint")
+            joint = ours.encode_pair(prompt, answer, boundary="joint")
             if ours.encode(text, bos=True)[: len(prompt_ids)] == prompt_ids:
                 assert (prompt_ids, answer_ids) == joint
             else:
@@ -238,12 +238,12 @@ def check_lossless(folder, *, lossy=False):
     assert merged > 5
 
 
-def test_the_lossless_seam_spells_prompt_and_answer():
+def test_the_lossless_boundary_spells_prompt_and_answer():
     check_lossless(model_folder("quickstart"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_lossless_seam_with_real_tokenizers(shared, name):
+def test_the_lossless_boundary_with_real_tokenizers(shared, name):
     check_lossless(shared / "models" / name, lossy=name == "tinystories-656k")
 
 
@@ -252,7 +252,7 @@ def test_an_answer_that_no_tokens_spell_is_refused(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "tokenizer_config.json", {"eos_token": "</s>"})
     with pytest.raises(ValueError, match="merges the end of the prompt 'up' with the beginning of the answer 'on'"):
-        Tokenizer.load(tmp_path).encode_pair("up", "on", seam="lossless")
+        Tokenizer.load(tmp_path).encode_pair("up", "on", boundary="lossless")
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlora_jax.train.records import read_json_lines
+from mlora_jax.training.records import read_json_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 FORCED = "--xla_force_host_platform_device_count={}"
@@ -153,4 +153,4 @@ def test_an_address_without_a_number_of_processes(config, tmp_path):
     options = {"distributed": True, "coordinator_address": "127.0.0.1:1", "num_processes": 0, "process_id": 1}
     with pytest.raises(ValueError, match=r"needs config\.parallel\.num_processes too"):
         hosts.join(options)
-    assert hosts.count() == 1 and hosts.is_first() and hosts.agree({"a": 1}) == {"a": 1} and hosts.largest(3) == 3
+    assert hosts.count() == 1 and hosts.is_first() and hosts.broadcast({"a": 1}) == {"a": 1} and hosts.largest(3) == 3

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from mlora_jax.train.records import JsonLines
+from mlora_jax.training.records import JsonLines
 
 RANKS = (1, 2, 4)
 

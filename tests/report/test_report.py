@@ -11,7 +11,7 @@ import pytest
 
 from mlora_jax.report import choose_rows, compare, read_experiments, write_report
 from mlora_jax.report.formats import escape_latex
-from mlora_jax.train.records import read_json_lines
+from mlora_jax.training.records import read_json_lines
 from tests.report.runs import write_run
 
 TEST_ONLY = {

@@ -12,10 +12,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import experiments.run
-from experiments import study
+import mlora_jax.cli.run
+from mlora_jax.cli import study
 from mlora_jax import run
-from mlora_jax.experiment import Experiment
+from mlora_jax.run.experiment import Experiment
 from mlora_jax.study import queue, report, rivals
 from mlora_jax.study.rivals import Rival
 from tests.tiny import write_checkpoint, write_trec

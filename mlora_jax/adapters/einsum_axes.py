@@ -1,0 +1,158 @@
+"""The einsum of an adapter: a kernel's letters sorted into those of A, those of B and those of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+
+import jax
+import jax.numpy as jnp
+
+ELLIPSIS = "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class EinsumAxes:
+    """A product ``x,kernel->output`` of one letter per axis.
+
+    Attributes:
+      x, kernel, output: letters; x and output may hold an ellipsis.
+      groups: the kernel's letters that x and output have too: one pair of factors for each of their values.
+      contracted: the kernel's letters that only x has too. D is their product.
+      kept: the kernel's letters that only output has too. F is their product.
+    """
+
+    x: str
+    kernel: str
+    output: str
+
+    @property
+    def groups(self) -> str:
+        return "".join(c for c in self.kernel if c in self.x and c in self.output)
+
+    @property
+    def contracted(self) -> str:
+        return "".join(c for c in self.kernel if c in self.x and c not in self.output)
+
+    @property
+    def kept(self) -> str:
+        return "".join(c for c in self.kernel if c not in self.x)
+
+    def expanded(self, ndim: int) -> EinsumAxes:
+        """The same product of an x with so many axes, with letters in the ellipsis' place."""
+        count = ndim - len(self.x.replace(ELLIPSIS, ""))
+        fresh = "".join(c for c in string.ascii_letters if c not in self.x + self.kernel + self.output)[:count]
+        return EinsumAxes(self.x.replace(ELLIPSIS, fresh), self.kernel, self.output.replace(ELLIPSIS, fresh))
+
+
+def parse_einsum(equation: str) -> EinsumAxes:
+    """The letters of an einsum between an input and a kernel.
+
+    Args:
+      equation: such as "btd,dnh->btnh".
+
+    Raises:
+      ValueError: an equation in which the kernel is not a matrix per group between x and output.
+
+    >>> letters = parse_einsum("btd,ndh->btnh")
+    >>> letters.groups, letters.contracted, letters.kept
+    ('', 'd', 'nh')
+    """
+    operands, _, output = equation.replace(" ", "").partition("->")
+    letters = EinsumAxes(*operands.split(","), output)
+    complaint = _complaint(letters)
+    if complaint:
+        raise ValueError(f"the einsum {equation!r} has no adapter: {complaint}")
+    return letters
+
+
+def _complaint(letters: EinsumAxes) -> str:
+    named = [part.replace(ELLIPSIS, "") for part in (letters.x, letters.kernel, letters.output)]
+    repeated = sorted({c for part in named for c in part if part.count(c) > 1})
+    lone = [c for c in letters.kernel if c not in letters.x + letters.output]
+    complaints = {
+        "its kernel has an ellipsis; give every axis of the kernel a letter": ELLIPSIS in letters.kernel,
+        f"the letter {', '.join(repeated)} stands twice in one operand": bool(repeated),
+        f"only its kernel has the letter {', '.join(lone)}": bool(lone),
+        "no letter of its kernel is contracted with x": not letters.contracted,
+    }
+    return next((complaint for complaint, found in complaints.items() if found), "")
+
+
+def einsum_product(letters: EinsumAxes, sizes, x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, precision):
+    """The adapter's contribution ``((x A) * p) B`` in the letters of an einsum.
+
+    Args:
+      letters: without an ellipsis.
+      sizes: of the kernel's axes.
+      x: the input.
+      a: [*groups, D, R].
+      b: [*groups, R, F].
+      p: [*groups, R]; or [*groups, B, R], [*groups, B, T, R] where B, T are the first axes of x that are no groups.
+      precision: of both products.
+
+    Returns:
+      The output's axes in the dtype of `x`.
+
+    Raises:
+      ValueError: a profile per example whose axes are not the first of x, or are contracted.
+    """
+    size = dict(zip(letters.kernel, sizes, strict=True))
+    rank = next(c for c in string.ascii_letters if c not in letters.x + letters.kernel + letters.output)
+    groups, contracted, kept = letters.groups, letters.contracted, letters.kept
+    a = a.reshape(*a.shape[:-2], *(size[c] for c in contracted), a.shape[-1])
+    b = b.reshape(*b.shape[:-1], *(size[c] for c in kept))
+    rest = "".join(c for c in letters.x if c not in contracted)
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    options = {"precision": precision, "preferred_element_type": accumulate}
+    first = f"{letters.x},{groups}{contracted}{rank}->{rest}{rank}"
+    hidden = jnp.einsum(first, x, a.astype(x.dtype), **options)
+    p = place_profile(p, groups, letters.x, f"{rest}{rank}", hidden.shape)
+    second = f"{rest}{rank},{groups}{rank}{kept}->{letters.output}"
+    hidden = (hidden * p.astype(accumulate)).astype(x.dtype)
+    return jnp.einsum(second, hidden, b.astype(x.dtype), precision=precision)
+
+
+def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tuple[int, ...]) -> jax.Array:
+    """A profile with its axes where those of ``x A`` are.
+
+    Args:
+      p: [*groups, ..., R], with the first axes of `batch` between the two.
+      groups: letters.
+      batch: letters of which a profile per example may have the first ones; groups among them are passed over.
+      hidden: letters of ``x A``, the last one R's.
+      shape: of ``x A``.
+
+    Returns:
+      As many axes as `hidden` has, of size one where `p` has none.
+
+    Raises:
+      ValueError: axes of `p` that ``x A`` does not have, or has in another size.
+    """
+    count = p.ndim - 1 - len(groups)
+    own = [*groups, *[c for c in batch if c not in groups][:count], hidden[-1]]
+    sizes = dict(zip(hidden, shape, strict=True))
+    if len(own) != p.ndim or [sizes.get(c) for c in own] != list(p.shape):
+        raise ValueError(
+            f"a profile of shape {p.shape} does not fit: its axes before R must be "
+            f"{'the groups and then ' if groups else ''}the first axes of x, which this layer must not contract"
+        )
+    order = sorted(range(p.ndim), key=lambda axis: hidden.index(own[axis]))
+    return p.transpose(order).reshape([sizes[c] if c in own else 1 for c in hidden])
+
+
+def kernel_layout(letters: EinsumAxes, sizes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(sizes, order): the axes of ``A B``, and where the kernel's axes are among them; None if they are in order."""
+    own = letters.groups + letters.contracted + letters.kept
+    if own == letters.kernel:
+        return None
+    size = dict(zip(letters.kernel, sizes, strict=True))
+    return tuple(size[c] for c in own), tuple(own.index(c) for c in letters.kernel)
+
+
+def group_shape(letters: EinsumAxes, sizes) -> tuple[tuple[int, ...], int, int]:
+    """(group sizes, D, F) of a kernel."""
+    size = dict(zip(letters.kernel, sizes, strict=True))
+    features = [math.prod(size[c] for c in part) for part in (letters.contracted, letters.kept)]
+    return tuple(size[c] for c in letters.groups), *features

@@ -1,0 +1,369 @@
+"""Flax's linear layers with an adapter beside them: one class per kind of layer, and the table of them.
+
+Axes: D is the product of the axes that a kernel contracts, F that of the axes it puts in their place, G a group: an
+axis that input, kernel and output share, so that each of its values has a matrix, and a pair of factors, of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import string
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlora_jax.adapters.einsum_axes import EinsumAxes, group_shape, kernel_layout, einsum_product, parse_einsum, place_profile
+from mlora_jax.adapters.variables import AdapterParam, DropoutKey, InputGram, RankProfile
+from mlora_jax.core.product import apply_profile, initialize_factors, p_scaled_product
+
+
+class Factoring(NamedTuple):
+    """How a kernel is a stack of matrices.
+
+    Attributes:
+      axes: of the kernel without those of a stack.
+      groups: sizes of the axes that have a matrix each.
+      features_in, features_out: D and F.
+      layout: of `mlora_jax.core.fold`, None if ``A B`` has the kernel's axes in their order.
+    """
+
+    axes: int
+    groups: tuple[int, ...]
+    features_in: int
+    features_out: int
+    layout: tuple | None = None
+
+
+class AdaptedLayer(nnx.Module):
+    """A frozen layer and its adapter: ``y = base(x) + ((dropout(x) A) * p) B``.
+
+    Attributes:
+      base: the frozen layer.
+      a: AdapterParam [..., D, R].
+      b: AdapterParam [..., R, F].
+      p: RankProfile [..., R].
+      dropout: rate in [0, 1) on the adapter's input, while `deterministic` is False (`model.train()`).
+      frozen: name of the base's matrix.
+    """
+
+    frozen: ClassVar[str] = "kernel"
+
+    def __init__(
+        self, base: nnx.Module, rank: int, *, key: jax.Array, init: str, dropout: float, names: tuple[str, ...] = ()
+    ):
+        factoring = self.factoring(base)
+        shape = getattr(base, self.frozen).shape
+        stack = shape[: len(shape) - factoring.axes]
+        a, b = self._initial_factors(key, factoring, rank, (*stack, *factoring.groups), init)
+        layout = {} if factoring.layout is None else {"kernel_layout": factoring.layout}
+        self.base = base
+        self.a, self.b = AdapterParam(a, **layout), AdapterParam(b)
+        leading, groups = a.ndim - 2, len(factoring.groups)
+        self.p = RankProfile(jnp.ones((*a.shape[:-2], rank), a.dtype), leading=leading, groups=groups, names=names)
+        self.dropout = dropout
+        self.deterministic = False
+        if dropout:
+            self.dropout_key = DropoutKey(jnp.zeros(stack))
+
+    @staticmethod
+    def factoring(base) -> Factoring:
+        """How the layer's matrix is factored.
+
+        Raises:
+          ValueError: a layer of this kind whose options leave no room for an adapter.
+        """
+        raise NotImplementedError
+
+    def _initial_factors(self, key, factoring: Factoring, rank: int, leading: tuple[int, ...], init: str):
+        return initialize_factors(key, factoring.features_in, factoring.features_out, rank, leading=leading, init=init)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """The adapter's contribution to the output, in the dtype of `x`."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
+        """What the base layer's call computes, and the adapter's contribution."""
+        y = self.base(x, **_sharded(out_sharding))
+        return _add(y, self._product(self._input(x, y.dtype)), out_sharding)
+
+    @property
+    def bias(self):
+        """The base layer's, or None; no adapter changes it."""
+        return getattr(self.base, "bias", None)
+
+    @property
+    def in_features(self):
+        """As the base layer has it."""
+        return self.base.in_features
+
+    @property
+    def out_features(self):
+        """As the base layer has it."""
+        return self.base.out_features
+
+    @property
+    def kernel(self):
+        """Refused: whoever multiplies by the frozen kernel leaves the adapter out without a word."""
+        raise AttributeError(
+            f"an adapted layer has no single {self.frozen}: call the layer, read the frozen one at "
+            f"layer.base.{self.frozen}, or get the sum from fold(base, adapter, profile). A model that multiplies by "
+            f"layer.{self.frozen} itself bypasses the adapter: leave that layer out of the targets"
+        )
+
+    def _input(self, x: jax.Array, dtype) -> jax.Array:
+        x = x.astype(dtype)
+        return self._drop(x) if self.dropout and not self.deterministic else x
+
+    def _drop(self, x: jax.Array) -> jax.Array:
+        key = self.dropout_key[...]
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                "adapter dropout has no random key: pass set_dropout_key(profile, key) at every step, "
+                "or call model.eval() before split(model)"
+            )
+        keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+
+
+class AdaptedLinear(AdaptedLayer):
+    """An `nnx.Linear`, kernel [..., D, F], and its adapter.
+
+    Attributes:
+      gram: InputGram if `watch_inputs` was called, else None.
+      folds: whether `fold_where_cheaper` was called.
+    """
+
+    gram: InputGram | None = None
+    folds: bool = False
+
+    @staticmethod
+    def factoring(base: nnx.Linear) -> Factoring:
+        """A matrix as it is."""
+        return Factoring(2, (), *base.kernel.shape[-2:])
+
+    def _product(self, x):
+        if self.gram is not None:
+            self._watch(x)
+        return p_scaled_product(x, self.a[...], self.b[...], self.p[...], precision=self.base.precision)
+
+    def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
+        """What the base layer's call computes, and the adapter's contribution."""
+        if not self._folds(x):
+            return super().__call__(x, out_sharding)
+        graphdef, state = nnx.split(self.base)
+        beside = super().__call__
+
+        def folded(x):
+            kernel = state["kernel"]
+            product = jnp.matmul(self.a[...] * self.p[...], self.b[...], precision=self.base.precision)
+            state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
+            return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
+
+        # Accelerators multiply float32 at a precision that would lose what is added to the kernel.
+        return jax.lax.platform_dependent(x, cpu=folded, default=lambda x: beside(x, out_sharding))
+
+    def _folds(self, x: jax.Array) -> bool:
+        drops = self.dropout and not self.deterministic
+        if not self.folds or drops or self.gram is not None or self.p.ndim != 1:
+            return False
+        if not isinstance(self.base.kernel[...], jax.Array):
+            return False  # quantised
+        (features_in, rank), features_out = self.a.shape, self.b.shape[-1]
+        beside = math.prod(x.shape[:-1]) * rank * (features_in + features_out)
+        exact = jnp.finfo(self.base.kernel.dtype).bits >= 32 and self.base.dtype in (None, self.base.kernel.dtype)
+        return exact and beside > features_in * features_out * (rank + 1)
+
+    def _watch(self, x: jax.Array) -> None:
+        hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self.p[...])  # [..., R]
+        hidden = hidden.reshape(-1, hidden.shape[-1]).astype(self.gram[...].dtype)
+        self.gram[...] += jnp.matmul(hidden.T, hidden, precision="highest")
+
+
+class AdaptedLinearGeneral(AdaptedLayer):
+    """An `nnx.LinearGeneral`, kernel [..., *batch_axis, *in_features, *out_features], and its adapter.
+
+    A: [..., *G, D, R], B: [..., *G, R, F]; G are the batch axes.
+    """
+
+    @staticmethod
+    def factoring(base: nnx.LinearGeneral) -> Factoring:
+        """D and F are products of features."""
+        groups, features = tuple(base.batch_axis.values()), (base.in_features, base.out_features)
+        return Factoring(sum(map(len, (groups, *features))), groups, *map(math.prod, features))
+
+    def _product(self, x):
+        base = self.base
+        groups, contracted, kept = len(base.batch_axis), len(base.axis), len(base.out_features)
+        axes = _general_axes(x.ndim, groups, tuple(sorted(axis % x.ndim for axis in base.axis)), kept)
+        sizes = base.kernel.shape[-(groups + contracted + kept) :]
+        return einsum_product(axes, sizes, x, self.a[...], self.b[...], self.p[...], base.precision)
+
+
+class AdaptedEinsum(AdaptedLayer):
+    """An `nnx.Einsum` and its adapter, in the einsum's own axes.
+
+    Of the kernel's axes A has the contracted ones, flattened to D, and B those that are new in the output,
+    flattened to F. EinsumAxes that input, kernel and output share are groups G: A is [..., *G, D, R].
+    """
+
+    @staticmethod
+    def factoring(base: nnx.Einsum) -> Factoring:
+        """D and F are products of axes' sizes."""
+        axes = parse_einsum(base.einsum_str)
+        sizes = base.kernel.shape[-len(axes.kernel) :]
+        return Factoring(len(axes.kernel), *group_shape(axes, sizes), kernel_layout(axes, sizes))
+
+    def __call__(self, x: jax.Array, einsum_str: str | None = None, out_sharding=None) -> jax.Array:
+        """As the base layer's call; another einsum may name other axes of x, but must use the kernel as the first one.
+
+        Raises:
+          ValueError: an einsum that contracts, keeps or groups other axes of the kernel.
+        """
+        y = self.base(x, **({} if einsum_str is None else {"einsum_str": einsum_str}), **_sharded(out_sharding))
+        own, axes = (parse_einsum(text) for text in (self.base.einsum_str, einsum_str or self.base.einsum_str))
+        if _roles(own) != _roles(axes):
+            raise ValueError(
+                f"{einsum_str!r} uses the kernel otherwise than {self.base.einsum_str!r}, which its adapter is made for"
+            )
+        sizes = self.base.kernel.shape[-len(axes.kernel) :]
+        factors = self.a[...], self.b[...], self.p[...]
+        x = self._input(x, y.dtype)
+        return _add(y, einsum_product(axes.expanded(x.ndim), sizes, x, *factors, self.base.precision), out_sharding)
+
+
+class AdaptedConv(AdaptedLayer):
+    """An `nnx.Conv`, kernel [..., *window, Cin / G, Cout], and its adapter.
+
+    A is a convolution of the same window, strides, padding and dilation to R channels, B a matrix on those: D is the
+    window times Cin / G. Each of G feature groups has factors of its own, A [..., G, D, R].
+
+    Source: PEFT's LoRA for Conv2d, which is this for one group.
+    """
+
+    @staticmethod
+    def factoring(base: nnx.Conv) -> Factoring:
+        """D is the window times the input channels of a group."""
+        if base.mask is not None:
+            raise ValueError("a masked convolution has no adapter: a product A B cannot be kept to a mask")
+        window, groups = base.kernel_size, base.feature_group_count
+        features_in, features_out = math.prod(window) * base.in_features // groups, base.out_features // groups
+        if groups == 1:
+            return Factoring(len(window) + 2, (), features_in, features_out)
+        sizes = (groups, *window, base.in_features // groups, features_out)
+        order = (*range(1, len(window) + 2), 0, len(window) + 2)
+        return Factoring(len(window) + 2, (groups,), features_in, features_out, (sizes, order))
+
+    def _product(self, x):
+        groups, window = self.base.feature_group_count, len(self.base.kernel_size)
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        rank, batch = a.shape[-1], x.ndim - window - 1
+        a = a.reshape(groups, *self.base.kernel_size, -1, rank)
+        kernel = jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], groups * rank)
+        hidden = self._convolve(x, kernel)  # [*batch, *space, G * R]
+        axes = string.ascii_letters[: hidden.ndim - 1]
+        group = "G" if groups > 1 else ""
+        hidden = hidden.reshape(*hidden.shape[:-1], *(groups,) * len(group), rank)
+        p = place_profile(self.p[...], group, axes[:batch], f"{axes}{group}R", hidden.shape)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        hidden = (hidden.astype(wide) * p.astype(wide)).astype(x.dtype)
+        product = f"{axes}{group}R,{group}RF->{axes}{group}F"
+        y = jnp.einsum(product, hidden, b, precision=self.base.precision)
+        return y.reshape(*y.shape[: len(axes)], -1)
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # The base layer with another kernel: Flax's own reading of strides, padding and batch axes.
+        layer = nnx.clone(self.base)
+        layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), nnx.data(None), False
+        layer.dtype, layer.preferred_element_type = x.dtype, None
+        layer.conv_general_dilated = jax.lax.conv_general_dilated
+        return layer(x)
+
+
+class AdaptedEmbed(AdaptedLayer):
+    """An `nnx.Embed`, embedding [..., V, D], and its adapter: ``y = embedding[i] + (A[i] * p) B``.
+
+    A is [..., V, R], B [..., R, D]. `attend` multiplies by the transposed sum. Dropout acts on the input of `attend`
+    only: ids have no features to drop.
+
+    Source: PEFT's LoRA for Embedding. With `init="fan_in"` it also starts as there: A zero, B standard normal.
+    """
+
+    frozen: ClassVar[str] = "embedding"
+
+    @staticmethod
+    def factoring(base: nnx.Embed) -> Factoring:
+        """A matrix as it is."""
+        return Factoring(2, (), *base.embedding.shape[-2:])
+
+    def _initial_factors(self, key, factoring, rank, leading, init):
+        a, b = super()._initial_factors(key, factoring, rank, leading, init)
+        return (jnp.zeros_like(a), jax.random.normal(key, b.shape, b.dtype)) if init == "fan_in" else (a, b)
+
+    def __call__(self, ids: jax.Array, out_sharding=None) -> jax.Array:
+        """Rows of the adapted table: ids [...] to [..., D]."""
+        y = self.base(ids, **_sharded(out_sharding))
+        # A vocabulary of one is not indexed: Flax gives its row whatever the ids.
+        rows = jnp.take(self.a[...], ids if self.num_embeddings > 1 else jnp.zeros_like(ids), axis=0)  # [..., R]
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        hidden = apply_profile(rows.astype(y.dtype).astype(wide), self.p[...]).astype(y.dtype)
+        return _add(y, hidden @ self.b[...].astype(y.dtype), out_sharding)
+
+    def attend(self, query: jax.Array, out_sharding=None) -> jax.Array:
+        """Products with every row of the adapted table: [..., D] to [..., V]."""
+        y = self.base.attend(query, **_sharded(out_sharding))
+        query = self._input(query, y.dtype)
+        return _add(y, p_scaled_product(query, self.b[...].T, self.a[...].T, self.p[...]), out_sharding)
+
+    @property
+    def num_embeddings(self) -> int:
+        """V."""
+        return self.base.num_embeddings
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return self.base.features
+
+    @property
+    def embedding(self):
+        """Refused, as `kernel` is."""
+        return self.kernel
+
+
+# Adding a kind of layer is adding a row.
+LAYERS: dict[type[nnx.Module], type[AdaptedLayer]] = {
+    nnx.Linear: AdaptedLinear,
+    nnx.LinearGeneral: AdaptedLinearGeneral,
+    nnx.Einsum: AdaptedEinsum,
+    nnx.Conv: AdaptedConv,
+    nnx.Embed: AdaptedEmbed,
+}
+
+
+def layer_kind(node: Any) -> type[AdaptedLayer] | None:
+    """The class that adapts a layer, None if there is none."""
+    return next((adapted for kind, adapted in LAYERS.items() if isinstance(node, kind)), None)
+
+
+@functools.cache
+def _general_axes(ndim: int, groups: int, contracted: tuple[int, ...], kept: int) -> EinsumAxes:
+    x, new = string.ascii_letters[:ndim], string.ascii_letters[ndim : ndim + kept]
+    inner = "".join(x[axis] for axis in contracted)
+    return EinsumAxes(x, x[:groups] + inner + new, "".join(c for c in x if c not in inner) + new)
+
+
+def _roles(axes: EinsumAxes) -> list[str]:
+    """What becomes of each axis of the kernel."""
+    parts = {"group": axes.groups, "contracted": axes.contracted, "kept": axes.kept}
+    return [next(role for role, part in parts.items() if c in part) for c in axes.kernel]
+
+
+def _sharded(out_sharding) -> dict[str, Any]:
+    return {} if out_sharding is None else {"out_sharding": out_sharding}
+
+
+def _add(y: jax.Array, product: jax.Array, out_sharding) -> jax.Array:
+    return y + (product if out_sharding is None else jax.sharding.reshard(product, out_sharding))

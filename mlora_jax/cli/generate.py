@@ -1,0 +1,181 @@
+"""Answers prompts at any rank of an adapter: `python -m experiments.generate --run DIR --rank 8 --prompt "Once upon"`.
+
+The adapter is a trial of a run, or a folder of its own by `--adapter FOLDER`. `--rank 0,4,8` answers each prompt at
+each of these ranks, all in the same batches; rank 0 is the base model. `--prompts FILE` answers every line of a file:
+JSON lines of {"prompt": ...} if its name ends in .jsonl, else one prompt a line.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from absl import app, flags, logging
+
+from mlora_jax.cli import adapter_flags, deploy_flags
+from mlora_jax.cli.adapter_flags import READOUT, TRIAL
+from mlora_jax.cli.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
+
+flags.adopt_module_key_flags(adapter_flags)
+flags.adopt_module_key_flags(deploy_flags)
+RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
+ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
+PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.", upper_bound=1.0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Answers made at once at most.", lower_bound=1)
+
+PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
+
+
+def main() -> None:
+    """Parses the command line and answers; bad input ends in one line."""
+    flags.mark_flag_as_required("rank")
+    try:
+        app.run(_run)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if arguments[1:]:
+        raise ValueError(
+            f"what is {' '.join(arguments[1:])!r}? Options begin with --, and values with spaces need quotes"
+        )
+    logging.set_verbosity(logging.WARNING)
+    ranks = chosen_ranks(RANK.value)
+    if not 0 < TOP_P.value <= 1:
+        raise ValueError(f"--top_p must be above 0 and at most 1, got {TOP_P.value}")
+    if not math.isfinite(TEMPERATURE.value):
+        raise ValueError(f"--temperature must be finite, got {TEMPERATURE.value}")
+    _one_of(run=RUN.value, adapter=ADAPTER.value)
+    _one_of(prompt=PROMPT.value, prompts=PROMPTS.value)
+    if TRIAL.value is not None and RUN.value is None:
+        raise ValueError("--trial names an adapter of a run: give --run, or --adapter alone")
+    prompts = [PROMPT.value] if PROMPTS.value is None else read_prompts(PROMPTS.value)
+    folder = pathlib.Path(ADAPTER.value) if RUN.value is None else find_adapter(RUN.value, TRIAL.value)
+    records = _answer(folder, prompts, ranks)
+    if OUTPUT.value is not None:
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        pathlib.Path(OUTPUT.value).write_text(lines, encoding="utf-8")
+        print(f"{len(records)} answers in {OUTPUT.value}")
+        return
+    for record in records:
+        if len(records) > 1:
+            print(f"--- rank {record['rank']}: {record['prompt']}")
+        print(record["answer"])
+
+
+def _one_of(**values: str | None) -> None:
+    if sum(value is not None for value in values.values()) != 1:
+        raise ValueError(f"give either {' or '.join(f'--{name}' for name in values)}")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: {"prompt": str} a line if its name ends in .jsonl, else a text a line; no empty ones.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line of another form, named by its number, or no prompt at all.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file of prompts {path}")
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        if file.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                line = None
+            if not isinstance(line, str):
+                raise ValueError(f'{path}, line {number}: it must be an object like {{"prompt": "text"}}')
+        prompts.append(line.removesuffix("\r"))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    return prompts
+
+
+def _load_base(folder: pathlib.Path, description: Mapping):
+    """The frozen base of an adapter and its tokenizer; in the run's dtype and quantisation, else as it is stored."""
+    from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
+
+    base = base_folder(folder, description)
+    config = pathlib.Path(RUN.value or folder) / "config.json"
+    options = json.loads(config.read_text(encoding="utf-8"))["model"] if RUN.value and config.is_file() else {}
+    model = load_decoder(base, dtype=options.get("dtype") or None)
+    quantization = options.get("quantization")
+    return quantize_decoder(model, quantization) if quantization else model, Tokenizer.load(base)
+
+
+def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:
+    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    for number, ids in enumerate(encoded, start=1):
+        name = "the prompt" if PROMPTS.value is None else f"prompt {number} of {PROMPTS.value}"
+        if not ids:
+            raise ValueError(f"{name} has no tokens, and an answer needs something to follow")
+        if len(ids) >= context:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens, which leaves no room for an answer in the model's context of "
+                f"{context} tokens: shorten it"
+            )
+    return encoded
+
+
+def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) -> list[dict]:
+    """One record per prompt and rank, in this order."""
+    import numpy as np
+
+    from mlora_jax.core.hierarchy import check_rank
+    from mlora_jax.evaluate import Generator, StopStrings, read_out
+    from mlora_jax.training.adapter_file import load_adapted, read_description, trained_profile
+    from mlora_jax.training.fitted import find_readout
+
+    description = read_description(folder)
+    for rank in ranks:
+        check_rank(rank, f"--rank for the adapter in {folder}", low=0, high=description["rank"])
+    found = find_readout(folder, READOUT.value)
+    model, tokenizer = _load_base(folder, description)
+    context = model.config.max_position_embeddings
+    encoded = _encode(prompts, tokenizer, context)
+    graphdef, base, adapter, profile, hierarchy, _ = load_adapted(found.folder, model)
+    ends = StopStrings(tokenizer, STOP.value)
+    function = trained_profile(description, hierarchy)
+    adapter, hierarchy, readout = read_out(adapter, profile, hierarchy, found.readout, function)
+    if not description.get("finite", True):
+        logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
+    generator = Generator(
+        graphdef,
+        base,
+        profile,
+        max_length=context,
+        batch_size=BATCH_SIZE.value,
+        pad_multiple=PAD_MULTIPLE,
+        eos=[*tokenizer.eos_ids, *model.config.eos_token_ids],
+    )
+    asked = [(number, rank) for number in range(len(prompts)) for rank in ranks]
+    answers = generator.generate(
+        adapter,
+        [encoded[number] for number, _ in asked],
+        np.stack([found.profile(hierarchy, readout, rank) for _, rank in asked]),
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+        stop=ends,
+        numbers=[number for number, _ in asked],  # so that an answer does not depend on which other ranks are asked
+    )
+    return [
+        {"prompt": prompts[number], "rank": rank, "answer": ends.text(made), "tokens": len(made)}
+        for (number, rank), made in zip(asked, answers, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()

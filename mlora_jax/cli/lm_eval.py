@@ -1,0 +1,80 @@
+"""lm-evaluation-harness's own command line with our model in it.
+
+    python -m experiments.lm_eval --model_args checkpoint=FOLDER,adapter=FOLDER,rank=8,readout=prefix --tasks trec,gsm8k
+
+All options are the harness's, `--help` lists them; `--model mlora_jax` is put in, and a larger batch size than its 1.
+`--raw_dir FOLDER` runs the tasks on local data, without a network; `--cache_dir FOLDER` keeps what is made of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+SUBCOMMANDS = ("run", "ls", "validate")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Registers the model, writes local tasks if asked for, and calls the harness; bad input ends in one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments.pop(0) if arguments[:1] and arguments[0] in SUBCOMMANDS else "run"
+    try:
+        if command == "run" and arguments:
+            arguments = _prepare(arguments)
+        _call_harness([command, *arguments])
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _prepare(arguments: list[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--raw_dir", default="")
+    parser.add_argument("--cache_dir", default="")
+    parser.add_argument("--tasks", "-t", nargs="+", default=[])
+    parser.add_argument("--include_path", default="")
+    ours, left = parser.parse_known_args(arguments)
+    if ours.raw_dir:
+        os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when `datasets` is imported
+    names = [name for group in ours.tasks for name in group.split(",") if name]
+    folder = _local_tasks(names, ours.raw_dir, ours.cache_dir)
+    if folder and ours.include_path:
+        raise ValueError(f"--include_path is taken by the files of local tasks: give {ours.include_path} without them")
+    if names:
+        left += ["--tasks", ",".join(names)]
+    if folder or ours.include_path:
+        left += ["--include_path", folder or ours.include_path]
+    given = {argument.partition("=")[0] for argument in left}
+    if not given & {"--model", "-M"}:
+        left += ["--model", "mlora_jax"]
+    if not given & {"--batch_size", "-b", "--config", "-C"}:
+        left += ["--batch_size", "auto"]
+    return left
+
+
+def _local_tasks(names: Sequence[str], raw_dir: str, cache_dir: str) -> str:
+    """The folder of task files for those names that are run on local data; empty: none is."""
+    from mlora_jax.evaluate.task_files import gather_local, task_folder, write_local_tasks
+
+    local, reasons = gather_local(names, raw_dir=raw_dir, cache_dir=cache_dir)
+    if reasons:
+        raise ValueError("; ".join(reasons.values()))
+    return str(write_local_tasks(task_folder(local, cache_dir), local)) if local else ""
+
+
+def _call_harness(arguments: Sequence[str]) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    from mlora_jax.evaluate import language_model  # noqa: F401  registers the model
+
+    before = sys.argv
+    sys.argv = ["python -m experiments.lm_eval", *arguments]  # the harness reads it
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The study of nested methods: `python -m experiments.study --workdir DIR --models MODELS --data DATA [--hours H]`.
+
+MODELS holds the models' folders and DATA those of the raw data, under the names that the cells' configs give them
+(configs/study_*.py). The study is a queue: stopped by a signal or by the end of its hours, the same command goes on
+where it was. Every cell has a folder of its name in DIR; tables and figures of all are written at every end, as far as
+it has come.
+"""
+
+import math
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+from absl import app, flags, logging
+
+from mlora_jax.cli.run import SHIPPED, WORKDIR, read_config
+
+CELLS = flags.DEFINE_list("cells", [], "Names such as trec_656k of configs/study_NAME.py; all if not given.")
+MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")
+DATA = flags.DEFINE_string("data", "", "Folder that holds the raw data's folders; without it they are downloaded.")
+HOURS = flags.DEFINE_float("hours", 0.0, "Stops after so many hours, everything saved; 0 is no limit.", lower_bound=0.0)
+TRAIN = flags.DEFINE_bool("train", True, "--notrain only writes the tables and figures.")
+
+
+def main() -> None:
+    """Parses the command line, trains what is missing, writes the report."""
+    flags.mark_flag_as_required("workdir")
+    try:
+        app.run(lambda arguments: _study(arguments[1:]))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _study(left: list[str]) -> None:
+    if left:
+        raise ValueError(f"what is {' '.join(left)!r}? Options begin with --")
+    logging.set_verbosity(logging.WARNING)
+    from mlora_jax.study.report import write_study
+
+    workdir, known = pathlib.Path(WORKDIR.value), _known_cells()
+    for name in CELLS.value:
+        if name not in known:
+            raise ValueError(f"there is no cell {name!r}; cells: {', '.join(known)}")
+    asked = {name: known[name] for name in CELLS.value or known}
+    # Between two rounds of training, which listen for themselves, a signal ends the command with its report too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        if TRAIN.value:
+            _train(asked, workdir)
+    finally:
+        there = {name: config for name, config in known.items() if name in asked or (workdir / name).is_dir()}
+        print(write_study(workdir, there))
+
+
+def _train(cells: dict, workdir: pathlib.Path) -> None:
+    """The first group of all cells, then the second one, until nothing is missing or the time is over."""
+    from mlora_jax.study.queue import run_cell
+
+    end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
+
+    def leave_if_late():
+        if time.monotonic() >= end:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    timer = threading.Timer(HOURS.value * 3600, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if HOURS.value:
+        timer.start()
+    try:
+        for stage in range(max(len(config.study.groups) for config in cells.values())):
+            for name, config in cells.items():
+                run_cell(config, workdir / name, groups=config.study.groups[: stage + 1], before_each=leave_if_late)
+    finally:
+        timer.cancel()  # it would end the report as well
+
+
+def _known_cells() -> dict:
+    """Name -> config of every cell, models and data found."""
+    cells = {}
+    for file in sorted(SHIPPED.glob("study_*.py")):
+        config = read_config(file.stem)
+        with config.unlocked():
+            if config.model.path != "quickstart":
+                config.model.path = str(pathlib.Path(MODELS.value) / config.model.path)
+            if config.data.raw_dir:
+                config.data.raw_dir = str(pathlib.Path(DATA.value) / config.data.raw_dir) if DATA.value else ""
+        cells[file.stem.removeprefix("study_")] = config
+    return cells
+
+
+if __name__ == "__main__":
+    main()

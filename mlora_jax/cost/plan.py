@@ -1,0 +1,218 @@
+"""What an experiment will cost, before it is run."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mlora_jax.config import Trial, expand_trials, resolve
+from mlora_jax.data import batch_shape
+from mlora_jax.cost.estimate import Requests, task_requests
+from mlora_jax.run.experiment import Experiment
+from mlora_jax.training.grid import TrialBatch
+from mlora_jax.training.phases import PhaseShape
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Batches of trials that share executables.
+
+    Attributes:
+      rank: R.
+      profiles: N, profiles a step; their mean where phases differ.
+      trials: in all batches together.
+      batches: of them.
+      at_once: K, trials in a batch.
+      compilations: executables of the training step, one per batch shape in every kind of phase.
+      tokens: that are trained on, over all trials; padding is not counted.
+      padded_tokens: that are computed, empty slots and every profile included.
+      compile_seconds: for one executable, measured.
+      step_seconds: for one step of one batch, measured: median.
+      training_seconds: projected for all of it, compilations included.
+    """
+
+    rank: int
+    profiles: float
+    trials: int
+    batches: int
+    at_once: int
+    compilations: int
+    tokens: int
+    padded_tokens: int
+    compile_seconds: float
+    step_seconds: float
+    training_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cost of an experiment.
+
+    Attributes:
+      trials: how many there are.
+      steps: optimizer steps of each.
+      groups: what trains together.
+      adapter_bytes: of all trained adapters, float32 (or float64).
+      curves: rank-accuracy curves to measure, over splits and read-outs.
+      evaluation_seconds: projected for them and for the base, from one timed batch of requests for each rank and
+        split; without the tasks of `config.evaluation.tasks`.
+      tasks: how many curves and requests those tasks are; they are not timed.
+      validations: while training, over all trials; fewer if some stop early.
+      validation_seconds: projected for them.
+    """
+
+    trials: int
+    steps: int
+    groups: tuple[GroupPlan, ...]
+    adapter_bytes: int
+    curves: int
+    evaluation_seconds: float
+    tasks: Requests
+    validations: int
+    validation_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Projected for training, validation and evaluation on the experiment's own rows."""
+        return sum(group.training_seconds for group in self.groups) + self.validation_seconds + self.evaluation_seconds
+
+
+def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
+    """Loads model and data, sizes the batches of trials, and times a few steps of each kind; trains nothing.
+
+    Args:
+      config: as `mlora_jax.train` takes it.
+      timed_steps: how many steps of a group are timed, after one that is not.
+
+    Raises:
+      ValueError, FileNotFoundError: as `train`.
+    """
+    config = resolve(config)
+    trials, experiment = expand_trials(config), Experiment.load(config)
+    cuts = experiment.plan(trials)
+    groups: dict[tuple, list[TrialBatch]] = collections.defaultdict(list)
+    for number, (members, slots) in enumerate(cuts):
+        kind = (members[0].rank, experiment.phases.shape(members[0]), slots)
+        groups[kind].append(TrialBatch(f"batch-{number:04d}", members, slots))
+    per_rank = {trial.rank: jax.tree.leaves(experiment.adapted(trial.rank).adapter) for trial in trials}
+    timed = functools.cache(functools.partial(_time_evaluation, experiment))
+    curves, evaluation_seconds = _evaluation(experiment, trials, timed)
+    validations, validation_seconds = _validation(experiment, trials, timed)
+    return Plan(
+        trials=len(trials),
+        steps=experiment.steps,
+        groups=tuple(_group(experiment, *kind, batches, timed_steps) for kind, batches in groups.items()),
+        adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in per_rank[trial.rank]),
+        curves=curves,
+        evaluation_seconds=evaluation_seconds,
+        tasks=task_requests(config, trials),
+        validations=validations,
+        validation_seconds=validation_seconds,
+    )
+
+
+def _group(
+    experiment: Experiment, rank: int, phases: tuple[PhaseShape, ...], slots: int, batches, timed_steps: int
+) -> GroupPlan:
+    shapes: set[tuple] = set()
+    tokens, positions = 0, np.zeros(len(phases), int)
+    for batch in batches:
+        found, real, computed = _shapes(experiment, batch, phases)
+        shapes |= found
+        tokens, positions = tokens + real, positions + computed
+    timings = [experiment.time_steps(batches[0].slotted, timed_steps, phase) for phase in range(len(phases))]
+    compile_seconds = experiment.adapted(rank).step.compile_seconds
+    steps = np.diff([0, *(phase.end for phase in phases)])
+    profiles = [phase.profiles for phase in phases]
+    seconds = [timing.seconds for timing in timings]
+    training = sum(many / timing.tokens * timing.seconds for many, timing in zip(positions, timings, strict=True))
+    return GroupPlan(
+        rank=rank,
+        profiles=float(np.average(profiles, weights=steps)),
+        trials=sum(len(batch.trials) for batch in batches),
+        batches=len(batches),
+        at_once=slots,
+        compilations=len(shapes),
+        tokens=tokens,
+        padded_tokens=int(positions @ profiles),
+        compile_seconds=compile_seconds,
+        step_seconds=float(np.average(seconds, weights=steps)),
+        training_seconds=len(shapes) * compile_seconds + float(training),
+    )
+
+
+def _shapes(
+    experiment: Experiment, batch: TrialBatch, phases: tuple[PhaseShape, ...]
+) -> tuple[set[tuple], int, np.ndarray]:
+    """Shapes that come up, tokens of the trials, and positions [phases] computed with padding and empty slots."""
+    pipeline, rows = experiment.pipeline(batch.slotted), experiment.config.train.batch_size
+    shapes, real, positions = set(), 0, np.zeros(len(phases), int)
+    for step in range(pipeline.steps):
+        parts = [each.examples_at(step) for each in pipeline.pipelines]
+        own = [batch_shape(part, experiment.config.data.pad_multiple) for part in parts]
+        shape = tuple(max(axis) for axis in zip(*own, strict=True))
+        at = bisect.bisect_right([phase.end for phase in phases], step)
+        shapes.add((*shape, phases[at].profiles, phases[at].per_example))
+        counts = [sum(len(example.tokens) for example in part) for part in parts]
+        real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
+        positions[at] += batch.slots * rows * shape[0]
+    return shapes, real, positions
+
+
+def _evaluation(experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]) -> tuple[int, float]:
+    """Curves at the end, and seconds for them and the base."""
+    curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
+    for trial in trials:
+        readouts = experiment.config.evaluation.readouts.get(trial.method, ("prefix",))
+        for split in experiment.rows:
+            curves += len(readouts)
+            seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed(trial.rank, split)
+    return curves, seconds
+
+
+def _validation(experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]) -> tuple[int, float]:
+    """Validations while training, and seconds for them."""
+    options = experiment.config.validation
+    if not options.every:
+        return 0, 0.0
+    each = -(-experiment.steps // options.every)
+    if options.measure == "loss":
+        loss = functools.cache(functools.partial(_time_loss, experiment))
+        one_rank = lambda trial: loss(trial.rank)  # noqa: E731
+    else:
+        one_rank = lambda trial: timed(trial.rank, "validation")  # noqa: E731
+    seconds = sum(each * len(experiment.hierarchy(trial).ranks) * one_rank(trial) for trial in trials)
+    return each * len(trials), seconds
+
+
+def _time_evaluation(experiment: Experiment, rank: int, split: str) -> float:
+    """Seconds for one rank on one split, from its middle batch of requests."""
+    adapted = experiment.adapted(rank)
+    evaluator = adapted.evaluators[split]
+    middle = len(evaluator) // 2
+    return _time_second(lambda: evaluator.run_batch(middle, adapted.adapter, jnp.zeros(rank))) * len(evaluator)
+
+
+def _time_loss(experiment: Experiment, rank: int) -> float:
+    """Seconds for the loss at one rank on the validation split."""
+    adapted = experiment.adapted(rank)
+    loss = adapted.validation_loss()
+    return _time_second(lambda: loss(adapted.adapter, jnp.zeros(rank)))
+
+
+def _time_second(run: Callable[[], Any]) -> float:
+    """Seconds of a second call; the first one compiles."""
+    run()
+    start = time.monotonic()
+    run()
+    return time.monotonic() - start

@@ -1,0 +1,358 @@
+"""A run's folder: which batches its trials train in, what of them is done, and what a kill left half written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from ml_collections import ConfigDict
+
+from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
+from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.parallel import hosts
+from mlora_jax.training.grid import TrialBatch
+from mlora_jax.training.records import keep_records, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+LEDGER, CONFIG, METRICS, CURVES = "batches.json", "config.json", "metrics.jsonl", "curves.jsonl"
+ADAPTERS = "adapters"
+NOT_COMPARED = "not_compared.json"
+SCHEMA = 1
+
+
+def threads() -> int:
+    """The threads among which XLA divides its work on a CPU: NPROC, or the cores that this process may use."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return int(os.environ["NPROC"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stored_threads(workdir) -> int | None:
+    """How many threads a run in this folder began with, if there is one: the last bits depend on it."""
+    ledger = pathlib.Path(workdir) / LEDGER
+    return json.loads(ledger.read_text(encoding="utf-8"))["machine"]["threads"] if ledger.is_file() else None
+
+
+@contextlib.contextmanager
+def only_one_run(path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder until this one leaves it, in whatever way.
+
+    Raises:
+      ValueError: another process is in it; a URL.
+    """
+    if "://" in str(path):
+        raise ValueError(f"--workdir must be a folder, got {path}: mount the bucket, by gcsfuse for example")
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running in {folder}: wait for it, or give another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see to it that no other process runs in it", folder, error)
+        yield
+
+
+def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
+    """A trained trial of a run: the run's config, the trial, and the folder of its adapter. Nothing is changed.
+
+    Args:
+      path: the folder of a run.
+      name: of the trial.
+
+    Raises:
+      FileNotFoundError: this is not the folder of a run, or the trial has no adapter yet.
+      ValueError: the run has no such trial; the message lists those it has.
+    """
+    path = pathlib.Path(path)
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is not the folder of a run: it has no {CONFIG}")
+    stored = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    stored.pop("parallel", None)  # of the machine that it ran on
+    config = resolve(stored)
+    trials = {trial.name: trial for trial in expand_trials(config)}
+    if name not in trials:
+        raise ValueError(f"{path} has no trial {name!r}; its trials: {', '.join(trials)}")
+    folder = path / ADAPTERS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the trial {name} of {path} has no adapter yet: run it to its end first")
+    return config, trials[name], folder
+
+
+def read_curves(path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
+    """The curves on the own task of a run, of which every rank is on record: what another process may read at any time.
+
+    Args:
+      path: the folder of a run; it may not exist yet.
+
+    Returns:
+      trial -> (read-out, split) -> one record per rank. A trial that failed has none.
+    """
+    file, found = pathlib.Path(path) / CURVES, {}
+    for record in read_json_lines(file) if file.is_file() else ():
+        if record.get("failed"):
+            found[record["trial"]] = {}
+        elif not record.get("harness"):
+            curves = found.setdefault(record["trial"], {})
+            curves.setdefault((record["readout"], record["split"]), []).append(record)
+    whole = {
+        trial: {key: records for key, records in curves.items() if len(records) == records[0]["of_ranks"]}
+        for trial, curves in found.items()
+    }
+    return {trial: curves for trial, curves in whole.items() if curves or not found[trial]}
+
+
+class RunFolder:
+    """What a run has on disk.
+
+    With several processes it lies where all of them see it. The first one writes, and what it reads all of them get.
+
+    Args:
+      path: of the folder; made if it is not there.
+      config: resolved.
+
+    Attributes:
+      path: of the folder.
+      batches: every batch of this run so far, in the order in which they train.
+
+    Raises:
+      ValueError: the folder holds a run of another config.
+    """
+
+    def __init__(self, path, config: ConfigDict):
+        self.path = pathlib.Path(path)
+        hosts.on_first_process(lambda: self._prepare(config))
+        self.batches: list[TrialBatch] = []
+        self._trained: set[str] = set()
+        self._machine = _machine()
+        self._inputs: dict[str, str] = {}
+        if (self.path / LEDGER).is_file():
+            self._read_ledger()
+
+    def _prepare(self, config: ConfigDict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._drop_partial_files()
+        self._check_config(config)
+        self._drop_half_curves()
+
+    def _drop_partial_files(self) -> None:
+        """What a killed process was writing; a lock keeps out any other one."""
+        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def _check_config(self, config: ConfigDict) -> None:
+        file, new = self.path / CONFIG, json.loads(json.dumps(config.to_dict()))
+        changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), new) if file.is_file() else []
+        if changed and self._begun():
+            raise ValueError(
+                f"{self.path} holds a run of another config: {'; '.join(changed)}. Give another --workdir, or "
+                "delete this one"
+            )
+        if changed:
+            (self.path / LEDGER).unlink(missing_ok=True)  # a plan of nothing but trials that are wanted no more
+        with write_aside(file) as aside:
+            aside.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+
+    def _begun(self) -> bool:
+        """Whether anything was measured, logged, saved or trained.
+
+        Before that a run has only looked at its config, model and data, and may have found something to correct.
+        """
+        ledger, metrics = self.path / LEDGER, self.path / METRICS
+        batches = json.loads(ledger.read_text(encoding="utf-8"))["batches"] if ledger.is_file() else ()
+        logged = metrics.is_file() and metrics.stat().st_size > 0
+        saved = any(self.path.glob("checkpoints/*/*"))
+        return logged or saved or any(batch["trained"] for batch in batches) or bool(self._read_whole_curves())
+
+    def _read_ledger(self) -> None:
+        record = json.loads((self.path / LEDGER).read_text(encoding="utf-8"))
+        if record.get("schema") != SCHEMA:
+            raise ValueError(f"{self.path / LEDGER} has schema {record.get('schema')!r}; this version reads {SCHEMA}")
+        for name, before in record["machine"].items():
+            if name == "x64" and before != self._machine[name]:
+                raise ValueError(
+                    f"{self.path} holds a run that began with JAX_ENABLE_X64={int(before)}: set that environment "
+                    "variable to go on, or give another --workdir"
+                )
+            if before != self._machine[name]:
+                logger.warning(
+                    "this run began with %s %s and goes on with %s: its last bits may differ",
+                    name, before, self._machine[name],
+                )  # fmt: skip
+        self._machine, self._inputs = record["machine"], record.get("inputs", {})
+        for batch in record["batches"]:
+            trials = tuple(Trial(**{**trial, "weights": tuple(trial["weights"])}) for trial in batch["trials"])
+            self.batches.append(TrialBatch(batch["name"], trials, batch["slots"]))
+            if batch["trained"]:
+                self._trained.add(batch["name"])
+
+    def _write_ledger(self) -> None:
+        if not hosts.is_first():
+            return
+        batches = [{**dataclasses.asdict(batch), "trained": self.trained(batch)} for batch in self.batches]
+        record = {"schema": SCHEMA, "machine": self._machine, "inputs": self._inputs, "batches": batches}
+        with write_aside(self.path / LEDGER) as aside:
+            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def check_inputs(self, digests: Mapping[str, str]) -> None:
+        """Remembers what the run's base model and data are.
+
+        Args:
+          digests: of `Experiment.digests`.
+
+        Raises:
+          ValueError: they are not those that the run began with.
+        """
+        changed = [name for name, before in self._inputs.items() if digests.get(name) != before]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run on other inputs: {' and '.join(changed)} changed since it began. Put back "
+                "what was there, or give another --workdir"
+            )
+        self._inputs = dict(digests)
+
+    def trained(self, batch: TrialBatch) -> bool:
+        """Whether all of its adapters are on disk."""
+        return batch.name in self._trained
+
+    def unplanned(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those that are in no batch yet."""
+        planned = {trial for batch in self.batches for trial in batch.trials}
+        return [trial for trial in trials if trial not in planned]
+
+    def add(self, batches: Sequence[tuple[tuple[Trial, ...], int]]) -> None:
+        """Adds batches: their trials and slots. From here on they are trained in these and no others."""
+        for trials, slots in batches:
+            self.batches.append(TrialBatch(f"batch-{len(self.batches):04d}", trials, slots))
+        self._write_ledger()
+
+    def finish(self, batch: TrialBatch) -> None:
+        """Marks a batch as trained, and deletes its checkpoints."""
+        self._trained.add(batch.name)
+        self._write_ledger()
+        if hosts.is_first():
+            shutil.rmtree(self.checkpoints(batch), ignore_errors=True)
+
+    def checkpoints(self, batch: TrialBatch) -> pathlib.Path:
+        """The folder of its checkpoints."""
+        return self.path / "checkpoints" / batch.name
+
+    def adapter(self, trial: Trial) -> pathlib.Path:
+        """The folder of its adapter."""
+        return self.path / ADAPTERS / trial.name
+
+    def _drop_half_curves(self) -> None:
+        """Drops curves of which not every rank was written."""
+        whole = self._read_whole_curves()
+        keep_records(self.path / CURVES, lambda record: record.get("failed") or _key(record) in whole)
+
+    def curves(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+        """(trial, split, read-out) -> one record per rank, of every curve on the run's own task that is complete."""
+        return {key[:3]: records for key, records in self._whole_curves().items() if not key[3]}
+
+    def harness_curves(self) -> dict[tuple[str, str, str, int | None], list[dict[str, Any]]]:
+        """(trial, read-out, task, shots of the config) -> one record per rank, of every complete harness curve."""
+        whole = self._whole_curves().items()
+        return {(trial, readout, *task): records for (trial, _, readout, task), records in whole if task}
+
+    def _whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
+        return hosts.broadcast(self._read_whole_curves() if hosts.is_first() else {})
+
+    def _read_whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
+        found: dict[tuple, list[dict[str, Any]]] = {}
+        if (self.path / CURVES).is_file():
+            for record in read_json_lines(self.path / CURVES):
+                if not record.get("failed"):
+                    found.setdefault(_key(record), []).append(record)
+        return {key: records for key, records in found.items() if len(records) == records[0]["of_ranks"]}
+
+    def save_verdicts(self, trial: str, readout: str, measured_on: str, verdicts: np.ndarray) -> None:
+        """Keeps the per-item results [ranks, items] bool behind a curve.
+
+        Args:
+          trial: its name, or "base".
+          readout: of the curve.
+          measured_on: the split of the run's own task, or what `task_key` says of another one.
+          verdicts: one row per rank.
+        """
+        if not hosts.is_first():
+            return
+        path = _verdicts(self.path, trial, readout, measured_on)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(path) as aside, aside.open("wb") as file:
+            np.save(file, verdicts)
+
+    def verdicts(self, trial: str, readout: str, measured_on: str) -> np.ndarray | None:
+        """What `save_verdicts` kept, or None."""
+        return load_verdicts(self.path, trial, readout, measured_on)
+
+    def list_not_compared(self, reasons: dict[str, str]) -> None:
+        """Notes the tasks that cannot be measured, and why; the report says so."""
+        if not hosts.is_first():
+            return
+        if reasons:
+            with write_aside(self.path / NOT_COMPARED) as aside:
+                aside.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
+        else:
+            (self.path / NOT_COMPARED).unlink(missing_ok=True)
+
+    def not_compared(self) -> dict[str, str]:
+        """The tasks that `list_not_compared` noted, and the reasons."""
+        file = self.path / NOT_COMPARED
+        reads = hosts.is_first() and file.is_file()
+        return hosts.broadcast(json.loads(file.read_text(encoding="utf-8")) if reads else {})
+
+    def failed(self) -> set[str]:
+        """Names of the trials whose loss was not finite."""
+        file = self.path / CURVES
+        reads = hosts.is_first() and file.is_file()
+        return hosts.broadcast({r["trial"] for r in read_json_lines(file) if r.get("failed")} if reads else set())
+
+
+def _machine() -> dict[str, Any]:
+    """What a run's last bits depend on besides its config."""
+    return {
+        "threads": threads(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "device": jax.devices()[0].device_kind,
+        "x64": jax.config.jax_enable_x64,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }
+
+
+def load_verdicts(path, trial: str, readout: str, measured_on: str) -> np.ndarray | None:
+    """The per-item results [ranks, items] bool that `RunFolder.save_verdicts` kept in a run's folder, or None."""
+    file = _verdicts(pathlib.Path(path), trial, readout, measured_on)
+    return np.load(file) if file.is_file() else None
+
+
+def _verdicts(path: pathlib.Path, trial: str, readout: str, measured_on: str) -> pathlib.Path:
+    return path / "verdicts" / measured_on / f"{trial}-{readout}.npy"
+
+
+def task_key(task: str, shots: int) -> str:
+    """What a harness task with so many examples is called in a folder of verdicts."""
+    return f"{task}-{shots}"
+
+
+def _key(record: dict[str, Any]) -> tuple:
+    """Trial, split, read-out, and of a harness task its name and the shots that the config asks for."""
+    task = (record["task"], record["asked_shots"]) if record.get("harness") else ()
+    return record["trial"], record["split"], record["readout"], task

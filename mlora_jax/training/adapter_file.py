@@ -1,0 +1,210 @@
+"""Adapters on disk: the factors as safetensors, what they mean as JSON beside them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mlora_jax.adapters import adapt, split
+from mlora_jax.core import RankHierarchy, get_policy
+from mlora_jax.core.product import path_names
+from mlora_jax.models.hugging_face import write_aside
+
+FORMAT = 1
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[str, Any]) -> pathlib.Path:
+    """Writes an adapter; a reader never sees half of it.
+
+    Args:
+      folder: made if it is not there.
+      adapter: tree of factors.
+      hierarchy: S, scaling, weights and R of the adapter.
+      description: further JSON values, such as method, seed and base model.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: factors of another rank than the hierarchy's R. Nothing is written.
+    """
+    folder = pathlib.Path(folder)
+    for name, leaf in _named_leaves(adapter):
+        rank = leaf.shape[-1 if name.rsplit(".", 1)[-1] == "a" else -2]
+        if rank != hierarchy.max_rank:
+            raise ValueError(
+                f"{name} has rank {rank}, but the hierarchy's R is {hierarchy.max_rank}; "
+                "a truncated adapter is saved with hierarchy.truncate(rank)"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(adapter)}
+    record = {
+        "format": FORMAT,
+        "rank": hierarchy.max_rank,
+        "ranks": list(hierarchy.ranks),
+        "scaling": hierarchy.scaling,
+        "weights": None if hierarchy.weights is None else list(hierarchy.weights),
+        **description,
+    }
+    with write_aside(folder / TENSORS) as file:
+        save_file(tensors, file, metadata={"format": "mlora_jax"})
+    with write_aside(folder / DESCRIPTION) as file:
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
+    """Reads what `save_adapter` wrote.
+
+    Args:
+      folder: of the adapter.
+      template: the adapter tree of a model adapted with the same rank and targets; gives structure and shapes.
+
+    Returns:
+      (adapter, hierarchy, description).
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: a damaged file; a tensor missing, unknown or of another shape than in the template.
+    """
+    folder, record = pathlib.Path(folder), read_description(folder)
+    tensors = _read_tensors(folder)
+    expected = dict(_named_leaves(template))
+    unknown = sorted(set(tensors) - set(expected))
+    for name, leaf in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder / TENSORS} lacks the tensor {name}")
+        if tensors[name].shape != leaf.shape:
+            raise ValueError(
+                f"{name} in {folder / TENSORS} has shape {tensors[name].shape}; the model needs {leaf.shape}"
+            )
+    if unknown:
+        raise ValueError(f"{folder / TENSORS} holds tensors that the model has no place for: {', '.join(unknown)}")
+    adapter = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.numpy.asarray(tensors[".".join(path_names(path))], leaf.dtype), template
+    )
+    return adapter, _hierarchy(record), record
+
+
+def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarchy, dict[str, Any]]:
+    """Reads what `save_adapter` wrote without the model that it belongs to.
+
+    Args:
+      folder: of the adapter.
+
+    Returns:
+      (adapter as {path: {"a": [..., D, R], "b": [..., R, F]}}, hierarchy, description).
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: a damaged file; a tensor missing, unknown, or of another rank than the description's.
+    """
+    folder, record = pathlib.Path(folder), read_description(folder)
+    adapter: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in _read_tensors(folder).items():
+        path, _, role = name.rpartition(".")
+        adapter.setdefault(path, {})[role] = tensor
+    for path, pair in adapter.items():
+        ranks = pair["a"].shape[-1:] + pair["b"].shape[-2:-1] if set(pair) == {"a", "b"} else ()
+        if ranks != (record["rank"],) * 2 or pair["a"].shape[:-2] != pair["b"].shape[:-2]:
+            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in pair.items())
+            raise ValueError(f"{folder / TENSORS} holds no factors of rank {record['rank']} for {path}, but {shapes}")
+    return adapter, _hierarchy(record), record
+
+
+def read_description(folder) -> dict[str, Any]:
+    """The JSON values of an adapter that `save_adapter` wrote.
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: damaged JSON, or another version's.
+    """
+    folder = pathlib.Path(folder)
+    for name in (TENSORS, DESCRIPTION):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter: {name} is missing")
+    try:
+        record = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{folder / DESCRIPTION} has format {record.get('format')!r}; this version reads {FORMAT}")
+    return record
+
+
+def trained_profile(description: Mapping[str, Any], hierarchy: RankHierarchy) -> jax.Array | None:
+    """The profile [R] of the function that an adapter was trained as at full rank; None if its description is silent.
+
+    Args:
+      description: JSON values of an adapter that a run wrote.
+      hierarchy: of the adapter.
+    """
+    method = (description.get("trial") or {}).get("method")
+    policy = description["phases"][-1][0] if description.get("phases") else method
+    return get_policy(policy).function(hierarchy) if policy else None
+
+
+class AdaptedModel(NamedTuple):
+    """A model in evaluation mode with an adapter from a folder.
+
+    Attributes:
+      graphdef, base, adapter, profile: of `mlora_jax.split`.
+      hierarchy: S, scaling, weights and R of the adapter.
+      description: further JSON values.
+    """
+
+    graphdef: Any
+    base: Any
+    adapter: Any
+    profile: Any
+    hierarchy: RankHierarchy
+    description: dict[str, Any]
+
+
+def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
+    """Adapts the layers of a model that an adapter's folder has factors for, and reads them.
+
+    Args:
+      folder: of the adapter.
+      model: the base model; left as it is.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have.
+    """
+    record = read_description(folder)
+    try:
+        with safe_open(pathlib.Path(folder) / TENSORS, framework="numpy") as file:
+            layers = sorted({name.rpartition(".")[0] for name in file.keys()})
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    adapted = adapt(model, record["rank"], [re.escape(layer) for layer in layers], key=jax.random.key(0))
+    adapted.eval()
+    graphdef, base, template, profile = split(adapted)
+    adapter, hierarchy, description = load_adapter(folder, template)
+    return AdaptedModel(graphdef, base, adapter, profile, hierarchy, description)
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(folder / TENSORS, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+
+
+def _hierarchy(record: Mapping[str, Any]) -> RankHierarchy:
+    return RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
+
+
+def _named_leaves(tree):
+    return [(".".join(path_names(path)), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -1,0 +1,99 @@
+"""A read-out fitted to data: R numbers for each rank, the factors left as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mlora_jax.core import RankHierarchy
+from mlora_jax.parallel.arrays import fetch, put_replicated
+from mlora_jax.training.objective import AnswerBatch
+
+COMPARED = 4  # batches on which the fixed read-outs are compared
+
+
+def calibrate(
+    loss: Callable[[Any, jax.Array, AnswerBatch], jax.Array],
+    trees: Any,
+    hierarchy: RankHierarchy,
+    function: jax.Array,
+    batches: Iterable[AnswerBatch],
+    *,
+    steps: int,
+    learning_rate: float,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """The profile of every rank that fits a trained adapter best.
+
+    The profile of rank r is a fixed read-out times a number for each of its r columns. The numbers begin at 1 and
+    follow the gradient of the training loss (Adam, linear decay to zero). The fixed read-out is the one of `prefix(r)`,
+    `nested(r)` and the trained function cut at r that has the smallest loss on the first batches: under a scaling they
+    lie farther apart than the numbers come. The ranks of S are spread evenly over the examples of every batch, whatever
+    their weights in training, so all are fitted in the time of one.
+
+    Args:
+      loss: (trees, profiles [B, R], batch) -> nats summed over the answer tokens; differentiable in the profiles. The
+        same function compiles once.
+      trees: arrays that `loss` needs.
+      hierarchy: S and scales of the adapter.
+      function: profile [R] of the trained function at full rank.
+      batches: at least `steps`.
+      steps: of the optimizer.
+      learning_rate: of the numbers, at the first step.
+      key: `jax.random.key` for which example is of which rank.
+      mesh: where `trees` and batches lie; None for one device.
+
+    Returns:
+      Profiles [ranks of S, R], zero beyond each rank.
+    """
+    evenly = dataclasses.replace(hierarchy, weights=None)
+    batches = iter(batches)
+    first = list(itertools.islice(batches, COMPARED))
+    starts = np.stack([_best_fixed(loss, trees, hierarchy, function, rank, first, mesh) for rank in hierarchy.ranks])
+    numbers = jnp.ones_like(starts)
+    starts, numbers, state = put_replicated((starts, numbers, optax.scale_by_adam().init(numbers)), mesh)
+    for number, batch in zip(range(steps), itertools.chain(first, batches), strict=False):
+        rate = learning_rate * (1 - number / steps)
+        keys = jax.random.fold_in(key, number)
+        fitted = jax.block_until_ready(_step(loss, evenly, trees, starts, numbers, state, batch, keys, rate))
+        numbers, state = put_replicated(fitted, mesh)
+    return np.asarray(fetch(starts)) * np.asarray(fetch(numbers))
+
+
+def _best_fixed(loss, trees, hierarchy: RankHierarchy, function, rank: int, batches, mesh) -> np.ndarray:
+    """The fixed read-out [R] at a rank that has the smallest loss on some batches."""
+    cut = jnp.where(jnp.arange(hierarchy.max_rank) < rank, function, 0.0)
+    losses = {}
+    for p in (hierarchy.prefix(rank), hierarchy.nested(rank), cut):
+        losses[tuple(np.asarray(p).tolist())] = sum(
+            float(_value(loss, trees, put_replicated(p, mesh), batch)) for batch in batches
+        )
+    return np.array(min(losses, key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf), function.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(loss, trees, p, batch):
+    return loss(trees, jnp.broadcast_to(p, (len(batch["tokens"]), len(p))), batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(loss, evenly: RankHierarchy, trees, starts, numbers, state, batch, key, rate):
+    def mean(numbers):
+        drawn = evenly.stratified_ranks(key, len(batch["tokens"]))  # [B]
+        rows = jnp.searchsorted(jnp.array(evenly.ranks), drawn)
+        total = loss(trees, (starts * numbers)[rows], batch)
+        return total / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    updates, state = optax.scale_by_adam().update(jax.grad(mean)(numbers), state)
+    return jax.tree.map(lambda x, update: x - rate * update, numbers, updates), state

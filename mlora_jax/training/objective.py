@@ -1,0 +1,170 @@
+"""The loss: cross-entropy over answer tokens, in chunks, its gradient formed while the loss is.
+
+Logits exist for one chunk of answer positions at a time. Each chunk's gradient with respect to its hidden states
+(and an adapted output head) is taken at once, so that nothing of size [tokens, vocabulary] is ever kept for a
+backward pass and no logit is computed twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlora_jax.adapters import AdapterParam, RankProfile, fold_where_cheaper
+
+
+class AnswerBatch(TypedDict):
+    """One micro-batch. B rows of T tokens with up to A answer tokens each; a step stacks M of them in front.
+
+    Attributes:
+      tokens: [B, T] int32, right-padded.
+      positions: [B, A] int32, the index whose hidden state predicts the answer token; or, with [A] for all three,
+        positions of the whole batch, the rows counted one after the other.
+      targets: [B, A] int32, the answer token.
+      weights: [B, A] float32, 1 for an answer token, 0 for padding.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities of targets [...] under logits [..., V], in the dtype of the logits."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _is_likeliest(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Whether targets [...] are the first of the largest logits [..., V]: on a CPU much faster than `argmax`."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1]) < targets[..., None]
+    return ~jnp.any(~(logits <= chosen) | (earlier & (logits == chosen)), axis=-1)
+
+
+def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int) -> jax.Array:
+    """Sum over answer tokens of weight times negative log-likelihood, in nats.
+
+    Differentiable with respect to `adapter`, an adapted `lm_head` included, and to profiles; of `lm_head` to those per
+    example or token only.
+
+    Args:
+      graphdef: with the next three, what `mlora_jax.split` returned for an adapted `Decoder`.
+      base: frozen tree.
+      adapter: trained tree.
+      profile: profile tree; one profile, or one per example [B, R] or token [B, T, R] (`set_profile`).
+      batch: one micro-batch.
+      chunk: how many answer positions have logits at one time, at least 1.
+
+    Returns:
+      float32 scalar (float64 for a float64 model).
+
+    Raises:
+      ValueError: a profile per example or token that is not one for this batch.
+    """
+    model = nnx.merge(graphdef, base, adapter, profile)
+    asked = (_answer_states(model, batch), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
+    chunks = [_in_chunks(x, chunk) for x in asked]
+    graphdef, head, rest, profiles = _split_head(model, batch, chunk)
+    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, *chunks)
+
+
+def answer_scores(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int, layout=None) -> tuple:
+    """How likely every answer token is, and whether it is the likeliest; arguments as `answer_loss`.
+
+    Args:
+      layout: further arguments of `Decoder.hidden` for rows that hold several texts.
+
+    Returns:
+      Log-likelihoods in nats, and whether the target is the first of the largest logits, in the shape of the targets.
+      Padding gets values too.
+    """
+    model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, profile))
+    targets = batch["targets"].reshape(-1)
+    chunk = -(-targets.size // -(-targets.size // chunk))  # even ones: little padding in the last
+    chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch, **(layout or {})), targets)]
+    graphdef, head, rest, profiles = _split_head(model, batch, chunk)
+
+    def one(xs):
+        profiles, hidden, targets = xs
+        logits = nnx.merge(graphdef, head, rest, profiles).head(hidden)
+        return token_log_likelihood(logits, targets), _is_likeliest(logits, targets)
+
+    shape = batch["targets"].shape
+    return tuple(
+        values.reshape(-1)[: batch["targets"].size].reshape(shape) for values in jax.lax.map(one, (profiles, *chunks))
+    )
+
+
+def _split_head(model, batch: AnswerBatch, chunk: int) -> tuple:
+    """(graphdef, factors of the head, all else, profiles of the head that differ between positions, in chunks)."""
+
+    def differs(path, node):  # [B, R] or [B, T, R]: it must follow the positions that a chunk takes
+        return isinstance(node, RankProfile) and "lm_head" in path and node[...].ndim > 1
+
+    def gather(p):
+        rows = batch["tokens"].shape
+        if p.shape[:-1] != rows[: p.ndim - 1]:
+            raise ValueError(f"the profile of lm_head has shape {p.shape}, but the batch has {rows} tokens")
+        if p.ndim == 2:
+            p = jnp.broadcast_to(p[:, None], (*rows, p.shape[-1]))
+        return _in_chunks(_at_answers(p, batch), chunk)  # [chunks, chunk, R]
+
+    factors = nnx.All(AdapterParam, nnx.PathContains("lm_head"))
+    graphdef, head, profiles, rest = nnx.split(model, factors, differs, ...)
+    return graphdef, head, rest, jax.tree.map(gather, profiles)
+
+
+def _answer_states(model, batch: AnswerBatch, **layout) -> jax.Array:
+    return _at_answers(model.hidden(batch["tokens"], **layout), batch)
+
+
+def _at_answers(x: jax.Array, batch: AnswerBatch) -> jax.Array:
+    """[B, T, D] at the answer positions: [B A, D], or [A, D]."""
+    if batch["positions"].ndim == 1:
+        return x.reshape(-1, x.shape[-1])[batch["positions"]]
+    return jnp.take_along_axis(x, batch["positions"][..., None], axis=1).reshape(-1, x.shape[-1])
+
+
+def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[N, ...] as [chunks, chunk, ...], zeros at the end."""
+    chunk = min(chunk, len(x))
+    x = jnp.pad(x, [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _chunk_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax.Array:
+    logits = nnx.merge(graphdef, head, rest, profiles).head(hidden)  # [chunk, V]
+    return -jnp.sum(weights.astype(logits.dtype) * token_log_likelihood(logits, targets))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax.Array:
+    """The loss over hidden [chunks, chunk, D], targets and weights [chunks, chunk]; profiles [chunks, chunk, R]."""
+    losses = jax.lax.map(lambda xs: _chunk_loss(graphdef, head, rest, *xs), (profiles, hidden, targets, weights))
+    return jnp.sum(losses)
+
+
+def _forward(graphdef, head, rest, profiles, hidden, targets, weights):
+    gradient = jax.value_and_grad(functools.partial(_chunk_loss, graphdef), argnums=(0, 2, 3))
+
+    def one(head_gradient: Any, xs):
+        loss, (d_head, *d_others) = gradient(head, rest, *xs)
+        return jax.tree.map(jnp.add, head_gradient, d_head), (loss, d_others)
+
+    start = jax.tree.map(jnp.zeros_like, head)
+    d_head, (losses, (d_profiles, d_hidden)) = jax.lax.scan(one, start, (profiles, hidden, targets, weights))
+    return jnp.sum(losses), (d_head, d_profiles, d_hidden)
+
+
+def _backward(graphdef, residuals, g):
+    d_head, d_profiles, d_hidden = jax.tree.map(lambda x: (x * g).astype(x.dtype), residuals)
+    return d_head, None, d_profiles, d_hidden, None, None
+
+
+_chunked_loss.defvjp(_forward, _backward)

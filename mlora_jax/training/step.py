@@ -1,0 +1,182 @@
+"""One training step of one trial, as a pure function of arrays."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlora_jax.adapters import set_dropout_key, set_profile
+from mlora_jax.core.policies import Draw
+from mlora_jax.core.product import scale_ranks
+from mlora_jax.training.objective import AnswerBatch, answer_loss
+
+SHARDS = "shards"  # the name of the axis over parts of the rows
+
+
+class Schedule(NamedTuple):
+    """Traced numbers that may differ between trials of one executable.
+
+    Attributes:
+      learning_rate: peak learning rate, scalar.
+      warmup_steps: steps of linear warm-up from zero, scalar.
+      total_steps: the step at which the learning rate is zero, scalar.
+    """
+
+    learning_rate: Any
+    warmup_steps: Any
+    total_steps: Any
+
+
+class TrialState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      adapter: tree of factors, fp32 (or fp64) masters.
+      optimizer: the optax state.
+      step: int32 scalar, the number of finished steps.
+      finite: bool scalar; False from the first step on whose loss, gradient or new adapter is not finite. Such a
+        trial is frozen: adapter, optimizer and step stay what they were before that step.
+      stopped: bool scalar; True freezes a trial that has been trained enough.
+    """
+
+    adapter: Any
+    optimizer: Any
+    step: jax.Array
+    finite: jax.Array
+    stopped: jax.Array
+
+
+def learning_rate_at(schedule: Schedule, step) -> jax.Array:
+    """Linear warm-up, then linear decay to zero.
+
+    ``peak * step / warmup`` before the end of the warm-up, then ``peak * (total - step) / (total - warmup)``.
+
+    Args:
+      schedule: peak and lengths.
+      step: the number of finished steps.
+
+    Source: `get_linear_schedule_with_warmup` of Hugging Face transformers.
+
+    >>> [float(learning_rate_at(Schedule(1.0, 2, 6), step)) for step in (0, 1, 2, 4, 6)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    peak, warmup, total = (jnp.asarray(x, float) for x in schedule)
+    step = jnp.asarray(step, float)
+    rising = step / jnp.maximum(warmup, 1.0)
+    falling = (total - step) / jnp.maximum(total - warmup, 1.0)
+    return peak * jnp.where(step < warmup, rising, jnp.clip(falling, 0.0, 1.0))
+
+
+def make_optimizer(
+    *, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the step applies because it is data.
+
+    Args:
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      epsilon: added to the root of the second moment.
+      weight_decay: decoupled decay, multiplied by the learning rate.
+      clip: largest global gradient norm; 0 turns clipping off.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+    )
+
+
+def init_state(adapter, optimizer: optax.GradientTransformation) -> TrialState:
+    """The state before the first step."""
+    no = jnp.zeros((), bool)
+    return TrialState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32), finite=~no, stopped=no)
+
+
+def train_step(
+    graphdef,
+    optimizer: optax.GradientTransformation,
+    chunk: int,
+    base,
+    profile,
+    state: TrialState,
+    batch: AnswerBatch,
+    draw: Draw,
+    schedule: Schedule,
+    dropout_key: jax.Array,
+    *,
+    sharded: bool = False,
+) -> tuple[TrialState, dict[str, jax.Array]]:
+    """One optimizer step: M micro-batches, N profiles each.
+
+    The loss is the mean over the answer tokens of all M micro-batches, and the weighted mean over the N profiles, so
+    accumulation changes memory and not the result. Pure; `jax.jit` it with the first three arguments static,
+    `jax.vmap` it over trials.
+
+    Args:
+      graphdef: of the adapted decoder in training mode.
+      optimizer: from `make_optimizer`.
+      chunk: answer positions with logits at one time.
+      base: frozen tree.
+      profile: profile tree; its values are replaced by the draw's.
+      state: adapter, optimizer state and step.
+      batch: arrays with a leading M.
+      draw: profiles [M, N, E, R] with E one or B, update_mask [R], loss_weights [N].
+      schedule: learning rate and lengths.
+      dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
+      sharded: whether this is mapped over parts of the rows, by an axis of the name `SHARDS`: gradients are summed over
+        it once, after all micro-batches, and the result is the same in every part.
+
+    Returns:
+      The next state, and scalars: loss [nats per answer token], gradient_norm (before clipping),
+      learning_rate and finite (bool).
+    """
+    total = functools.partial(jax.lax.psum, axis_name=SHARDS) if sharded else lambda tree: tree
+    answers = jnp.maximum(total(jnp.sum(batch["weights"])), 1.0)
+    count = draw.profiles.shape[1]
+
+    def loss_under(adapter, micro_batch, p, weight, key):
+        shared = p.shape[0] == 1  # [E, R]
+        values = set_profile(profile, p[0] if shared else p, per_example=not shared)
+        values = set_dropout_key(values, key)
+        nats = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
+        return nats * (weight / answers).astype(nats.dtype)
+
+    def add_profile(carry, xs):
+        loss, gradient = jax.value_and_grad(loss_under)(state.adapter, *xs)
+        return jax.tree.map(jnp.add, carry, (loss.astype(carry[0].dtype), gradient)), None
+
+    def add_micro_batch(carry, xs):
+        micro_batch, profiles, key = xs
+        keys = jax.random.split(key, count)
+        each = (profiles, draw.loss_weights, keys)
+        return jax.lax.scan(lambda c, x: add_profile(c, (micro_batch, *x)), carry, each)[0], None
+
+    zero = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter))
+    key = jax.random.fold_in(dropout_key, state.step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(SHARDS)) if sharded else key
+    keys = jax.random.split(key, draw.profiles.shape[0])
+    (loss, gradient), _ = jax.lax.scan(add_micro_batch, zero, (batch, draw.profiles, keys))
+    loss, gradient = total((loss, gradient))
+
+    gradient = scale_ranks(gradient, draw.update_mask)
+    rate = learning_rate_at(schedule, state.step)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
+    # Masked again: a column that may not move has momentum from the steps in which it could.
+    updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.update_mask))
+    adapter = optax.apply_updates(state.adapter, updates)
+    norm = optax.tree.norm(gradient)
+    # The adapter too: no later step would notice what the last update broke.
+    whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])
+    finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm) & whole))
+    going = finite & ~state.stopped
+    adapter, optimizer_state, step = jax.tree.map(
+        lambda new, old: jnp.where(going, new, old),
+        (adapter, optimizer_state, state.step + 1),
+        (state.adapter, state.optimizer, state.step),
+    )
+    metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "finite": finite}
+    return TrialState(adapter, optimizer_state, step, finite, state.stopped), metrics

@@ -1,0 +1,858 @@
+"""The whole program on tiny models and data: what a run leaves behind, and that every config key does something."""
+
+import copy
+import csv
+import dataclasses
+import fcntl
+import json
+import math
+import pathlib
+import shutil
+import struct
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlora_jax import run
+from mlora_jax.config import DEFAULTS, expand_trials, resolve
+from mlora_jax.core import RankHierarchy
+from mlora_jax.evaluate.loading import load_adapted
+from mlora_jax.run.experiment import Experiment, StepTiming
+from mlora_jax.run.inputs import model_folder
+from mlora_jax.interop import export_peft
+from mlora_jax.run.readouts import read_out_trial
+from mlora_jax.report.folders import SPLITS
+from mlora_jax.run.train import train
+from mlora_jax.run.harness_tasks import readouts_of
+from mlora_jax.training.adapter_file import load_adapter
+from mlora_jax.training.records import read_json_lines
+from tests import test_run_tasks
+from tests.data.conftest import CHATML, write_tokenizer
+from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
+from tests.parallel import test_mesh
+from tests.study import test_queue
+from tests.tiny import write_checkpoint, write_jsonl, write_trec
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    return {
+        "root": root,
+        "model": str(write_checkpoint(root / "model")),
+        "other_model": str(write_checkpoint(root / "other_model", seed=5, num_layers=1)),
+        "raw": str(write_trec(root / "raw")),
+        "cache": str(root / "cache"),
+        "own": str(write_jsonl(root / "own.jsonl")),
+        "other": str(write_jsonl(root / "other.jsonl", rows=4, shift=100)),
+    }
+
+
+def choice_config(folders):
+    return {
+        "model": {"path": folders["model"]},
+        "data": {
+            "task": "trec",
+            "raw_dir": folders["raw"],
+            "cache_dir": folders["cache"],
+            "pad_multiple": 40,  # one shape, one compilation
+            "max_length": 96,
+        },
+        "adapter": {"targets": ("v_proj", "up_proj")},
+        "trials": {"rank": (4,), "learning_rate": (0.03,), "seed": (1,)},
+        "train": {"epochs": 2, "batch_size": 4, "log_every": 1},
+        "validation": {"holdout": 0.0},
+    }
+
+
+def own_config(folders):
+    config = choice_config(folders)
+    config["data"] |= {"task": "jsonl", "file": folders["own"]}
+    config["trials"]["method"] = ("lora",)
+    config["evaluation"] = {"max_new_tokens": 2, "readouts": {"lora": ("prefix",)}}
+    return config
+
+
+def with_key(config, name, value):
+    config = copy.deepcopy(config)
+    *groups, key = name.split(".")
+    at = config
+    for group in groups:
+        at = at.setdefault(group, {})
+    at[key] = value
+    return config
+
+
+def test_a_run_does_not_go_on_with_other_data(folders, tmp_path):
+    """Where the file was changed in between, or where another folder of raw data is named."""
+    rows = pathlib.Path(folders["own"]).read_text().splitlines(keepends=True)
+    (tmp_path / "own.jsonl").write_text("".join(rows))
+    config = with_key(own_config(folders), "data.file", str(tmp_path / "own.jsonl"))
+    first = train(config, tmp_path / "run").trials[0]
+    more = with_key(config, "trials.learning_rate", (0.03, 0.01))
+    (tmp_path / "own.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(ValueError, match=r"holds a run on other inputs: train rows.* changed since it began"):
+        train(more, tmp_path / "run")
+    (tmp_path / "own.jsonl").write_text("".join(rows))
+    assert train(more, tmp_path / "run").trials[0].curves == first.curves
+
+
+def test_a_run_does_not_go_on_with_another_base(folders, tmp_path):
+    """One number of one tensor changed in the same file."""
+    shutil.copytree(folders["model"], tmp_path / "model")
+    config = with_key(own_config(folders), "model.path", str(tmp_path / "model"))
+    train(config, tmp_path / "run")
+    file = tmp_path / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="holds a run on other inputs: base model changed since it began"):
+        train(with_key(config, "trials.learning_rate", (0.03, 0.01)), tmp_path / "run")
+
+
+def test_embeddings_and_a_bad_start_are_refused_before_anything_is_trained(folders, tmp_path):
+    for key, value, message in (
+        ("adapter.targets", (".*",), r"config.adapter.targets \('\.\*',\) take embed_tokens too, which is no linear"),
+        ("adapter.start_from", str(tmp_path / "nowhere"), "nowhere is not the folder of a PEFT adapter"),
+        ("evaluation.raw_dir", str(tmp_path / "nowhere"), "there is no folder .*nowhere .config.evaluation.raw_dir"),
+    ):
+        config = with_key(with_key(choice_config(folders), key, value), "evaluation.tasks", ("trec",))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(with_key(config, "train.trials_at_once", 0), tmp_path / "run")
+    train(choice_config(folders), tmp_path / "run")  # the folder takes the corrected config
+
+
+def test_a_task_that_there_is_not_is_found_before_anything_is_trained(folders, tmp_path):
+    config = with_key(choice_config(folders), "evaluation.tasks", ("arc_chalenge",))
+    with pytest.raises(ValueError, match=r"unknown task 'arc_chalenge' of config.evaluation.tasks; did you"):
+        train(config, tmp_path)
+    assert not (tmp_path / "batches.json").exists()
+
+
+CLOCKS = ("time", "tokens_per_second")
+
+
+def outcome(workdir):
+    """Everything a run wrote that does not depend on the clock or on how the folder is called."""
+    records = [
+        {k: v for k, v in record.items() if k not in CLOCKS}
+        for name in ("metrics.jsonl", "curves.jsonl")
+        for record in read_json_lines(workdir / name)
+    ]
+    adapters = {
+        path.parent.name: path.read_bytes() for path in sorted((workdir / "adapters").glob("*/adapter.safetensors"))
+    }
+    return records, adapters
+
+
+@pytest.fixture(scope="module")
+def first_run(folders, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("first")
+    train(choice_config(folders), workdir)
+    return outcome(workdir)
+
+
+def test_a_run_leaves_what_the_design_lists(folders, tmp_path):
+    config = choice_config(folders)
+    config["trials"] |= {"method": ("lora", "dylora", "matryoshka", "sandwich"), "seed": (1, 2), "rank": (6,)}
+    config["trials"]["scaling"] = ("sqrt",)
+    config["train"] |= {"accumulation": 2, "trials_at_once": 6}
+    results = train(config, tmp_path)
+    assert len(results.trials) == 8 and not any(result.failed for result in results.trials)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["train"]["clip"] == 1.0 and stored["trials"]["rank"] == [6]
+
+    metrics = read_json_lines(tmp_path / "metrics.jsonl")
+    assert len(metrics) == 8 * 6  # 12 questions, 2 epochs, 4 a step
+    assert all(math.isfinite(record["loss"]) for record in metrics)
+    one = [record for record in metrics if record["trial"] == "sandwich-r6-sqrt-lr0.03-seed2"]
+    first, last = one[0], one[-1]
+    assert [record["step"] for record in one] == [1, 2, 3, 4, 5, 6]
+    assert first["learning_rate"] == pytest.approx(0.03) and last["learning_rate"] == pytest.approx(0.03 / 6)
+
+    curves = read_json_lines(tmp_path / "curves.jsonl")
+    lora = [r for r in curves if r["trial"] == "lora-r6-sqrt-lr0.03-seed2"]
+    assert [(r["readout"], r["at_rank"]) for r in lora] == [
+        (readout, rank) for readout in ("prefix", "squeeze") for rank in (1, 2, 4, 6)
+    ]
+    assert all(r["items"] == 12 and 0 <= r["accuracy"] <= 1 for r in curves)
+    by_readout = {r["readout"]: r["accuracy"] for r in lora if r["at_rank"] == 6}
+    assert by_readout["prefix"] == by_readout["squeeze"]  # one function at full rank
+
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [(row["method"], row["readout"]) for row in rows] == [
+        ("lora", "prefix"),
+        ("lora", "squeeze"),
+        ("dylora", "prefix"),
+        ("matryoshka", "prefix"),
+        ("matryoshka", "nested"),
+        ("matryoshka", "masked"),
+        ("sandwich", "prefix"),
+    ]
+    assert {row["seeds"] for row in rows} == {"1 2"}
+    assert "| lora + squeeze |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "adapters").glob("*/adapter.safetensors"))) == 8
+
+
+def test_no_compilation_per_rank_or_method(folders, tmp_path):
+    config = choice_config(folders)
+    config["trials"] |= {
+        "method": ("lora", "dylora", "dylora_original", "dylora_frozen", "matryoshka", "sandwich", "matryoshka_exact"),
+        "learning_rate": (0.03, 0.01),
+    }
+    config["report"] = {"choose_on": "test"}
+    config["train"] |= {"batch_size": 12, "trials_at_once": 5}  # all rows in every step: one shape
+    compilations = train(config, tmp_path).compilations
+    # S = (1, 2, 4): one profile a step for five methods, three for sandwich and matryoshka_exact.
+    assert compilations == {"train": 2, "evaluation": 1}
+
+
+def test_the_same_config_gives_the_same_bits(folders, first_run, tmp_path):
+    train(choice_config(folders), tmp_path)
+    assert outcome(tmp_path) == first_run
+
+
+def test_a_diverging_trial_fails_and_the_others_go_on(folders, tmp_path):
+    config = with_key(choice_config(folders), "trials.learning_rate", (3e38, 0.03))
+    config["train"] |= {"clip": 0.0, "trials_at_once": 2}
+    config["report"] = {"choose_on": "test"}
+    results = train(config, tmp_path)
+    assert [result.failed for result in results.trials] == [True, False]
+    description = json.loads((results.trials[0].adapter / "adapter.json").read_text())
+    assert description["finite"] is False
+    text = (tmp_path / "table.md").read_text()
+    assert f"Failed, the loss is not finite: {results.trials[0].trial.name}." in text
+    assert "| matryoshka | 0.03 |" in text
+
+
+# Every key, and a value that must change what a run leaves. Keys that change shape or speed alone say so below.
+CHANGES = {
+    "model.path": lambda f: f["other_model"],
+    "model.dtype": lambda f: "bfloat16",
+    "model.quantization": lambda f: "int8",
+    "data.task": None,  # test_own_data_key, as the keys that only own data has
+    "data.max_length": lambda f: 28,
+    "data.limit": lambda f: 8,
+    "data.overflow": None,
+    "data.pad_multiple": None,
+    "adapter.targets": lambda f: ("v_proj",),
+    "adapter.init": lambda f: "fan_in",
+    "adapter.dropout": lambda f: 0.5,
+    "adapter.ranks": lambda f: (1, 4),
+    "trials.method": lambda f: ("dylora",),
+    "trials.learning_rate": lambda f: (0.01,),
+    "trials.seed": lambda f: (2,),
+    "trials.scaling": lambda f: ("rank",),
+    "trials.rank": lambda f: (3,),
+    "trials.weights": lambda f: ((3.0, 1.0, 1.0),),
+    "train.epochs": lambda f: 3,
+    "train.batch_size": lambda f: 6,
+    "train.accumulation": lambda f: 2,
+    "train.warmup_steps": lambda f: 3,
+    "train.beta1": lambda f: 0.5,
+    "train.beta2": lambda f: 0.9,
+    "train.epsilon": lambda f: 1e-2,
+    "train.weight_decay": lambda f: 0.5,
+    "train.clip": lambda f: 0.01,
+    "train.log_every": lambda f: 2,
+    "trials.list": lambda f: ({"method": "dylora"},),
+    "validation.holdout": lambda f: 0.3,
+    "evaluation.limit": lambda f: 5,
+    "evaluation.readouts.matryoshka": lambda f: ("prefix",),
+}
+ELSEWHERE = {
+    "train.loss_chunk": "test_keys_of_the_program",
+    "train.remat": "test_keys_of_the_program",
+    "evaluation.batch_size": "test_keys_of_the_program",
+    "data.pad_multiple": "test_keys_of_the_program",
+    "data.task": "test_keys_of_own_data",
+    "data.overflow": "test_overflow",
+    "data.raw_dir": "test_keys_of_places",
+    "data.cache_dir": "test_keys_of_places",
+    "data.style": "test_key_of_the_style",
+    "adapter.start_from": "test_key_of_the_start",
+    "data.file": "test_keys_of_own_data",
+    "data.evaluation_file": "test_keys_of_own_data",
+    "data.holdout": "test_keys_of_own_data",
+    "evaluation.max_new_tokens": "test_key_of_the_answers_length",
+    "train.trials_at_once": "test_keys_of_the_batches",
+    "train.memory_gib": "test_keys_of_the_batches",
+    "validation.limit": "test_keys_of_validation",
+    "validation.every": "test_keys_of_validation",
+    "validation.measure": "test_keys_of_validation",
+    "validation.keep": "test_keys_of_validation",
+    "validation.patience": "test_keys_of_validation",
+    "checkpoint.every": "test_keys_of_checkpoints",
+    "checkpoint.keep": "test_keys_of_checkpoints",
+    "records.tensorboard": "test_tensorboard",
+    "records.wandb_project": "test_weights_and_biases",
+    "report.choose_on": "test_key_of_the_report",
+    "evaluation.tasks": "test_a_further_task_is_measured_without_training_again",
+    "evaluation.raw_dir": "test_a_task_without_local_data_is_told",
+    "calibration.steps": "test_keys_of_calibration",
+    "calibration.learning_rate": "test_keys_of_calibration",
+    "calibration.batches": "test_keys_of_calibration",
+    **{f"study.{key}": "test_keys_of_the_study" for key in DEFAULTS["study"]},
+    **{f"parallel.{key}": "test_keys_of_the_mesh" for key in ("trial", "data", "fsdp", "tensor", "engine")},
+    **{
+        f"parallel.{key}": "test_keys_of_the_processes"
+        for key in ("distributed", "coordinator_address", "num_processes", "process_id")
+    },
+}
+
+
+def all_keys(group=DEFAULTS, path=""):
+    for key, value in group.items():
+        yield from all_keys(value, f"{path}{key}.") if isinstance(value, dict) else (f"{path}{key}",)
+
+
+def test_every_key_has_a_test():
+    readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
+    tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
+    assert tested == set(all_keys())
+    homes = (sys.modules[__name__], test_run_tasks, test_queue, test_mesh)
+    assert all(any(hasattr(home, test) for home in homes) for test in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("name", [name for name, value in CHANGES.items() if value])
+def test_key_changes_the_outcome(folders, first_run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run, "write_report", lambda folder: None)  # figures take long and are not compared
+    config = with_key(choice_config(folders), name, CHANGES[name](folders))
+    if name == "data.max_length":
+        config["data"]["overflow"] = "drop"
+    train(config, tmp_path)
+    records, adapters = outcome(tmp_path)
+    if name in ("evaluation.limit", "evaluation.readouts.matryoshka", "adapter.ranks", "train.log_every"):
+        assert records != first_run[0]
+    else:
+        assert list(adapters.values()) != list(first_run[1].values())
+
+
+def test_the_learning_rate_of_a_method_with_phases(folders, tmp_path, monkeypatch):
+    """It falls to zero over the run, or with "restart" in every phase; a warm-up is that of the run."""
+    monkeypatch.setattr(run, "write_report", lambda folder: None)
+    config = choice_config(folders)
+    phases = (("lora", 0.5), ("per_example", 0.5))
+    config["methods"] = {"on": phases, "anew": (*phases, "restart")}
+    config["trials"] |= {"method": ("on", "anew"), "rank": (3,), "scaling": ("rank",)}
+    config["train"] |= {"accumulation": 2, "warmup_steps": 1, "trials_at_once": 2}
+    on, anew = train(config, tmp_path).trials
+    rates = {"on": [0, 5, 4, 3, 2, 1], "anew": [0, 2, 1, 3, 2, 1]}  # 3, 2, 1 of 3 from step 3 on
+    for name, of in (("on", 5), ("anew", 0)):
+        records = [r for r in read_json_lines(tmp_path / "metrics.jsonl") if r["trial"].startswith(f"{name}-")]
+        wanted = [0.03 * rate / (of or (2 if step < 3 else 3)) for step, rate in enumerate(rates[name])]
+        np.testing.assert_allclose([record["learning_rate"] for record in records], wanted, rtol=1e-5, atol=1e-9)
+    files = [load_file(trial.adapter / "adapter.safetensors") for trial in (on, anew)]
+    assert all(np.any(files[0][key] != files[1][key]) for key in files[0])
+
+
+def test_keys_of_calibration(folders, first_run, tmp_path):
+    """The read-outs that look at training data, of the adapter that the first run trained."""
+    config = choice_config(folders)
+    trained = train(config, tmp_path).trials[0]
+
+    def found(readout, **changed):
+        experiment = Experiment.load(resolve(config | {"calibration": changed}))
+        adapter, hierarchy, _ = load_adapter(trained.adapter, experiment.adapted(4).adapter)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        read = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
+        again = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
+        np.testing.assert_array_equal(np.stack([*read.profiles.values()]), np.stack([*again.profiles.values()]))
+        # What is on disk for other commands is the same.
+        shutil.copytree(trained.adapter, folder, dirs_exist_ok=True)
+        for rank, p in read.profiles.items():
+            loaded = load_adapted(checkpoint=config["model"]["path"], adapter=folder, rank=rank, readout=readout)
+            np.testing.assert_array_equal(loaded.p, p)
+        jax.tree.map(np.testing.assert_array_equal, loaded.adapter, read.adapter)
+        return np.stack([*read.profiles.values()]), np.asarray(jax.tree.leaves(read.adapter)[0])
+
+    fitted, same = found("calibrated", steps=3)
+    assert np.array_equal(fitted != 0, np.arange(4) < np.array([[1], [2], [4]]))
+    assert not np.allclose(fitted, found("calibrated", steps=4)[0])
+    assert not np.allclose(fitted, found("calibrated", steps=3, learning_rate=0.01)[0])
+    profiles, squeezed = found("squeeze_inputs", batches=1)
+    assert set(np.unique(profiles)) == {0.0, 1.0} and not np.allclose(squeezed, same)
+    assert not np.allclose(squeezed, found("squeeze_inputs", batches=2)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", DEFAULTS["evaluation"]["readouts"])
+def test_readouts_of_every_method(folders, method):
+    config = resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("masked", "squeeze")))
+    trial, other = (dataclasses.replace(expand_trials(config)[0], method=name) for name in (method, "mine"))
+    assert readouts_of(config, trial) == ("masked", "squeeze") and readouts_of(config, other) == ("prefix",)
+    with pytest.raises(ValueError, match=f"unknown read-out 'middle' in config.evaluation.readouts.{method}"):
+        resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("middle",)))
+
+
+def test_key_of_the_start(folders, tmp_path):
+    """Under its own training profile, each trial begins with the function of the PEFT adapter."""
+    random = np.random.default_rng(0)
+    factors = {
+        "layers.self_attn.v_proj": {"a": random.normal(size=(2, 16, 3)), "b": random.normal(size=(2, 3, 8))},
+        "layers.mlp.up_proj": {"a": random.normal(size=(2, 16, 3)), "b": random.normal(size=(2, 3, 24))},
+    }
+    factors = {path: {k: v.astype(np.float32) for k, v in pair.items()} for path, pair in factors.items()}
+    folder = export_peft(tmp_path / "start", factors, RankHierarchy((3,)), 3, base_model=folders["model"])
+    config = with_key(choice_config(folders), "adapter.start_from", str(folder))
+    config["trials"] |= {"method": ("lora", "matryoshka"), "scaling": ("sqrt",), "seed": (1, 2)}
+    experiment = Experiment.load(resolve(config))
+    trials = expand_trials(experiment.config)
+    adapters = experiment.start(trials)[0].adapter
+    profiles = {"lora": profile_lora((1, 2, 4), "sqrt"), "matryoshka": profile_matryoshka((1, 2, 4), "sqrt")}
+    for path, pair in factors.items():
+        node = adapters
+        for part in path.split("."):
+            node = node[part]
+        a, b = np.asarray(node["a"][...]), np.asarray(node["b"][...])  # [K, L, D, R], [K, L, R, F]
+        for number, trial in enumerate(trials):
+            np.testing.assert_allclose(
+                (a * profiles[trial.method])[number] @ b[number], pair["a"] @ pair["b"], atol=1e-5
+            )
+        assert (a[0, ..., 3] != a[1, ..., 3]).all()  # what the file does not have is each seed's own
+    config["trials"]["rank"] = (2,)
+    with pytest.raises(ValueError, match="has rank 3, above the rank 2 to train: raise that"):
+        experiment = Experiment.load(resolve(config))
+        experiment.start(expand_trials(experiment.config))
+
+
+def program(config, tmp_path, monkeypatch):
+    """The shapes and texts of what a run compiles."""
+    from mlora_jax import experiment
+
+    seen = {}
+
+    class Spy(experiment.TrialsStep):
+        def __call__(self, *arguments):
+            seen.setdefault("train", self.compile(*arguments).as_text())
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(experiment, "TrialsStep", Spy)
+
+    class SpyScorer(experiment.Scorer):
+        def prepare(self, requests):
+            prepared = super().prepare(requests)
+            seen["evaluation"] = [batch["tokens"].shape for batch in prepared.batches]
+            return prepared
+
+    monkeypatch.setattr(experiment, "Scorer", SpyScorer)
+    train(config, tmp_path)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "where"),
+    [
+        ("train.loss_chunk", 3, "train"),
+        ("train.remat", True, "train"),
+        ("evaluation.batch_size", 5, "evaluation"),
+        ("data.pad_multiple", 24, "train"),
+    ],
+)
+def test_keys_of_the_program(folders, tmp_path, monkeypatch, name, value, where):
+    """These change how the same numbers are computed."""
+    config = with_key(choice_config(folders), "train.epochs", 1)
+    before = program(config, tmp_path / "before", monkeypatch)
+    monkeypatch.undo()
+    after = program(with_key(config, name, value), tmp_path / "after", monkeypatch)
+    assert before[where] != after[where]
+    losses = [
+        [record["loss"] for record in read_json_lines(tmp_path / run / "metrics.jsonl")] for run in ("before", "after")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def trials_of(folders, **trials):
+    config = choice_config(folders)
+    config["trials"] |= trials
+    return config
+
+
+def test_keys_of_the_batches(folders, tmp_path, monkeypatch):
+    """How many trials train at once changes batches and compilations, and next to nothing else."""
+    # On a CPU what is faster decides: here all at once. The clock of a busy machine may say otherwise.
+    monkeypatch.setattr(Experiment, "time_steps", lambda self, trials, steps: StepTiming(1, 1.0))
+    config = trials_of(folders, method=("lora", "dylora"), seed=(1, 2, 3), learning_rate=(1e-3,), rank=(6,))
+    config["train"] |= {"epochs": 7, "accumulation": 2}  # 21 steps
+    sizes, adapters = {}, {}
+    for name, changes in {
+        "auto": {},
+        "one": {"trials_at_once": 1},
+        "four": {"trials_at_once": 4},
+        "little memory": {"memory_gib": 0.002},
+    }.items():
+        train({**config, "train": config["train"] | changes}, tmp_path / name)
+        batches = json.loads((tmp_path / name / "batches.json").read_text())["batches"]
+        sizes[name] = [(len(batch["trials"]), batch["slots"]) for batch in batches]
+        adapters[name] = {
+            path.parent.name: load_file(path) for path in (tmp_path / name).glob("adapters/*/adapter.safetensors")
+        }
+    assert sizes["auto"] == [(6, 6)] and sizes["one"] == [(1, 1)] * 6 and sizes["four"] == [(3, 3)] * 2
+    assert 1 < len(sizes["little memory"]) <= 6
+    for name in ("auto", "four", "little memory"):
+        for trial, alone in adapters["one"].items():
+            assert relative_difference(alone, adapters[name][trial]) < 1e-5, (name, trial)
+    with pytest.raises(ValueError, match=r"one trial needs .* GiB and the limit is 0\.00 GiB: raise config\.train"):
+        train({**config, "train": config["train"] | {"memory_gib": 1e-6}}, tmp_path / "none")
+
+
+def relative_difference(one, other):
+    """Relative L2 norm of the difference of two adapters."""
+    assert one.keys() == other.keys()
+    norm = lambda tensors: math.sqrt(sum(float(np.sum(np.square(t, dtype=np.float64))) for t in tensors))  # noqa: E731
+    return norm([one[name] - other[name] for name in one]) / norm(one.values())
+
+
+def test_order_and_company_change_nothing(folders, tmp_path):
+    """The same trial first or last, among others or not."""
+    config = trials_of(folders, learning_rate=(1e-3,), rank=(6,), scaling=("sqrt",))
+    config["train"] |= {"epochs": 7, "accumulation": 2, "trials_at_once": 3}
+    ours = {"method": "dylora", "seed": 5}
+    found = []
+    for number, entries in enumerate(
+        [(ours,), (ours, {"method": "lora", "seed": (6, 7)}), ({"method": ("matryoshka", "lora"), "seed": 7}, ours)]
+    ):
+        config["trials"]["list"] = entries
+        train(config, tmp_path / str(number))
+        metrics = read_json_lines(tmp_path / str(number) / "metrics.jsonl")
+        name = "dylora-r6-sqrt-lr0.001-seed5"
+        found.append(load_file(tmp_path / str(number) / "adapters" / name / "adapter.safetensors"))
+        assert len([record for record in metrics if record["trial"] == name]) == 21
+    assert relative_difference(found[0], found[1]) < 1e-5 and relative_difference(found[0], found[2]) < 1e-5
+
+
+def test_keys_of_validation(folders, tmp_path, monkeypatch):
+    config = trials_of(folders, method=("lora",), learning_rate=(0.3,))
+    config["train"] |= {"epochs": 8}
+    config["validation"] = {"holdout": 0.25, "every": 2}
+    steps = 18  # nine rows, eight epochs, four a step
+
+    def run(name, **changes):
+        train({**config, "validation": config["validation"] | changes}, tmp_path / name)
+        records, adapters = outcome(tmp_path / name)
+        seen = [r for r in records if any(key.startswith("validation_") for key in r)]
+        losses = [r for r in records if "loss" in r]
+        items = {r["items"] for r in records if r.get("split") == "validation"}
+        return seen, losses, items, adapters
+
+    seen, losses, items, last = run("aurac")
+    assert [r["step"] for r in seen] == list(range(2, steps + 1, 2)) and len(losses) == steps and items == {3}
+    assert all(0 <= r["validation_aurac"] <= 1 for r in seen)
+    assert run("limit", limit=2)[2] == {2}
+    assert [r["step"] for r in run("every", every=5)[0]] == [5, 10, 15, 18]
+
+    by_loss = run("loss", measure="loss")
+    assert by_loss[3] == last and all(0 < r["validation_loss"] < 20 for r in by_loss[0])
+    assert len({r["validation_loss"] for r in by_loss[0]}) == 9
+
+    from mlora_jax import run as module
+
+    def described(name):
+        return json.loads((tmp_path / name / "adapters/lora-r4-none-lr0.3-seed1/adapter.json").read_text())
+
+    for name, changes in {"best": {"keep": "best"}, "patience": {"keep": "best", "patience": 3}}.items():
+        losses = iter([5.0, 3.0, 4.0, 3.5, 3.25, 7.0, 8.0, 9.0, 10.0])
+        monkeypatch.setattr(module, "_score", lambda *arguments, losses=losses: next(losses))
+        seen, steps_logged, _, adapters = run(name, measure="loss", **changes)
+        assert described(name)["best"] == {"step": 4, "score": -3.0}
+        assert adapters != last  # the best is not the last
+        trained = 10 if name == "patience" else steps  # the fifth validation is the third without a better one
+        assert described(name)["steps"] == len(steps_logged) == seen[-1]["step"] == trained
+    with pytest.raises(ValueError, match=r"config\.validation\.patience needs validations while training"):
+        resolve({"validation": {"patience": 2}})
+    with pytest.raises(ValueError, match=r"validation\.every needs rows to validate on"):
+        train({**config, "validation": {"holdout": 0.0, "every": 2}}, tmp_path / "no rows")
+
+
+def test_validation_rows_that_are_too_long_for_their_loss_are_told(folders):
+    config = with_key(choice_config(folders), "data.overflow", "truncate")
+    config["validation"] = {"holdout": 0.5, "every": 2, "measure": "loss"}
+    lengths = sorted(len(example.tokens) for example in Experiment.load(resolve(config)).validation.examples)
+    assert len(lengths) == 6 and lengths[0] < lengths[-1]
+    over = sum(length > lengths[0] for length in lengths)
+    experiment = Experiment.load(resolve(with_key(config, "data.max_length", lengths[0])))
+    assert experiment.validation.dropped == over
+    assert f"6 ({over} too long for their loss) to validate on" in run._describe(experiment)
+    with pytest.raises(ValueError, match=r"validation: all 6 rows are over data\.max_length"):
+        Experiment.load(resolve(with_key(config, "data.max_length", lengths[0] - 1)))
+
+
+def test_keys_of_checkpoints(folders, tmp_path, monkeypatch):
+    from mlora_jax import run
+
+    seen, kept = [], []
+
+    class Spy(run.Checkpoints):
+        def __init__(self, folder, *, keep):
+            kept.append(keep)
+            super().__init__(folder, keep=keep)
+
+        def save(self, step, *arguments):
+            seen.append(step)
+            super().save(step, *arguments)
+
+    monkeypatch.setattr(run, "Checkpoints", Spy)
+    config = choice_config(folders)
+    for number, group in enumerate(({"every": 0}, {"every": 4, "keep": 1})):
+        train({**config, "checkpoint": group}, tmp_path / str(number))
+    assert seen == [6, 4, 6] and kept == [2, 1]
+    assert outcome(tmp_path / "0") == outcome(tmp_path / "1")
+    assert not list((tmp_path / "1/checkpoints").iterdir())  # a finished trial needs none
+
+
+def scalars(file):
+    """(step, name, value) of every scalar in an event file: records of length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, found = file.read_bytes(), 0, []
+    while at < len(data):
+        (length,) = struct.unpack("<Q", data[at : at + 8])
+        event = Event.FromString(data[at + 12 : at + 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += 16 + length
+    return found
+
+
+def test_key_of_the_report(folders, tmp_path):
+    """Which split chooses the learning rate; changing it does not train anything again."""
+    config = trials_of(folders, learning_rate=(0.03, 0.01))
+    config["validation"] = {"holdout": 0.25}
+    train(config, tmp_path)
+    assert "this same test split" not in (tmp_path / "table.md").read_text()
+    results = train({**config, "report": {"choose_on": "test"}}, tmp_path)
+    assert results.compilations["train"] == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "this same test split, which flatters it" in text
+    assert (tmp_path / "learning_rates.png").stat().st_size > 10_000
+
+
+def test_one_process_at_a_time(folders, tmp_path):
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=f"another process is running in {tmp_path}"):
+            train(choice_config(folders), tmp_path)
+
+
+def test_tensorboard(folders, tmp_path):
+    config = with_key(choice_config(folders), "records.tensorboard", True)
+    train(config, tmp_path)
+    (file,) = tmp_path.glob("tensorboard/matryoshka-r4-none-lr0.03-seed1/events.*")
+    losses = [(r["step"], "loss", pytest.approx(r["loss"])) for r in read_json_lines(tmp_path / "metrics.jsonl")]
+    assert [scalar for scalar in scalars(file) if scalar[1] == "loss"] == losses
+    assert {name for _, name, _ in scalars(file)} >= {"gradient_norm", "learning_rate", "tokens_per_second"}
+
+
+def test_weights_and_biases(folders, tmp_path, monkeypatch):
+    config = with_key(choice_config(folders), "records.wandb_project", "nested")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"wandb_project='nested' needs wandb: pip install"):
+        train(config, tmp_path / "without")
+    seen = []
+
+    class Run:
+        def log(self, values, step):
+            seen.append((step, values["loss"]))
+
+        def finish(self):
+            seen.append({r["trial"] for r in read_json_lines(tmp_path / "with/curves.jsonl")})
+
+    class Wandb:
+        @staticmethod
+        def init(**options):
+            seen.append(options)
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    train(config, tmp_path / "with")
+    assert (seen[0]["project"], seen[0]["group"], seen[0]["resume"]) == ("nested", "with", "allow")
+    assert seen[0]["name"] == "matryoshka-r4-none-lr0.03-seed1" and seen[-1] == {"base"}  # before it is measured
+    assert seen[1:-1] == [(r["step"], r["loss"]) for r in read_json_lines(tmp_path / "with/metrics.jsonl")]
+
+
+def test_overflow(folders, tmp_path):
+    config = with_key(choice_config(folders), "data.max_length", 28)
+    with pytest.raises(ValueError, match=r"train row \d+ has \d+ tokens, more than the limit data\.max_length=28"):
+        train(config, tmp_path)
+    found = []
+    for overflow in ("drop", "truncate"):
+        train(with_key(config, "data.overflow", overflow), tmp_path / overflow)
+        found.append(outcome(tmp_path / overflow))
+    assert found[0] != found[1]
+    with pytest.raises(ValueError, match="'error', 'drop', 'truncate', got 'cut'"):
+        train(with_key(config, "data.overflow", "cut"), tmp_path)
+
+
+def test_keys_of_places(folders, tmp_path):
+    config = with_key(choice_config(folders), "data.cache_dir", str(tmp_path / "cache"))
+    train(config, tmp_path / "run")
+    assert list((tmp_path / "cache").glob("**/*.array_record*"))
+    other = tmp_path / "raw"
+    shutil.copytree(folders["raw"], other)
+    (other / "train_5500.label").write_text("HUM:ind Who else ?\n" * 5)
+    assert Experiment.load(resolve(config)).examples.kept == 12
+    moved = Experiment.load(resolve(with_key(config, "data.raw_dir", str(other)))).examples
+    assert moved.kept == 5 and len({example.tokens.tobytes() for example in moved.examples}) == 1
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(with_key(config, "data.raw_dir", str(tmp_path / "nowhere")), tmp_path / "nowhere run")
+
+
+def test_keys_of_own_data(folders, tmp_path):
+    """A JSONL file by one config value, and every key that belongs to it."""
+    config = own_config(folders)
+    found = {}
+    for name, value in {
+        "": None,  # as it is
+        "data.file": folders["other"],
+        "data.evaluation_file": folders["other"],
+        "data.holdout": 0.5,
+        "data.task": "trec",  # the file decides
+    }.items():
+        train(with_key(config, name, value) if name else config, tmp_path / name / "run")
+        records, adapters = outcome(tmp_path / name / "run")
+        found[name] = [r["items"] for r in records if "items" in r], adapters
+    assert found[""][0] == [2] * 4 and found["data.task"] == found[""]
+    assert found["data.file"][0] == [1] * 4 and found["data.evaluation_file"][0] == [4] * 4
+    assert found["data.holdout"][0] == [10] * 4
+    for name in ("data.file", "data.evaluation_file", "data.holdout"):  # other rows to train on
+        assert found[name][1].keys() == found[""][1].keys() and found[name][1] != found[""][1]
+    with pytest.raises(ValueError, match=r"unknown task 'treck'.*did you mean 'trec'"):
+        train(with_key(choice_config(folders), "data.task", "treck"), tmp_path / "task")
+
+
+def test_key_of_the_style(folders, tmp_path):
+    """The same chats, in the words of the model's template or in those of the plain style."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    write_tokenizer(model, bos=True, chat_template=CHATML)
+    chat = {"messages": [{"role": "user", "content": "How far ?"}, {"role": "assistant", "content": "48 miles"}]}
+    (tmp_path / "own.jsonl").write_text(f"{json.dumps(chat)}\n" * 2)
+    config = with_key(with_key(own_config(folders), "data.file", str(tmp_path / "own.jsonl")), "model.path", str(model))
+    texts = {}
+    for style in ("", "chat-template", "plain-chat"):
+        experiment = Experiment.load(resolve(with_key(config, "data.style", style)))
+        tokens = experiment.examples.examples[0].tokens
+        texts[style] = experiment.tokenizer.decode(tokens, skip_special_tokens=False)
+    template = "<|im_start|>user\nHow far ?<|im_end|>\n<|im_start|>assistant\n48 miles<|im_end|>\n"
+    assert texts[""] == texts["chat-template"] == f"<s>{template}"
+    assert texts["plain-chat"] == "<s>### User:\nHow far ?\n\n### Assistant:\n48 miles</s>"
+    with pytest.raises(ValueError, match="unknown style 'poem'"):
+        train(with_key(config, "data.style", "poem"), tmp_path / "style")
+
+
+def test_key_of_the_answers_length(folders):
+    """The tokens that are made for an answer at most."""
+    lengths = {}
+    for new in (2, 5):
+        experiment = Experiment.load(resolve(with_key(own_config(folders), "evaluation.max_new_tokens", new)))
+        adapted = experiment.adapted(4)
+        lengths[new] = adapted.evaluators["test"].run_batch(0, adapted.adapter, np.zeros(4, np.float32)).shape[1]
+    assert lengths == {2: 2, 5: 5}
+
+
+def test_bad_models(folders, tmp_path):
+    config = choice_config(folders)
+    with pytest.raises(ValueError, match=r"config\.model\.path is not set"):
+        train(with_key(config, "model.path", ""), tmp_path / "1")
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        train(with_key(config, "model.path", "no-such-model"), tmp_path / "2")
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+        train(with_key(config, "model.dtype", "float64"), tmp_path / "3")
+    with pytest.raises(ValueError, match="target 'q_prj' matches no linear layer; did you mean 'q_proj'"):
+        train(with_key(config, "adapter.targets", ("q_prj",)), tmp_path / "4")
+
+
+def test_items_that_are_cut_are_counted_and_told(folders, tmp_path, capsys):
+    config = choice_config(folders)
+    config["validation"]["holdout"] = 0.25
+    config["trials"]["method"] = ("lora",)
+    found = {}
+    for length in (96, 36):
+        config["data"] |= {"max_length": length, "overflow": "truncate"}
+        train(config, tmp_path / str(length))
+        records = read_json_lines(tmp_path / str(length) / "curves.jsonl")
+        found[length] = {split: {r["truncated"] for r in records if r["split"] == split} for split in SPLITS}
+        told = capsys.readouterr()
+        assert ("items cut on the left" in told.out + told.err) == (length == 36)
+    assert found[96] == {"test": {0}, "validation": {0}}
+    (cut,) = found[36]["test"]
+    assert cut == 4 and len(found[36]["validation"]) == 1
+    assert f": {cut} of 12 test items" in (tmp_path / "36/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "row"), [("Where", "train row 6"), ("number", "train row 0"), ("Only here", "test row 1")]
+)
+def test_a_token_that_the_model_does_not_know(folders, tmp_path, word, row):
+    """In a prompt, in a choice, in an evaluation row; one that no row holds does no harm."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"] += [{"id": 330, "content": "unused", **kind}]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    raw = tmp_path / "raw"
+    shutil.copytree(folders["raw"], raw)
+    lines = (raw / "TREC_10.label").read_text().splitlines()
+    (raw / "TREC_10.label").write_text("\n".join([lines[0], "HUM:ind Only here ?", *lines[2:]]))
+    config = with_key(with_key(choice_config(folders), "model.path", str(model)), "data.raw_dir", str(raw))
+    assert Experiment.load(resolve(config)).tokenizer.largest_id == 330
+    tokenizer["added_tokens"] += [{"id": 331, "content": word, **kind}]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ValueError, match=rf"{row} holds the token '{word}' of id 331, and the model knows the ids below 330"
+    ):
+        Experiment.load(resolve(config))
+
+
+def test_the_context_of_the_model(folders, tmp_path):
+    """The tiny model's is 128 tokens."""
+    config = own_config(folders)
+    with pytest.raises(ValueError, match=r"config\.data\.max_length=129 is above the model's context of 128 tokens"):
+        train(with_key(config, "data.max_length", 129), tmp_path / "long")
+    with pytest.raises(
+        ValueError, match=r"evaluation\.max_new_tokens=128 leaves no room for a prompt in .* 128 tokens"
+    ):
+        train(with_key(config, "evaluation.max_new_tokens", 128), tmp_path / "no room")
+    longest = {}
+    for new in (4, 126):
+        config = with_key(with_key(own_config(folders), "evaluation.max_new_tokens", new), "data.max_length", 128)
+        experiment = Experiment.load(resolve(config))
+        evaluator = experiment.adapted(4).evaluators["test"]
+        longest[new] = max(int(lengths.max()) for _, _, lengths in evaluator._batches), evaluator.truncated
+    assert longest[4][0] > 2 and longest[4][1] == 0
+    assert longest[126] == (2, 2)  # both test rows
+    # Choices need no room beyond their own tokens.
+    config = with_key(with_key(choice_config(folders), "evaluation.max_new_tokens", 200), "data.max_length", 128)
+    assert Experiment.load(resolve(config)).examples.kept == 12
+
+
+def test_names_of_trials_are_their_own(folders):
+    config = choice_config(folders)
+    config["trials"] |= {"scaling": ("none", "sqrt"), "weights": ((), (1.0, 2.0, 3.0)), "seed": (1, 2)}
+    names = [trial.name for trial in expand_trials(resolve(config))]
+    assert len(names) == 8 == len(set(names))
+
+
+def test_own_data_is_its_own_task(folders, tmp_path):
+    config = own_config(folders)
+    del config["data"]["task"]  # the default is another one
+    train(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["task"] == "jsonl"
+    assert (tmp_path / "table.md").read_text().startswith("# jsonl on model\n")
+    assert {record["task"] for record in read_json_lines(tmp_path / "curves.jsonl")} == {"jsonl"}
+    assert resolve({"data": {"evaluation_file": "own.jsonl"}}).data.task == "jsonl"
+    assert resolve({}).data.task == "quickstart"
+
+
+def test_the_path_of_a_model_may_begin_at_home(folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders["root"]))
+    assert model_folder("~/model") == folders["root"] / "model"
+
+
+def test_shipped_model_is_a_folder():
+    assert (model_folder("quickstart") / "config.json").is_file()
+    assert jax.default_backend() == "cpu"
