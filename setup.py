@@ -42,7 +42,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["mlora_jax", "mlora_jax.*", "experiments", "configs"]),
+    # One name only in site-packages: the configs become a part of the package.
+    packages=[*find_packages(include=["mlora_jax", "mlora_jax.*"]), "mlora_jax.configs"],
+    package_dir={"mlora_jax.configs": "configs"},
     include_package_data=True,
     package_data={"mlora_jax": ["assets/**/*", "data/builders/**/*", "evaluate/tasks/*.yaml"]},
     install_requires=[
@@ -73,6 +75,6 @@ setup(
     ],
     extras_require=EXTRAS,
     entry_points={
-        "console_scripts": [f"mlora-{name} = experiments.commands:{name.replace('-', '_')}" for name in COMMANDS]
+        "console_scripts": [f"mlora-{name} = mlora_jax.cli.commands:{name.replace('-', '_')}" for name in COMMANDS]
     },
 )

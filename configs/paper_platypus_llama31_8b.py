@@ -12,7 +12,7 @@ commands of every table: docs/paper.md. The grids need accelerators and have not
 
 from ml_collections import ConfigDict
 
-from configs._paper import paper_config
+from ._paper import paper_config
 
 
 def get_config(variant: str = "r32") -> ConfigDict:

@@ -1,27 +1,25 @@
 """Nested low-rank adaptation for JAX and Flax: train one LoRA adapter, read it out at every rank."""
 
 import importlib
-import sys
-import types
 
 _HOMES = {
     "RankHierarchy": "core",
-    "adapt": "adapt",
+    "adapt": "adapters",
     "aurac": "core",
     "export_peft": "interop",
     "fold": "core",
     "import_peft": "interop",
-    "load_adapted": "train.adapter_file",
-    "load_adapter": "train.adapter_file",
+    "load_adapted": "training.adapter_file",
+    "load_adapter": "training.adapter_file",
     "load_decoder": "models",
     "p_scaled_product": "core",
     "rank_curve": "evaluate",
-    "save_adapter": "train.adapter_file",
-    "set_dropout_key": "adapt",
-    "set_profile": "adapt",
-    "split": "adapt",
+    "save_adapter": "training.adapter_file",
+    "set_dropout_key": "adapters",
+    "set_profile": "adapters",
+    "split": "adapters",
     "squeeze": "core",
-    "train": "run",
+    "train": "run.train",
     "truncate": "core",
 }
 __all__ = sorted(_HOMES)
@@ -35,18 +33,6 @@ def __getattr__(name: str):
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
-
-
-class _Package(types.ModuleType):
-    """Keeps `mlora_jax.adapt` and `mlora_jax.train` the public functions, though submodules bear the same names."""
-
-    def __setattr__(self, name, value):
-        # The import system binds a submodule to its parent once it is loaded.
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from mlora_jax.cli.run import read_config
+from mlora_jax.cli.config_flags import read_config
 from mlora_jax.config import check_key, resolve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def words_of(command: str) -> list[str]:
 def flags_of(module: str) -> set[str]:
     """The flags that a command defines, with absl's own."""
     script = (
-        f"import importlib, json\nfrom absl import flags\nimportlib.import_module('experiments.{module}')\n"
+        f"import importlib, json\nfrom absl import flags\nimportlib.import_module('mlora_jax.cli.{module}')\n"
         "print(json.dumps(sorted(flags.FLAGS)))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)

@@ -16,51 +16,31 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {"core", "adapt", "config", "models", "data", "parallel", "train"}
+BELOW_EVALUATE = {"core", "adapters", "config", "models", "data", "parallel", "training"}
+BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report"}
 MAY_IMPORT = {
     "core": set(),
-    "adapt": {"core"},
+    "adapters": {"core"},
     "config": {"core"},
     "models": {"core"},
     "data": {"core", "models"},
     "parallel": {"core"},
-    "train": {"core", "adapt", "config", "models", "data", "parallel"},
+    "training": {"core", "adapters", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "lm_eval": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "config", "train.records"},
-    "inputs": BELOW_EVALUATE,
-    "experiment": BELOW_EVALUATE | {"evaluate", "inputs", "interop"},
+    "report": {"core", "config", "training.records"},
+    "run": BELOW_RUN,
     "compile_report": BELOW_EVALUATE | {"evaluate"},
-    "run_folder": BELOW_EVALUATE,
-    "estimate": BELOW_EVALUATE | {"compile_report", "experiment", "inputs"},
-    "plan": BELOW_EVALUATE | {"evaluate", "estimate", "experiment"},
-    "ranks": BELOW_EVALUATE | {"evaluate", "report", "experiment", "run_folder"},
-    "readouts": BELOW_EVALUATE | {"evaluate", "experiment"},
-    "run_tasks": BELOW_EVALUATE | {"evaluate", "experiment", "readouts", "run_folder"},
-    "study": BELOW_EVALUATE | {"evaluate", "report", "run", "run_folder"},
-    "run": BELOW_EVALUATE | {"evaluate", "interop", "report", "experiment", "readouts", "run_folder", "run_tasks"},
-    "experiments": BELOW_EVALUATE
-    | {
-        "evaluate",
-        "interop",
-        "report",
-        "estimate",
-        "experiment",
-        "inputs",
-        "compile_report",
-        "run_folder",
-        "plan",
-        "ranks",
-        "run",
-        "study",
-    },
+    "cost": BELOW_RUN | {"compile_report", "run"},
+    "study": BELOW_RUN | {"run"},
+    "cli": BELOW_RUN | {"compile_report", "cost", "run", "study"},
+    "experiments": {"cli"},
     "configs": set(),
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
 DOCTESTED = (
-    *("adapt", "compile_report", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report"),
-    "train",
+    *("adapters", "compile_report", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report"),
+    "training",
 )
 
 
@@ -120,18 +100,18 @@ def test_no_import_points_back(path):
     [
         ("core/product.py", "import mlora_jax.adapt"),
         ("core/product.py", "from mlora_jax import adapt"),
-        ("core/product.py", "from ..adapt import split"),
+        ("core/product.py", "from ..adapters import split"),
         ("core/product.py", "def f():\n    from mlora_jax.models import Decoder"),
         ("models/decoder.py", "from mlora_jax.adapters import adapt"),
         ("models/decoder.py", "import importlib\nimportlib.import_module('mlora_jax.data')"),
         ("data/tasks.py", "from mlora_jax.training.step import train_step"),
-        ("train/loop.py", "from mlora_jax.evaluate import rank_curve"),
+        ("training/loop.py", "from mlora_jax.evaluate import rank_curve"),
         ("evaluate/curve.py", "from mlora_jax.run.train import train"),
         ("report/rows.py", "from mlora_jax.training.step import train_step"),
         ("report/rows.py", "from mlora_jax.evaluate import rank_curve"),
         ("config.py", "from mlora_jax.adapters import adapt"),
-        ("run.py", "import experiments.run"),
-        ("train/loop.py", "import mlora_jax"),
+        ("run/train.py", "import mlora_jax.cli.run"),
+        ("training/loop.py", "import mlora_jax"),
     ],
 )
 def test_an_arrow_that_points_back_is_seen(file, text):
@@ -212,35 +192,12 @@ def test_the_names_of_every_part_resolve(part):
         _ = module.nothing_of_this_name
 
 
-# Every order of importing the submodules `adapt` and `train` and the functions of the same names.
-ORDERS = """
-import sys
-
-ORDERS = (
-    "from mlora_jax import adapt, train; import mlora_jax.adapt, mlora_jax.training.loop, mlora_jax.run",
-    "import mlora_jax.adapt, mlora_jax.training.loop, mlora_jax.run; from mlora_jax import adapt, train",
-    "from mlora_jax.adapters import split; from mlora_jax.training import step; from mlora_jax import adapt, train",
-)
-for order in ORDERS:
-    for name in [name for name in sys.modules if name.split(".")[0] == "mlora_jax"]:
-        del sys.modules[name]
-    names = {}
-    exec(order, names)
-    package = sys.modules["mlora_jax"]
-    for name in ("adapt", "train"):
-        module = sys.modules[f"mlora_jax.{name}"]
-        assert callable(names[name]) and getattr(package, name) is names[name] is not module, (order, name)
-print("functions")
-"""
-
-
-@pytest.mark.parametrize(("script", "answer"), [(CORE_ALONE, "alone"), (ORDERS, "functions")], ids=["core", "orders"])
-def test_importing_in_a_process_of_its_own(script, answer):
-    """The core with jax and numpy alone; `adapt` and `train` are functions beside modules of the same names."""
+def test_the_core_with_jax_and_numpy_alone():
+    """In a process of its own, in which no other package can be found."""
     finished = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=200, check=False
+        [sys.executable, "-c", CORE_ALONE], capture_output=True, text=True, cwd=ROOT, timeout=200, check=False
     )
-    assert finished.returncode == 0 and finished.stdout.strip() == answer, finished.stderr
+    assert finished.returncode == 0 and finished.stdout.strip() == "alone", finished.stderr
 
 
 def doctested_modules() -> list[str]:

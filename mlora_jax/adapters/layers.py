@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlora_jax.adapters.einsum_axes import EinsumAxes, group_shape, kernel_layout, einsum_product, parse_einsum, place_profile
+from mlora_jax.adapters.einsum_axes import (
+    EinsumAxes,
+    einsum_product,
+    group_shape,
+    kernel_layout,
+    parse_einsum,
+    place_profile,
+)
 from mlora_jax.adapters.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 from mlora_jax.core.product import apply_profile, initialize_factors, p_scaled_product
 

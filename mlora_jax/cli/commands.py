@@ -1,22 +1,24 @@
-"""What the installed commands call: `mlora-run` is `python -m experiments.run`, and so on."""
+"""How a command starts: `python -m experiments.run`, and the installed `mlora-run`, run `mlora_jax.cli.run`."""
+
+from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
+
+COMMANDS = ("run", "table", "generate", "export", "lm_eval", "plan", "ranks", "study", "compile_report", "pretrain")
 
 
-def _command(module: str):
-    def start() -> None:
-        # As the main module: only then are its flags and its docstring in --help.
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+def start(name: str) -> None:
+    """Runs a module of `mlora_jax.cli` as the main module: only then does `--help` show its docstring and flags.
 
-    return start
+    Args:
+      name: one of `COMMANDS`.
+    """
+    runpy.run_module(f"mlora_jax.cli.{name}", run_name="__main__", alter_sys=True)
 
 
-run = _command("experiments.run")
-table = _command("experiments.table")
-generate = _command("experiments.generate")
-export = _command("experiments.export")
-plan = _command("experiments.plan")
-ranks = _command("experiments.ranks")
-study = _command("experiments.study")
-compile_report = _command("experiments.compile_report")
-lm_eval = _command("mlora_jax.cli.lm_eval")
+def __getattr__(name: str) -> Callable[[], None]:
+    # The entry points of setup.py are functions without arguments: commands:run, commands:table and so on.
+    if name not in COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lambda: start(name)

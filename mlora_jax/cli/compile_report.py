@@ -14,7 +14,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import flags
 
-from mlora_jax.cli.run import run_with_config
+from mlora_jax.cli.config_flags import run_with_config
 
 TOPOLOGY = flags.DEFINE_list("topology", None, "Slices, like v5e:16x16,v5p:2x2x2.", required=True)
 MODEL = flags.DEFINE_list("model", [], "Folders, hub ids or known names; config.model.path if not given.")

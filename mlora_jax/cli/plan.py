@@ -10,7 +10,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mlora_jax.cli.run import run_with_config
+from mlora_jax.cli.config_flags import run_with_config
 
 TIMED_STEPS = flags.DEFINE_integer("timed_steps", 3, "Steps of each kind of batch that are timed.", lower_bound=1)
 ESTIMATE = flags.DEFINE_bool("estimate", False, "Counts by arithmetic, without weights; times nothing.")

@@ -55,9 +55,9 @@ def report(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(arguments) != 2:
         raise ValueError(f"name one run's folder: python -m experiments.ranks RUN --trial NAME; got {arguments[1:]}")
-    from mlora_jax.run.rank_choice import choose_ranks
     from mlora_jax.report.ranks import write_ranks
     from mlora_jax.run.folder import stored_threads
+    from mlora_jax.run.rank_choice import choose_ranks
 
     run = arguments[1]
     if threads := stored_threads(run):

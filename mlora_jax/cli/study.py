@@ -16,7 +16,7 @@ import time
 
 from absl import app, flags, logging
 
-from mlora_jax.cli.run import SHIPPED, WORKDIR, read_config
+from mlora_jax.cli.config_flags import SHIPPED, WORKDIR, read_config
 
 CELLS = flags.DEFINE_list("cells", [], "Names such as trec_656k of configs/study_NAME.py; all if not given.")
 MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")

@@ -27,7 +27,6 @@ from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
-from mlora_jax.run.inputs import check_context, hold_out_validation, load_data, load_model, model_digest, run_mesh
 from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer
 from mlora_jax.parallel import hosts
@@ -42,6 +41,7 @@ from mlora_jax.parallel.arrays import (
 )
 from mlora_jax.parallel.mesh import EVALUATED, shards_of
 from mlora_jax.parallel.rules import shardings
+from mlora_jax.run.inputs import check_context, hold_out_validation, load_data, load_model, model_digest, run_mesh
 from mlora_jax.training.grid import bytes_on_device, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.training.loop import TrialKeys, TrialsStep, Turn, stack_trees, take_trial, trial_keys
 from mlora_jax.training.objective import answer_loss
@@ -118,7 +118,9 @@ class Experiment:
         if 0 < options.limit < len(train):
             kept = hold_out(len(train), options.limit / len(train), limit=options.limit, name="data.limit")
             train = [train[row] for row in sorted(kept)]
-        examples = tokenize(train, tokenizer, boundary=data.boundary, max_length=options.max_length, overflow=options.overflow)
+        examples = tokenize(
+            train, tokenizer, boundary=data.boundary, max_length=options.max_length, overflow=options.overflow
+        )
         rows = {"test": list(itertools.islice(data.test, config.evaluation.limit or None))}
         if validation:
             rows["validation"] = validation

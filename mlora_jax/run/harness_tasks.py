@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from mlora_jax.config import Trial, harness_tasks
 from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
 from mlora_jax.run.experiment import Experiment
-from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.run.folder import RunFolder, task_key
+from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter
 
 logger = logging.getLogger(__name__)

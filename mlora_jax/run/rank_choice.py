@@ -22,8 +22,8 @@ from mlora_jax.evaluate import (
     smallest_rank,
 )
 from mlora_jax.evaluate.choice import STARTS
-from mlora_jax.run.experiment import Experiment
 from mlora_jax.report.ranks import BudgetRow, RankReport, RankRow
+from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import find_trial
 from mlora_jax.training.adapter_file import load_adapter
 

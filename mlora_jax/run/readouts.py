@@ -17,10 +17,10 @@ from mlora_jax.config import Trial
 from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.core.squeeze import squeeze_factors
 from mlora_jax.evaluate import read_out
-from mlora_jax.run.experiment import Experiment
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch, on_one_device, put_replicated, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import ROWS, shards_of
+from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.adapter_file import save_adapter
 from mlora_jax.training.calibrate import calibrate
 from mlora_jax.training.fitted import CALIBRATED, SQUEEZED, read_profiles, write_profiles
@@ -51,8 +51,8 @@ def read_out_trial(
       adapter: trained tree.
       hierarchy: of the adapter.
       readout: of `READOUT_NAMES`. "calibrated" and "squeeze_inputs" run the model on training data.
-      folder: of the adapter. What was made of data is kept there, for `mlora_jax.training.fitted.find_readout`, and fitted
-        profiles are read again.
+      folder: of the adapter. What was made of data is kept there, for
+        `mlora_jax.training.fitted.find_readout`, and fitted profiles are read again.
     """
     if readout == "calibrated":
         profiles = _calibrated(experiment, trial, adapter, hierarchy, pathlib.Path(folder))
@@ -66,7 +66,9 @@ def read_out_trial(
         # The scale is in the factors now.
         hierarchy, readout = RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank), "prefix"
         adapter = fetch(squeezed.adapter)
-        hosts.on_first_process(lambda: save_adapter(pathlib.Path(folder) / SQUEEZED, adapter, hierarchy, {"of": trial.name}))
+        hosts.on_first_process(
+            lambda: save_adapter(pathlib.Path(folder) / SQUEEZED, adapter, hierarchy, {"of": trial.name})
+        )
     adapter, hierarchy, name = read_out(adapter, adapted.profile, hierarchy, readout, function)
     return ReadOut(adapter, {rank: readout_profile(hierarchy, name, rank) for rank in hierarchy.ranks})
 

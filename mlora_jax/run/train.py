@@ -21,17 +21,26 @@ from rich.console import Console
 from mlora_jax.config import Trial, expand_trials, resolve
 from mlora_jax.core import summarize
 from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
-from mlora_jax.run.experiment import Experiment
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch
-from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.report import write_report
+from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import CURVES, METRICS, RunFolder, only_one_run, task_key
 from mlora_jax.run.harness_tasks import measure_tasks, readouts_of, unavailable_tasks, wanted_curves
+from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter, save_adapter
 from mlora_jax.training.checkpoint import Checkpoints
 from mlora_jax.training.grid import TrialBatch
-from mlora_jax.training.loop import Cadence, Interrupted, Memory, State, TrialKeys, select_trials, take_trial, train_trials
+from mlora_jax.training.loop import (
+    Cadence,
+    Interrupted,
+    Memory,
+    State,
+    TrialKeys,
+    select_trials,
+    take_trial,
+    train_trials,
+)
 from mlora_jax.training.progress import RunProgress
 from mlora_jax.training.records import JsonLines, NoRecords
 from mlora_jax.training.trackers import Tracker, make_trackers
@@ -355,7 +364,9 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
         # Where all trials of a batch failed before a squeeze, there was none.
         hierarchy = run.experiment.phases.hierarchy_at(trial, memory.step)
         adapter = fetch(take_trial(adapters, slot))
-        hosts.on_first_process(functools.partial(save_adapter, run.folder.adapter(trial), adapter, hierarchy, description))
+        hosts.on_first_process(
+            functools.partial(save_adapter, run.folder.adapter(trial), adapter, hierarchy, description)
+        )
 
 
 def _evaluate_trial(run: _Run, trial: Trial) -> None:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mlora_jax.adapters import set_profile
 from mlora_jax.config import Trial, further_methods
 from mlora_jax.core import Draw, Method, RankHierarchy, get_method
-from mlora_jax.core.squeeze import Tree, squeeze_factors, map_gradients
+from mlora_jax.core.squeeze import Tree, map_gradients, squeeze_factors
 from mlora_jax.training.loop import TrialKeys, compile_draws
 from mlora_jax.training.step import Schedule, TrialState
 

@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 from peft import PeftConfig
 
 from mlora_jax.cli import export
-from mlora_jax.cli.run import find_config, read_config
+from mlora_jax.cli.config_flags import find_config, read_config
 from mlora_jax.core import RankHierarchy
 from mlora_jax.run.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.training.adapter_file import load_adapted, save_adapter

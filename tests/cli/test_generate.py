@@ -13,11 +13,11 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mlora_jax.cli import generate
 from mlora_jax.adapters import adapt, split
+from mlora_jax.cli import generate
 from mlora_jax.core import RankHierarchy
-from mlora_jax.run.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.models import Tokenizer, load_decoder
+from mlora_jax.run.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.training.adapter_file import save_adapter
 from tests.conftest import QUICKLY_COMPILED
 from tests.oracles.torch_generate import greedy

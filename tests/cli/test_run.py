@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import mlora_jax.cli.run
-from mlora_jax.cli.run import read_config, run_with_config, take_config_path
+from mlora_jax.cli import config_flags
+from mlora_jax.cli.config_flags import read_config, run_with_config, take_config_path
 from mlora_jax.config import expand_trials
 from tests.conftest import QUICKLY_COMPILED
 from tests.tiny import write_checkpoint, write_trec
@@ -87,8 +87,8 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["run", "--config=configs/trec_stories_3m.py"])
-    monkeypatch.setattr(experiments.run.config_flags, "DEFINE_config_dict", lambda *arguments, **named: None)
-    monkeypatch.setattr(experiments.run.app, "run", lambda *arguments, **named: fail(None))
+    monkeypatch.setattr(config_flags.config_flags, "DEFINE_config_dict", lambda *arguments, **named: None)
+    monkeypatch.setattr(config_flags.app, "run", lambda *arguments, **named: fail(None))
     with pytest.raises(SystemExit, match=f"error: {error}"):
         run_with_config(fail)
 

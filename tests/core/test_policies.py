@@ -218,7 +218,7 @@ def test_an_unknown_method_is_refused(name, message):
         get_policy(name)
 
 
-def stratified_ranks(hierarchy=HIERARCHY, *, accumulation=3, examples=8, key=KEY, step=5):
+def drawn_profiles(hierarchy=HIERARCHY, *, accumulation=3, examples=8, key=KEY, step=5):
     policy = get_policy("per_example")
     draw = draw_step(policy, hierarchy, key, step, accumulation=accumulation, examples=examples)
     assert draw.profiles.shape == (accumulation, 1, examples, hierarchy.max_rank)
@@ -232,7 +232,7 @@ def test_the_ranks_of_a_step_are_spread_evenly_over_its_examples(scaling, accumu
     hierarchy, count = RankHierarchy(S, scaling), accumulation * examples
     seen = np.zeros(len(S))
     for step in range(60):
-        profiles = spread(hierarchy, accumulation=accumulation, examples=examples, step=step).reshape(count, R)
+        profiles = drawn_profiles(hierarchy, accumulation=accumulation, examples=examples, step=step).reshape(count, R)
         drawn = np.count_nonzero(profiles, axis=-1)
         times = np.array([np.sum(drawn == rank) for rank in S])
         assert times.sum() == count
@@ -244,25 +244,27 @@ def test_the_ranks_of_a_step_are_spread_evenly_over_its_examples(scaling, accumu
 
 
 def test_the_ranks_of_a_step_are_shuffled_over_micro_batches_and_steps():
-    counts = [np.count_nonzero(spread(step=step), axis=-1) for step in range(40)]  # [steps, M, B]
+    counts = [np.count_nonzero(drawn_profiles(step=step), axis=-1) for step in range(40)]  # [steps, M, B]
     assert len({tuple(step.ravel()) for step in counts}) == 40
     # A spread of the micro-batch would give each micro-batch of 8 every one of the five ranks.
     assert any(len(set(micro_batch)) < len(S) for step in counts for micro_batch in step)
     first = np.stack(counts)[:, 0, 0]
     assert set(first) == set(S)
-    np.testing.assert_array_equal(spread(step=7), spread(step=7))
-    assert np.any(spread(key=jax.random.key(99)) != spread())
+    np.testing.assert_array_equal(drawn_profiles(step=7), drawn_profiles(step=7))
+    assert np.any(drawn_profiles(key=jax.random.key(99)) != drawn_profiles())
 
 
 def test_weights_are_the_shares_of_the_ranks():
     weights = (4.0, 0.0, 2.0, 1.0, 1.0)
-    drawn = np.stack([np.count_nonzero(spread(RankHierarchy(S, weights=weights), step=n), axis=-1) for n in range(50)])
+    drawn = np.stack(
+        [np.count_nonzero(drawn_profiles(RankHierarchy(S, weights=weights), step=n), axis=-1) for n in range(50)]
+    )
     times = np.stack([np.sum(drawn == rank, axis=(1, 2)) for rank in S], axis=1)  # [steps, ranks]
     expected = 24 * np.array(weights) / 8
     np.testing.assert_array_equal(times, np.broadcast_to(expected, times.shape))
     uneven = RankHierarchy(S, weights=(1.0, 2.0, 3.0, 4.0, 1.0))
     expected = 24 * np.array(uneven.weights) / 11
     for step in range(50):
-        drawn = np.count_nonzero(spread(uneven, step=step), axis=-1)
+        drawn = np.count_nonzero(drawn_profiles(uneven, step=step), axis=-1)
         times = np.array([np.sum(drawn == rank) for rank in S])
         assert np.all((times >= np.floor(expected)) & (times <= np.ceil(expected)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mlora_jax.cli.config_flags import read_config
 from mlora_jax.cli.plan import _print_estimate
-from mlora_jax.cli.run import read_config
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import expand_trials, resolve
 from mlora_jax.cost.estimate import CHARACTERS_PER_TOKEN, HARNESS, estimate, task_requests
@@ -90,7 +90,7 @@ def test_requests_of_the_further_tasks():
 
 
 def test_the_command(config, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.plan.TERAFLOPS", types.SimpleNamespace(value=100.0))
+    monkeypatch.setattr("mlora_jax.cli.plan.TERAFLOPS", types.SimpleNamespace(value=100.0))
     _print_estimate(resolve({**config, "evaluation": {"tasks": ("unheard_of",)}}))
     said = capsys.readouterr().out
     assert "4 trials of 3 steps on 9 rows" in said and "device hours at 100 TFLOP/s" in said

@@ -85,7 +85,9 @@ def test_evaluation_asks_for_the_last_turn(chat_tokenizer):
         assert example.loss_mask[len(begin) :].all() and not example.loss_mask[len(begin) - 1]
     template = render_chat(TAIL, TEMPLATE, chat_tokenizer, "it")
     assert template["prompt"].endswith("How far is Denver ?<|im_end|>\n<|im_start|>assistant\n")
-    assert chat_tokenizer.encode(template["prompt"], bos=True) == prompt_tokens(template, chat_tokenizer, boundary="joint")
+    assert chat_tokenizer.encode(template["prompt"], bos=True) == prompt_tokens(
+        template, chat_tokenizer, boundary="joint"
+    )
 
 
 def test_plain_chat_needs_no_template_and_ends_every_turn(tokenizer):

@@ -6,8 +6,8 @@ import tokenizers
 
 from mlora_jax.data.load import load_task
 from mlora_jax.data.tokenize import encode_row, prompt_tokens, tokenize
-from mlora_jax.run.inputs import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
+from mlora_jax.run.inputs import model_folder
 
 ROWS = [
     {"prompt": "Question: How far ?\nType:", "answer": " number", "choices": [], "label": -1},

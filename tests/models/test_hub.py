@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import constants
 
 from mlora_jax.evaluate.loading import load_adapted
-from mlora_jax.run.inputs import model_folder
 from mlora_jax.models import Tokenizer, checkpoint_folder, load_decoder
 from mlora_jax.models.hub import SETTINGS
+from mlora_jax.run.inputs import model_folder
 from tests.tiny import write_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]

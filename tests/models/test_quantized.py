@@ -8,9 +8,9 @@ from flax import nnx
 
 from mlora_jax import RankHierarchy, adapt, fold, set_profile, split
 from mlora_jax.config import QUANTIZATIONS, resolve
-from mlora_jax.run.inputs import load_model
 from mlora_jax.models import Decoder, load_decoder, quantize_decoder, save_decoder
 from mlora_jax.models.quantized import FORMATS, compare_logits, dequantize_decoder, stored_bytes
+from mlora_jax.run.inputs import load_model
 from mlora_jax.training.objective import answer_loss
 from tests.tiny import tiny_config, write_checkpoint
 

@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlora_jax.run.inputs import model_folder
 from mlora_jax.models.tokenizer import Tokenizer
+from mlora_jax.run.inputs import model_folder
 
 NAMES = ["stories-260k", "tinystories-656k", "stories-3m"]
 TEXTS = [

@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as P
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config import expand_trials, resolve
 from mlora_jax.core.product import path_names
-from mlora_jax.run.experiment import Experiment
-from mlora_jax.run.inputs import run_mesh
 from mlora_jax.models import Decoder
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch, local_rows, on_one_device, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, mesh_sizes, shards_of
 from mlora_jax.parallel.rules import shardings, spec_of
+from mlora_jax.run.experiment import Experiment
+from mlora_jax.run.inputs import run_mesh
 from mlora_jax.run.readouts import read_out_trial
 from tests.tiny import tiny_config
 

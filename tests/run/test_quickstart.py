@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mlora_jax.cli.run import read_config
+from mlora_jax.cli.config_flags import read_config
 from mlora_jax.run.train import train
 
 

@@ -20,13 +20,13 @@ from mlora_jax import run
 from mlora_jax.config import DEFAULTS, expand_trials, resolve
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.loading import load_adapted
-from mlora_jax.run.experiment import Experiment, StepTiming
-from mlora_jax.run.inputs import model_folder
 from mlora_jax.interop import export_peft
-from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.report.folders import SPLITS
-from mlora_jax.run.train import train
+from mlora_jax.run.experiment import Experiment, StepTiming
 from mlora_jax.run.harness_tasks import readouts_of
+from mlora_jax.run.inputs import model_folder
+from mlora_jax.run.readouts import read_out_trial
+from mlora_jax.run.train import train
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.records import read_json_lines
 from tests import test_run_tasks

@@ -12,9 +12,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import mlora_jax.cli.run
-from mlora_jax.cli import study
 from mlora_jax import run
+from mlora_jax.cli import config_flags, study
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.study import queue, report, rivals
 from mlora_jax.study.rivals import Rival
@@ -81,7 +80,7 @@ def places(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # All cells are of one model and task here, so that they can have one set of executables.
         patch.setattr(Experiment, "_adapt_for_rank", adapt_once)
-        for module in (study, experiments.run):
+        for module in (study, config_flags):
             patch.setattr(module, "SHIPPED", root / "configs")
         patch.setattr(rivals, "GROUPS", GROUPS)
         patch.setattr(run, "write_report", lambda folder: None)  # of each cell's run: figures take long
@@ -199,7 +198,7 @@ def test_models_and_data_are_found(places, tmp_path, monkeypatch):
     own = {"model": {"path": "quickstart"}, "data": {"task": "quickstart"}}
     write_cell(tmp_path / "configs", "own", **own)
     write_cell(tmp_path / "configs", "questions", model={"path": "base"}, data={"task": "trec", "raw_dir": "questions"})
-    for module in (study, experiments.run):
+    for module in (study, config_flags):
         monkeypatch.setattr(module, "SHIPPED", tmp_path / "configs")
     seen = set()
 

@@ -15,7 +15,7 @@ from flax import nnx
 from mlora_jax.adapters import InputGram, RankProfile, adapt, set_profile, split, watch_inputs
 from mlora_jax.config import DEFAULTS, Trial, resolve
 from mlora_jax.core import RankHierarchy, fold
-from mlora_jax.core.squeeze import squeeze_factors, map_gradients
+from mlora_jax.core.squeeze import map_gradients, squeeze_factors
 from mlora_jax.training.calibrate import calibrate
 from mlora_jax.training.loop import Cadence, Interrupted, Memory, State, TrialKeys, Turn, train_trials
 from mlora_jax.training.phases import TrialPhases, squeeze_trials

@@ -1,0 +1,114 @@
+"""The flags of the commands that take an experiment config: `--config`, its overrides, and `--workdir`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import pathlib
+import sys
+import types
+import zlib
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mlora_jax.config import NAMED, check_key, resolve
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
+# Inside the package where it is installed, beside it in a checkout.
+_PACKAGE = pathlib.Path(__file__).parents[1]
+SHIPPED = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file of a config: a path, or the name of a shipped one.
+
+    Raises:
+      FileNotFoundError: neither is there; the message lists the shipped ones.
+    """
+    if pathlib.Path(name).is_file():
+        return pathlib.Path(name)
+    names = sorted(path.stem for path in SHIPPED.glob("[!_]*.py") if not path.stem.startswith("pretrain"))
+    if name in names:
+        return SHIPPED / f"{name}.py"
+    raise FileNotFoundError(f"there is no config file {name}; configs that can be given by name: {', '.join(names)}")
+
+
+def read_config(path: str) -> ConfigDict:
+    """The config that `get_config()` of a Python file returns, with every default filled in.
+
+    Args:
+      path: of the file, or the name of a shipped config; `:VARIANT` behind it is what `get_config` is called with.
+
+    Raises:
+      FileNotFoundError: there is no such config.
+      ValueError: it has no such variant, or a value that cannot be.
+    """
+    name, colon, variant = (path, "", "") if pathlib.Path(path).is_file() else path.partition(":")
+    file = find_config(name)
+    module = _load(file)
+    if colon and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"the config {name} has no variants, got {path}")
+    return resolve(module.get_config(variant) if colon else module.get_config())
+
+
+def _load(file: pathlib.Path) -> types.ModuleType:
+    """The module of a config file, as a member of a package of its folder: it may import its neighbours relatively."""
+    package = types.ModuleType(f"config_folder_{zlib.crc32(str(file.resolve().parent).encode())}")
+    package.__path__ = [str(file.parent)]
+    sys.modules[package.__name__] = package
+    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
+    """Takes `--config PATH_OR_NAME` or `--config=PATH` out of the arguments; overrides `--config.KEY=VALUE` stay."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            following = index + (1 if equals else 2)
+            if not equals and following > len(arguments):
+                break
+            return (value if equals else arguments[index + 1]), [*arguments[:index], *arguments[following:]]
+    if {"-h", "--help", "-help", "--helpfull"} & set(arguments[1:]):
+        print(f"{sys.modules['__main__'].__doc__}\n`--config quickstart --help` lists every key and flag.")
+        raise SystemExit(0)
+    raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
+
+
+def run_with_config(action: Callable[[ConfigDict], None]) -> None:
+    """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
+    try:
+        path, arguments = take_config_path(sys.argv)
+        names = [argument.lstrip("-").partition("=")[0] for argument in arguments[1:] if argument.startswith("-")]
+        for name in names:
+            check_key(name)
+        default = read_config(path)
+        _make_room(default, names)
+        config = config_flags.DEFINE_config_dict("config", default, sys_argv=arguments)
+        app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _make_room(config: ConfigDict, names: list[str]) -> None:
+    """Lets the command line give values to names that are new to a group of them, such as a method of one's own."""
+    for name in names:
+        group, _, key = name.rpartition(".")
+        if group in NAMED:
+            at = functools.reduce(lambda found, part: found[part], group.split(".")[1:], config)
+            if key not in at:
+                with at.unlocked():
+                    at[key] = ()
+
+
+def _quietly(action, config: ConfigDict, left: list[str]) -> None:
+    if left:
+        raise ValueError(f"what is {' '.join(left)!r}? Options begin with --, and values with spaces need quotes")
+    # absl prints every library's chatter as soon as an app runs.
+    logging.set_verbosity(logging.WARNING)
+    action(config)

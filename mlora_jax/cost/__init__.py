@@ -1,0 +1,1 @@
+"""What an experiment will cost: measured by a few steps, or estimated by arithmetic."""

@@ -1,0 +1,1 @@
+"""An experiment from its config to its report: inputs, stages, read-outs and the folder of a run."""
