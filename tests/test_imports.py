@@ -98,7 +98,7 @@ def test_no_import_points_back(path):
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("core/product.py", "import mlora_jax.adapt"),
+        ("core/product.py", "import mlora_jax.adapters"),
         ("core/product.py", "from mlora_jax import adapt"),
         ("core/product.py", "from ..adapters import split"),
         ("core/product.py", "def f():\n    from mlora_jax.models import Decoder"),

@@ -63,7 +63,7 @@ def _run(arguments: Sequence[str]) -> None:
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
     options = {
         "readout": found.readout,
-        "function": trained_profile(description, hierarchy),
+        "trained_profile": trained_profile(description, hierarchy),
         "profiles": found.profiles,
         "description": {
             "exported_from": {**{name: description.get(name) for name in ("trial", "task")}, "readout": READOUT.value}

@@ -77,9 +77,9 @@ class Method:
         return any(policy.uses_weights for policy in self.policies)
 
     @property
-    def function(self) -> Callable[[RankHierarchy], jax.Array]:
-        """`Policy.function` of the last phase."""
-        return self.policies[-1].function
+    def trained_profile(self) -> Callable[[RankHierarchy], jax.Array]:
+        """`Policy.trained_profile` of the last phase."""
+        return self.policies[-1].trained_profile
 
     def starts(self, steps: int) -> tuple[int, ...]:
         """The number of finished steps at which each phase begins.

@@ -44,7 +44,7 @@ class Policy:
       count: (hierarchy) -> N, the number of profiles a step uses: its cost in LoRA steps.
       every: "micro_batch" draws anew for each micro-batch of a step, "step" once for the whole step, "example" a
         profile for each example of the step.
-      function: (hierarchy) -> [R], the profile of the trained function at full rank: what `squeeze` keeps.
+      trained_profile: (hierarchy) -> [R], the profile of the trained function at full rank: what `squeeze` keeps.
       uses_weights: whether training depends on the hierarchy's weights w_r.
       summary: one line for tables and errors.
     """
@@ -53,7 +53,7 @@ class Policy:
     summary: str
     count: Callable[[RankHierarchy], int] = lambda hierarchy: 1
     every: str = "micro_batch"
-    function: Callable[[RankHierarchy], jax.Array] = RankHierarchy.lora
+    trained_profile: Callable[[RankHierarchy], jax.Array] = RankHierarchy.lora
     uses_weights: bool = False
 
 
@@ -120,7 +120,7 @@ POLICIES: dict[str, Policy] = {
     "lora": Policy(draw=_lora, summary="every column at s_R"),
     "dylora": Policy(
         draw=_dylora,
-        function=_largest_prefix,
+        trained_profile=_largest_prefix,
         uses_weights=True,
         summary="a prefix b of S per micro-batch, as in the MatryoshkaLoRA paper",
     ),
@@ -131,24 +131,24 @@ POLICIES: dict[str, Policy] = {
         draw=_dylora_frozen, every="step", summary="dylora_original that moves column and row b only"
     ),
     "matryoshka": Policy(
-        draw=_matryoshka, function=RankHierarchy.matryoshka, uses_weights=True, summary="the paper's diagonal P"
+        draw=_matryoshka, trained_profile=RankHierarchy.matryoshka, uses_weights=True, summary="the paper's diagonal P"
     ),
     "matryoshka_exact": Policy(
         draw=_matryoshka_exact,
-        function=_largest_prefix,
+        trained_profile=_largest_prefix,
         count=lambda hierarchy: len(hierarchy.ranks),
         uses_weights=True,
         summary="the mean of the losses at every prefix of S",
     ),
     "sandwich": Policy(
         draw=_sandwich,
-        function=_largest_prefix,
+        trained_profile=_largest_prefix,
         count=lambda hierarchy: 3,
         summary="the mean of the losses at the smallest, the largest and one random prefix between them",
     ),
     "per_example": Policy(
         draw=_per_example,
-        function=_largest_prefix,
+        trained_profile=_largest_prefix,
         every="example",
         uses_weights=True,
         summary="a prefix of S for each example, spread evenly over the step's examples and shuffled",

@@ -99,20 +99,20 @@ def check_verdicts(verdicts, ranks: Sequence[int]) -> np.ndarray:
 
 
 def read_out(
-    adapter, profile, hierarchy: RankHierarchy, readout: str, function: jax.Array | None = None
+    adapter, profile, hierarchy: RankHierarchy, readout: str, trained_profile: jax.Array | None = None
 ) -> tuple[object, RankHierarchy, str]:
     """What "squeeze" stands for: another adapter and hierarchy, read out by prefix; any other read-out is itself.
 
     Args:
-      adapter, profile, hierarchy, readout, function: as `rank_curve`.
+      adapter, profile, hierarchy, readout, trained_profile: as `rank_curve`.
 
     Returns:
       (adapter, hierarchy, key of `READOUTS`).
     """
     if readout != "squeeze":
         return adapter, hierarchy, readout
-    function = hierarchy.lora() if function is None else function
-    adapter = jax.block_until_ready(_squeezed(adapter, set_profile(profile, function)))
+    trained_profile = hierarchy.lora() if trained_profile is None else trained_profile
+    adapter = jax.block_until_ready(_squeezed(adapter, set_profile(profile, trained_profile)))
     # The scale is in the factors now.
     return adapter, RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank), "prefix"
 
@@ -124,7 +124,7 @@ def rank_curve(
     hierarchy: RankHierarchy,
     *,
     readout: str = "prefix",
-    function: jax.Array | None = None,
+    trained_profile: jax.Array | None = None,
 ) -> RankCurve:
     """Accuracy of one adapter at every rank of S under a read-out.
 
@@ -134,11 +134,11 @@ def rank_curve(
       profile: the adapter's profile tree; used by "squeeze" only.
       hierarchy: S, scales and weights.
       readout: a key of `READOUTS`, or "squeeze": prefixes of the singular value decomposition of the trained function.
-      function: profile [R] of the trained function at full rank, which "squeeze" keeps; None is `hierarchy.lora()`.
+      trained_profile: the profile [R] that "squeeze" keeps; None is `hierarchy.lora()`.
 
     Raises:
       ValueError: an unknown read-out.
     """
-    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, function)
+    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, trained_profile)
     verdicts = [evaluate(adapter, readout_profile(hierarchy, name, rank)) for rank in hierarchy.ranks]
     return RankCurve.of(readout, hierarchy.ranks, verdicts)

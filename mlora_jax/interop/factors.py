@@ -42,7 +42,7 @@ def layer_factors(
     rank: RankOrRanks,
     *,
     readout: str = "prefix",
-    function: jax.Array | None = None,
+    trained_profile: jax.Array | None = None,
     profiles: Mapping[int, jax.Array] | None = None,
 ) -> dict[tuple[str, int | None], LayerFactors]:
     """The function of a read-out as plain factors.
@@ -52,7 +52,7 @@ def layer_factors(
       hierarchy: S, scales and weights, with the same R.
       rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
-      function: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
+      trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
       profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.fitted.read_profiles`.
 
     Returns:
@@ -74,7 +74,7 @@ def layer_factors(
             raise ValueError(f"{path} has rank {pair['a'].shape[-1]}, but the hierarchy's R is {hierarchy.max_rank}")
     ranks = _ranks_of_layers(factors, hierarchy, rank)
     if readout == "squeeze":
-        p = hierarchy.lora() if function is None else function
+        p = hierarchy.lora() if trained_profile is None else trained_profile
         profile = {path: {"p": np.broadcast_to(p, (*pair["a"].shape[:-2], len(p)))} for path, pair in factors.items()}
         factors, hierarchy = squeeze(factors, profile, ranks=hierarchy.ranks)
         readout = "prefix"

@@ -35,7 +35,7 @@ def export_merged(
     *,
     readout: str = "prefix",
     base_model: str | os.PathLike,
-    function: jax.Array | None = None,
+    trained_profile: jax.Array | None = None,
     profiles: Mapping[int, jax.Array] | None = None,
     max_shard_size: int | str | None = None,
     description: Mapping[str, Any] | None = None,
@@ -48,7 +48,7 @@ def export_merged(
 
     Args:
       path: the folder.
-      adapter, hierarchy, readout, function, profiles: as `export_peft`.
+      adapter, hierarchy, readout, trained_profile, profiles: as `export_peft`.
       rank: 0..R, where 0 copies the base; or ranks per layer.
       base_model: the base's folder.
       max_shard_size: bytes of a file at most, such as 2_000_000_000 or "2GB" (a larger tensor has a file of its own);
@@ -70,7 +70,7 @@ def export_merged(
     if check_free(path) == base:
         raise FileExistsError(f"{base} is the base model itself: give another folder")
     limit = None if max_shard_size is None else _bytes(max_shard_size)
-    found = layer_factors(adapter, hierarchy, rank, readout=readout, function=function, profiles=profiles)
+    found = layer_factors(adapter, hierarchy, rank, readout=readout, trained_profile=trained_profile, profiles=profiles)
     factors = {weight_name(*key): each for key, each in found.items()}
     files = {file.name: read_header(file) for file in weight_files(base)}
     stored = {name: tensor for header in files.values() for name, tensor in header.tensors.items()}

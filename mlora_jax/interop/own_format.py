@@ -24,7 +24,7 @@ def export_adapter(
     *,
     readout: str = "prefix",
     base_model: str,
-    function: jax.Array | None = None,
+    trained_profile: jax.Array | None = None,
     profiles: Mapping[int, jax.Array] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
@@ -35,7 +35,7 @@ def export_adapter(
 
     Args:
       path: the folder.
-      adapter, hierarchy, readout, function, profiles: as `export_peft`.
+      adapter, hierarchy, readout, trained_profile, profiles: as `export_peft`.
       rank: 1..R; or ranks per layer, 0..R.
       base_model: folder of the base, which is written down.
       description: further JSON values.
@@ -47,7 +47,7 @@ def export_adapter(
       ValueError, FileExistsError: as `export_peft`.
     """
     check_free(path)
-    found = layer_factors(adapter, hierarchy, rank, readout=readout, function=function, profiles=profiles)
+    found = layer_factors(adapter, hierarchy, rank, readout=readout, trained_profile=trained_profile, profiles=profiles)
     if not found:
         raise ValueError("every layer has rank 0, which is the base model itself: there is no adapter to write")
     r = max(each.rank for each in found.values())

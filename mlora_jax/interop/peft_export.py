@@ -57,7 +57,7 @@ def export_peft(
     *,
     readout: str = "prefix",
     base_model: str,
-    function: jax.Array | None = None,
+    trained_profile: jax.Array | None = None,
     profiles: Mapping[int, jax.Array] | None = None,
     ranks_for: str | None = None,
     description: Mapping[str, Any] | None = None,
@@ -75,7 +75,7 @@ def export_peft(
       rank: of the read-out, 1..R; or ranks per layer, 0..R, as `mlora_jax.evaluate.Allocation.ranks`.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
       base_model: folder or hub id of the base, as "OWNER/NAME" or "OWNER/NAME@REVISION", which PEFT loads it by.
-      function: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
+      trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
       profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.fitted.read_profiles`.
       ranks_for: a key of `RANKS_FOR`: all layers are padded with zeros to one rank that this program accepts.
       description: further JSON values for `mlora_jax.json`.
@@ -89,7 +89,7 @@ def export_peft(
       FileExistsError: the folder holds something else.
     """
     check_free(path)
-    found = layer_factors(adapter, hierarchy, rank, readout=readout, function=function, profiles=profiles)
+    found = layer_factors(adapter, hierarchy, rank, readout=readout, trained_profile=trained_profile, profiles=profiles)
     if not found:
         raise ValueError("every layer has rank 0, which is the base model itself: PEFT has no adapter without layers")
     largest = max(each.rank for each in found.values())

@@ -98,14 +98,14 @@ def import_peft(
     return nnx.merge(graphdef, base, adapter, set_profile(profile, p)), hierarchy
 
 
-def start_from_peft(path: str | os.PathLike, model: nnx.Module, function: jax.Array):
+def start_from_peft(path: str | os.PathLike, model: nnx.Module, trained_profile: jax.Array):
     """The adapter tree of an adapted model with the factors of a PEFT adapter in the place of fresh ones.
 
     Args:
       path: as `import_peft`.
       model: adapted; its R is at least the file's, and its adapters sit on all layers of the file. Other layers, and
         columns that the file does not have, stay as they are, with B zero.
-      function: profile [R] under which the model shall compute what PEFT computes: that of the training function.
+      trained_profile: the profile [R] under which the model computes what PEFT computes.
 
     Returns:
       What `split` returns third.
@@ -122,9 +122,9 @@ def start_from_peft(path: str | os.PathLike, model: nnx.Module, function: jax.Ar
     if missing:
         raise ValueError(f"{path} has factors for {', '.join(missing)}, which the targets leave out: add them")
     largest = max(1, max(each.rank for each in found.values()))
-    if largest > len(function):
-        raise ValueError(f"{path} has rank {largest}, above the rank {len(function)} to train: raise that")
-    return _filled(adapter, {layers[name]: each for name, each in found.items()}, function)
+    if largest > len(trained_profile):
+        raise ValueError(f"{path} has rank {largest}, above the rank {len(trained_profile)} to train: raise that")
+    return _filled(adapter, {layers[name]: each for name, each in found.items()}, trained_profile)
 
 
 def _linear_layers(model: nnx.Module) -> dict[str, _Layer]:

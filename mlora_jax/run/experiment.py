@@ -235,7 +235,7 @@ class Experiment:
         model, path = self._adapt(trial.rank, key), self.config.adapter.start_from
         if not path:
             return split(model)[2]
-        return start_from_peft(path, model, self.phases.function(trial, 0))
+        return start_from_peft(path, model, self.phases.trained_profile(trial, 0))
 
     @functools.cached_property
     def phases(self) -> TrialPhases:
@@ -251,7 +251,7 @@ class Experiment:
     def _squeeze(self, trials: Sequence[Trial], keys: TrialKeys, phase: int, state: TrialState) -> TrialState:
         """The state at the end of a phase as that at the beginning of the next one."""
         adapted, carry = self.adapted(trials[0].rank), self.phases.method(trials[0]).carry
-        functions = jnp.stack([self.phases.function(trial, phase) for trial in trials])
+        functions = jnp.stack([self.phases.trained_profile(trial, phase) for trial in trials])
         fresh = jax.vmap(lambda key: jax.random.fold_in(key, phase))(keys.adapter)
         options = {"init": self.config.adapter.init}
         squeeze = functools.partial(squeeze_trials, adapted.optimizer, carry, adapted.profile, **options)

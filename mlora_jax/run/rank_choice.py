@@ -84,8 +84,8 @@ def choose_ranks(
     adapter, hierarchy, description = load_adapter(folder, adapted.adapter)
     if not description["finite"]:
         raise ValueError(f"the trial {trial_name} failed: its loss was not finite")
-    function = experiment.phases.function(trial)
-    adapter, hierarchy, key = read_out(adapter, adapted.profile, hierarchy, readout, function)
+    trained_profile = experiment.phases.trained_profile(trial)
+    adapter, hierarchy, key = read_out(adapter, adapted.profile, hierarchy, readout, trained_profile)
     curves = {}
     for split in ("validation", "test"):
         curves[split] = rank_curve(adapted.evaluators[split], adapter, adapted.profile, hierarchy, readout=key)

@@ -57,11 +57,11 @@ def read_out_trial(
     if readout == "calibrated":
         profiles = _calibrated(experiment, trial, adapter, hierarchy, pathlib.Path(folder))
         return ReadOut(adapter, profiles)
-    adapted, function = experiment.adapted(trial.rank), experiment.phases.function(trial)
+    adapted, trained_profile = experiment.adapted(trial.rank), experiment.phases.trained_profile(trial)
     if readout == "squeeze_inputs":
-        grams = _input_grams(experiment, trial, adapter, function)
+        grams = _input_grams(experiment, trial, adapter, trained_profile)
         squeezed = jax.jit(squeeze_factors)(
-            adapter, set_profile(adapted.profile, function), grams=grams, key=jax.random.key(0)
+            adapter, set_profile(adapted.profile, trained_profile), grams=grams, key=jax.random.key(0)
         )
         # The scale is in the factors now.
         hierarchy, readout = RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank), "prefix"
@@ -69,7 +69,7 @@ def read_out_trial(
         hosts.on_first_process(
             lambda: save_adapter(pathlib.Path(folder) / SQUEEZED, adapter, hierarchy, {"of": trial.name})
         )
-    adapter, hierarchy, name = read_out(adapter, adapted.profile, hierarchy, readout, function)
+    adapter, hierarchy, name = read_out(adapter, adapted.profile, hierarchy, readout, trained_profile)
     return ReadOut(adapter, {rank: readout_profile(hierarchy, name, rank) for rank in hierarchy.ranks})
 
 
@@ -80,7 +80,7 @@ def _calibrated(experiment: Experiment, trial: Trial, adapter, hierarchy: RankHi
             _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk, experiment.mesh),
             (adapted.base, put_weights(adapter, experiment.mesh), put_replicated(adapted.profile, experiment.mesh)),
             hierarchy,
-            experiment.phases.function(trial),
+            experiment.phases.trained_profile(trial),
             (put_rows(batch, experiment.mesh, 0) for batch in _batches(experiment, trial)),
             steps=min(options.steps, experiment.steps),
             learning_rate=options.learning_rate,
@@ -107,7 +107,7 @@ def _loss_of(graphdef, chunk: int, mesh: Mesh | None):
     return loss if mesh is None else loss_of_parts
 
 
-def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Array):
+def _input_grams(experiment: Experiment, trial: Trial, adapter, trained_profile: jax.Array):
     """Of the trained function's inputs in a few batches of training data, padding left out."""
     adapted = experiment.adapted(trial.rank)
     model = nnx.merge(adapted.evaluation_graphdef, adapted.base, adapted.adapter, adapted.profile)
@@ -119,7 +119,7 @@ def _input_grams(experiment: Experiment, trial: Trial, adapter, function: jax.Ar
     for _, batch in zip(range(experiment.config.calibration.batches), _batches(experiment, trial), strict=False):
         answered = np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1)  # the last token that counts
         real = np.arange(batch["tokens"].shape[1]) <= answered[:, None]
-        profiles = real.astype(np.float32)[..., None] * np.asarray(function)  # [B, T, R]
+        profiles = real.astype(np.float32)[..., None] * np.asarray(trained_profile)  # [B, T, R]
         rows = put_rows((batch["tokens"], profiles), mesh, 0)
         grams = put_replicated(jax.block_until_ready(add(base, adapter, profile, grams, *rows)), mesh)
     return grams if mesh is None else on_one_device(grams)

@@ -151,7 +151,7 @@ def trained_profile(description: Mapping[str, Any], hierarchy: RankHierarchy) ->
     """
     method = (description.get("trial") or {}).get("method")
     policy = description["phases"][-1][0] if description.get("phases") else method
-    return get_policy(policy).function(hierarchy) if policy else None
+    return get_policy(policy).trained_profile(hierarchy) if policy else None
 
 
 class AdaptedModel(NamedTuple):

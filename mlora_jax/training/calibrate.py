@@ -26,7 +26,7 @@ def calibrate(
     loss: Callable[[Any, jax.Array, AnswerBatch], jax.Array],
     trees: Any,
     hierarchy: RankHierarchy,
-    function: jax.Array,
+    trained_profile: jax.Array,
     batches: Iterable[AnswerBatch],
     *,
     steps: int,
@@ -47,7 +47,7 @@ def calibrate(
         same function compiles once.
       trees: arrays that `loss` needs.
       hierarchy: S and scales of the adapter.
-      function: profile [R] of the trained function at full rank.
+      trained_profile: profile [R] of the trained function at full rank.
       batches: at least `steps`.
       steps: of the optimizer.
       learning_rate: of the numbers, at the first step.
@@ -60,7 +60,9 @@ def calibrate(
     evenly = dataclasses.replace(hierarchy, weights=None)
     batches = iter(batches)
     first = list(itertools.islice(batches, COMPARED))
-    starts = np.stack([_best_fixed(loss, trees, hierarchy, function, rank, first, mesh) for rank in hierarchy.ranks])
+    starts = np.stack(
+        [_best_fixed(loss, trees, hierarchy, trained_profile, rank, first, mesh) for rank in hierarchy.ranks]
+    )
     numbers = jnp.ones_like(starts)
     starts, numbers, state = put_replicated((starts, numbers, optax.scale_by_adam().init(numbers)), mesh)
     for number, batch in zip(range(steps), itertools.chain(first, batches), strict=False):
@@ -71,15 +73,17 @@ def calibrate(
     return np.asarray(fetch(starts)) * np.asarray(fetch(numbers))
 
 
-def _best_fixed(loss, trees, hierarchy: RankHierarchy, function, rank: int, batches, mesh) -> np.ndarray:
+def _best_fixed(loss, trees, hierarchy: RankHierarchy, trained_profile, rank: int, batches, mesh) -> np.ndarray:
     """The fixed read-out [R] at a rank that has the smallest loss on some batches."""
-    cut = jnp.where(jnp.arange(hierarchy.max_rank) < rank, function, 0.0)
+    cut = jnp.where(jnp.arange(hierarchy.max_rank) < rank, trained_profile, 0.0)
     losses = {}
     for p in (hierarchy.prefix(rank), hierarchy.nested(rank), cut):
         losses[tuple(np.asarray(p).tolist())] = sum(
             float(_value(loss, trees, put_replicated(p, mesh), batch)) for batch in batches
         )
-    return np.array(min(losses, key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf), function.dtype)
+    return np.array(
+        min(losses, key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf), trained_profile.dtype
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

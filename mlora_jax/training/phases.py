@@ -69,9 +69,9 @@ class TrialPhases:
         count = max(bisect.bisect_left(method.starts(self.steps), step), 1)
         return [(phase.policy, phase.fraction) for phase in method.phases[:count]]
 
-    def function(self, trial: Trial, phase: int = -1) -> jax.Array:
+    def trained_profile(self, trial: Trial, phase: int = -1) -> jax.Array:
         """The profile [R] of the function that a phase trains at full rank, by default the last one."""
-        return self.method(trial).policies[phase].function(self.hierarchy(trial, phase))
+        return self.method(trial).policies[phase].trained_profile(self.hierarchy(trial, phase))
 
     def shape(self, trial: Trial) -> tuple[PhaseShape, ...]:
         """What trials need to have in common to be one executable in every phase, and to change phase together."""

@@ -17,7 +17,7 @@ def test_every_policy_is_a_method_of_one_phase_with_its_scales():
         assert method.hierarchy(HIERARCHY) == method.hierarchy(HIERARCHY, 0) == HIERARCHY
         assert method.cost(HIERARCHY) == policy.count(HIERARCHY)
         assert method.uses_weights == policy.uses_weights
-        assert (method.function(HIERARCHY) == policy.function(HIERARCHY)).all()
+        assert (method.trained_profile(HIERARCHY) == policy.trained_profile(HIERARCHY)).all()
 
 
 def test_renest_is_lora_and_then_a_prefix_for_each_example_at_the_cost_of_lora():
@@ -34,7 +34,7 @@ def test_the_scale_is_in_the_factors_after_the_first_phase():
     assert RENEST.hierarchy(HIERARCHY, 0) == HIERARCHY
     assert RENEST.hierarchy(HIERARCHY, 1) == RENEST.hierarchy(HIERARCHY)
     assert RENEST.hierarchy(HIERARCHY) == RankHierarchy((1, 2, 6), "none", (1.0, 2.0, 3.0))
-    assert RENEST.function(RENEST.hierarchy(HIERARCHY)).tolist() == [1.0] * 6
+    assert RENEST.trained_profile(RENEST.hierarchy(HIERARCHY)).tolist() == [1.0] * 6
 
 
 @pytest.mark.parametrize(("steps", "starts"), [(10, (0, 7)), (463, (0, 324)), (2, (0, 1))])

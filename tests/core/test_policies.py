@@ -192,7 +192,7 @@ def test_a_draw_is_the_same_under_jit_and_vmap_over_keys(name):
 def test_the_trained_function_is_the_diagonal_for_matryoshka_and_lora_otherwise(name):
     kind = "matryoshka" if name == "matryoshka" else "lora"
     expected = fixed_profiles(S, "sqrt", HIERARCHY.weights)[kind][0]
-    np.testing.assert_allclose(get_policy(name).function(HIERARCHY), expected, rtol=1e-6)
+    np.testing.assert_allclose(get_policy(name).trained_profile(HIERARCHY), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -201,7 +201,7 @@ def test_the_trained_function_ends_with_the_ranks_that_are_trained(name):
     trained = {"lora": 5, "dylora_original": 5, "dylora_frozen": 5}.get(name, 2)
     scale = 1 / np.sqrt(trained)
     expected = [1 + 2**-0.5, 2**-0.5, 0, 0, 0] if name == "matryoshka" else [scale] * trained + [0] * (5 - trained)
-    found = get_policy(name).function(RankHierarchy((1, 2), "sqrt", max_rank=5))
+    found = get_policy(name).trained_profile(RankHierarchy((1, 2), "sqrt", max_rank=5))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -187,7 +187,7 @@ def test_best_prefixes_for_any_factors(shape, seed, lost, exponents):
 def test_the_scale_is_baked_in(name, scaling):
     R = 6
     hierarchy = RankHierarchy((1, 2, 6), scaling, weights=(1.0, 0.5, 2.0))
-    p = POLICIES[name].function(hierarchy)
+    p = POLICIES[name].trained_profile(hierarchy)
     a, b, _ = (jnp.asarray(v, jnp.float32) for v in factors((12, 10, R)))
     adapter, profile = {"l": {"a": a, "b": b}}, {"l": {"p": p}}
     new, squeezed = compiled(adapter, profile), new_hierarchy(adapter, profile, hierarchy.ranks)

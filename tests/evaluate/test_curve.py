@@ -48,8 +48,8 @@ def test_the_read_out_chooses_the_profiles(trees, readout):
 
 def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees):
     adapter, profile = trees
-    function = HIERARCHY.matryoshka()
-    whole = np.asarray(adapter["a"][...] * function @ adapter["b"][...])
+    trained_profile = HIERARCHY.matryoshka()
+    whole = np.asarray(adapter["a"][...] * trained_profile @ adapter["b"][...])
     u, s, vt = np.linalg.svd(whole)
     errors = []
 
@@ -59,7 +59,7 @@ def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees
         errors.append(np.abs(np.asarray(given["a"][...] * p @ given["b"][...]) - best).max())
         return np.ones(3)
 
-    rank_curve(evaluate, adapter, profile, HIERARCHY, readout="squeeze", function=function)
+    rank_curve(evaluate, adapter, profile, HIERARCHY, readout="squeeze", trained_profile=trained_profile)
     assert len(errors) == 3 and max(errors) < 1e-4 * s[0]
 
 

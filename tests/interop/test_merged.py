@@ -86,13 +86,13 @@ def check_sums(base, folder, deltas, dtype):
 @pytest.mark.parametrize("readout", ["prefix", "nested", "masked", "squeeze"])
 def test_transformers_computes_what_the_adapted_model_computes(base, adapted, tmp_path, readout):
     model, adapter = adapted
-    function = profile_matryoshka(S, "sqrt")
-    options = dict(readout=readout, function=function, base_model=base)
+    trained_profile = profile_matryoshka(S, "sqrt")
+    options = dict(readout=readout, trained_profile=trained_profile, base_model=base)
     for rank in (2, RANK):
         folder = export_merged(tmp_path / str(rank), adapter, HIERARCHY, rank, **options)
         logits = plain(folder, TOKENS)
         if readout != "squeeze" or rank == RANK:  # at full rank it is the trained function
-            p = function if readout == "squeeze" else readouts(S, rank, "sqrt")[readout]
+            p = trained_profile if readout == "squeeze" else readouts(S, rank, "sqrt")[readout]
             check_sums(base, folder, added(adapter, p), np.float32)
             deltas = {name.removesuffix(".weight"): delta.T for name, delta in added(adapter, p).items()}
             np.testing.assert_allclose(logits, with_deltas(base, deltas, TOKENS), **CLOSE)
@@ -224,15 +224,15 @@ def test_bad_folders_and_sizes(base, adapted, tmp_path):
 @pytest.mark.parametrize("readout", ["prefix", "nested", "masked", "squeeze"])
 def test_a_smaller_adapter_of_our_own(base, adapted, tmp_path, readout):
     model, adapter = adapted
-    function = profile_matryoshka(S, "sqrt")
+    trained_profile = profile_matryoshka(S, "sqrt")
     folder = export_adapter(
-        tmp_path / "out", adapter, HIERARCHY, 4, readout=readout, function=function, base_model=str(base)
+        tmp_path / "out", adapter, HIERARCHY, 4, readout=readout, trained_profile=trained_profile, base_model=str(base)
     )
     small = load_adapted(folder, load_decoder(base))
     assert small.hierarchy.max_rank == 4 and small.hierarchy.ranks == (1, 2, 4)
     assert small.hierarchy.scaling == ("sqrt" if readout == "prefix" else "none")
     merged = export_merged(
-        tmp_path / "merged", adapter, HIERARCHY, 4, readout=readout, function=function, base_model=base
+        tmp_path / "merged", adapter, HIERARCHY, 4, readout=readout, trained_profile=trained_profile, base_model=base
     )
     read = nnx.merge(small.graphdef, small.base, small.adapter, small.profile)
     np.testing.assert_allclose(

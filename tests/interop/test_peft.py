@@ -82,7 +82,7 @@ def test_squeeze_is_the_best_approximation_of_the_trained_function(base, adapted
     p = profile_matryoshka(S, "sqrt")
     for rank in (1, 3, RANK):
         folder = export_peft(
-            tmp_path / str(rank), adapter, hierarchy, rank, readout="squeeze", function=p, base_model=str(base)
+            tmp_path / str(rank), adapter, hierarchy, rank, readout="squeeze", trained_profile=p, base_model=str(base)
         )
         best = {name: best_approximation(a, b, p, rank) for name, (a, b) in pairs(adapter).items()}
         np.testing.assert_allclose(

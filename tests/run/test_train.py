@@ -29,10 +29,10 @@ from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.run.train import train
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.records import read_json_lines
-from tests import test_run_tasks
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
 from tests.parallel import test_mesh
+from tests.run import test_harness_tasks
 from tests.study import test_queue
 from tests.tiny import write_checkpoint, write_jsonl, write_trec
 
@@ -314,7 +314,7 @@ def test_every_key_has_a_test():
     readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
     tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
     assert tested == set(all_keys())
-    homes = (sys.modules[__name__], test_run_tasks, test_queue, test_mesh)
+    homes = (sys.modules[__name__], test_harness_tasks, test_queue, test_mesh)
     assert all(any(hasattr(home, test) for home in homes) for test in ELSEWHERE.values())
 
 

@@ -153,7 +153,7 @@ def test_what_a_trial_is_read_out_with():
     after = RankHierarchy((1, 2, 4, 8), "none", (1.0, 1.0, 1.0, 2.0))
     assert phases.hierarchy(trial) == after
     assert [phases.hierarchy_at(trial, step) for step in (1, 70, 71, 100)] == [before, before, after, after]
-    assert phases.function(trial).tolist() == [1.0] * 8
+    assert phases.trained_profile(trial).tolist() == [1.0] * 8
     assert phases.cost(trial) == 1.0
     assert phases_of("renest_sandwich")[0].cost(phases_of("renest_sandwich")[1]) == 2.0
 
@@ -293,7 +293,7 @@ def test_calibration_finds_the_numbers_of_every_rank(weights):
     """Also of one that has no weight in training."""
     hierarchy = RankHierarchy((1, 2, 6), "sqrt", weights)
     targets = jnp.array([[3.0, 0, 0, 0, 0, 0], [0.5, 2.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0.1, 0.2, 0.3]])
-    options = dict(function=hierarchy.lora(), batches=BATCHES, key=jax.random.key(0))
+    options = dict(trained_profile=hierarchy.lora(), batches=BATCHES, key=jax.random.key(0))
     found = calibrate(squared(targets), targets, hierarchy, steps=300, learning_rate=0.3, **options)
     np.testing.assert_allclose(found, targets, atol=0.02)
     few = calibrate(squared(targets), targets, hierarchy, steps=1, learning_rate=0.1, **options)
