@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import itertools
 import json
 import math
 import re
@@ -19,10 +17,9 @@ from mlora_jax.core import (
     READOUTS,
     Method,
     Phase,
-    RankHierarchy,
     get_method,
-    powers_of_two,
 )
+from mlora_jax.trials import expand_trials
 
 # Groups whose keys are names of methods.
 NAMED = ("config.methods", "config.evaluation.readouts")
@@ -184,34 +181,6 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One training run of the product in `config.trials`."""
-
-    method: str
-    learning_rate: float
-    seed: int
-    scaling: str
-    rank: int
-    weights: tuple[float, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """A folder name that no other trial of the run has."""
-        weights = "".join(f"-w{_number(w)}" for w in self.weights)
-        rate = _number(self.learning_rate)
-        return f"{self.method}-r{self.rank}-{self.scaling}{weights}-lr{rate}-seed{self.seed}"
-
-    def hierarchy(self, ranks: tuple[int, ...] = ()) -> RankHierarchy:
-        """S (by default the powers of two up to the rank), scaling and weights of this trial."""
-        return RankHierarchy(ranks or powers_of_two(self.rank), self.scaling, self.weights or None, max_rank=self.rank)
-
-
-def _number(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(float(value))
-
-
 def resolve(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """The config with every key present and checked.
 
@@ -233,17 +202,6 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
         merged["data"]["task"] = "jsonl"  # own data is its own task, whatever the key was left at
     _check(merged)
     return ConfigDict(merged).lock()
-
-
-def expand_trials(config: ConfigDict) -> list[Trial]:
-    """The product of `config.trials` in the order of its keys, or those of its list one after the other."""
-    axes = {field.name: config.trials[field.name] for field in dataclasses.fields(Trial)}
-    trials = [
-        Trial(**dict(zip(axes, values, strict=True)))
-        for entry in config.trials.list or ({},)
-        for values in itertools.product(*(axes | dict(entry)).values())
-    ]
-    return list(dict.fromkeys(trials))
 
 
 def further_methods(config: Mapping | ConfigDict) -> dict[str, Method]:

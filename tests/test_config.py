@@ -8,18 +8,9 @@ import pathlib
 import ml_collections
 import pytest
 
-from mlora_jax.config import (
-    CHOICES,
-    DEFAULTS,
-    RANGES,
-    Trial,
-    changed_keys,
-    check_key,
-    expand_trials,
-    further_methods,
-    resolve,
-)
+from mlora_jax.config import CHOICES, DEFAULTS, RANGES, changed_keys, check_key, further_methods, resolve
 from mlora_jax.core import METHODS, Method, Phase, RankHierarchy
+from mlora_jax.trials import Trial, expand_trials
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("_", "pretrain"))]

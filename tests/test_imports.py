@@ -16,19 +16,20 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {"core", "adapters", "config", "models", "data", "parallel", "training"}
+BELOW_EVALUATE = {"core", "adapters", "trials", "config", "models", "data", "parallel", "training"}
 BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report"}
 MAY_IMPORT = {
     "core": set(),
     "adapters": {"core"},
-    "config": {"core"},
+    "trials": {"core"},
+    "config": {"core", "trials"},
     "models": {"core"},
     "data": {"core", "models"},
     "parallel": {"core"},
-    "training": {"core", "adapters", "config", "models", "data", "parallel"},
+    "training": {"core", "adapters", "trials", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "config", "training.records"},
+    "report": {"core", "trials", "config", "training.records"},
     "run": BELOW_RUN,
     "compile_report": BELOW_EVALUATE | {"evaluate"},
     "cost": BELOW_RUN | {"compile_report", "run"},

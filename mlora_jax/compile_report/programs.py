@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mlora_jax.adapters import adapt, split
-from mlora_jax.config import Trial, expand_trials
 from mlora_jax.evaluate.generation import Generator, PromptRows
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
@@ -23,6 +22,7 @@ from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shard
 from mlora_jax.training.loop import TrialsStep, stack_trees, trial_keys
 from mlora_jax.training.phases import TrialPhases
 from mlora_jax.training.step import Schedule, init_state, make_optimizer
+from mlora_jax.trials import Trial, expand_trials
 
 OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
 

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.compile_report.shapes import model_shape
-from mlora_jax.config import Trial, expand_trials, harness_tasks, resolve
+from mlora_jax.config import harness_tasks, resolve
 from mlora_jax.data import find_task, load_task
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.run.inputs import model_folder
 from mlora_jax.training.phases import TrialPhases
+from mlora_jax.trials import Trial, expand_trials
 
 # English with numbers under a vocabulary of 128k; smaller vocabularies need more tokens.
 CHARACTERS_PER_TOKEN = 3.5

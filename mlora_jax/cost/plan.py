@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlora_jax.config import Trial, expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.cost.estimate import Requests, task_requests
 from mlora_jax.data import batch_shape
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.phases import PhaseShape
+from mlora_jax.trials import Trial, expand_trials
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mlora_jax.config import CHANGEABLE, expand_trials, resolve
+from mlora_jax.config import CHANGEABLE, resolve
 from mlora_jax.training.records import read_json_lines
+from mlora_jax.trials import expand_trials
 
 SPLITS = ("validation", "test")
 # What a record says of every trial, and beyond that of every accuracy.

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.adapters.layers import AdaptedLayer
-from mlora_jax.config import Trial, expand_trials
 from mlora_jax.core import RankHierarchy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, batch_shape, make_trials_pipeline
 from mlora_jax.data.load import hold_out
@@ -47,6 +46,7 @@ from mlora_jax.training.loop import TrialKeys, TrialsStep, Turn, stack_trees, ta
 from mlora_jax.training.objective import answer_loss
 from mlora_jax.training.phases import TrialPhases, squeeze_trials
 from mlora_jax.training.step import TrialState, init_state, make_optimizer
+from mlora_jax.trials import Trial, expand_trials
 
 SCORED = {"choice": ChoiceEvaluator, "tokens": TokenEvaluator}  # the metrics that need no generated text
 

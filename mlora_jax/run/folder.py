@@ -18,11 +18,12 @@ import jaxlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
+from mlora_jax.config import changed_keys, resolve
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.parallel import hosts
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.records import keep_records, read_json_lines
+from mlora_jax.trials import Trial, expand_trials
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mlora_jax.config import Trial, harness_tasks
+from mlora_jax.config import harness_tasks
 from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder, task_key
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter
+from mlora_jax.trials import Trial
 
 logger = logging.getLogger(__name__)
 

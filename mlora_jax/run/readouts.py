@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.adapters import InputGram, set_profile, split, watch_inputs
-from mlora_jax.config import Trial
 from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.core.squeeze import squeeze_factors
 from mlora_jax.evaluate import read_out
@@ -26,6 +25,7 @@ from mlora_jax.training.calibrate import calibrate
 from mlora_jax.training.fitted import CALIBRATED, SQUEEZED, read_profiles, write_profiles
 from mlora_jax.training.loop import trial_keys
 from mlora_jax.training.objective import answer_loss
+from mlora_jax.trials import Trial
 
 
 class ReadOut(NamedTuple):

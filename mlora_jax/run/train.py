@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlora_jax.config import Trial, expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.core import summarize
 from mlora_jax.evaluate import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.parallel import hosts
@@ -44,6 +44,7 @@ from mlora_jax.training.loop import (
 from mlora_jax.training.progress import RunProgress
 from mlora_jax.training.records import JsonLines, NoRecords
 from mlora_jax.training.trackers import Tracker, make_trackers
+from mlora_jax.trials import Trial, expand_trials
 
 __all__ = ["Interrupted", "Results", "TrialResult", "train"]
 

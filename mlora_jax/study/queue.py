@@ -9,11 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlora_jax.config import Trial
 from mlora_jax.core import aurac
 from mlora_jax.run.folder import read_curves
 from mlora_jax.run.train import train
 from mlora_jax.study.rivals import Rival, rivals_of
+from mlora_jax.trials import Trial
 
 # trial -> read-out -> split -> one record per rank; {} of a trial that failed.
 Curves = Mapping[str, Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]]

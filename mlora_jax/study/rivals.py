@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mlora_jax.config import Trial
 from mlora_jax.core import SCALINGS, powers_of_two
+from mlora_jax.trials import Trial
 
 
 @dataclasses.dataclass(frozen=True)

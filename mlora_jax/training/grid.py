@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 
-from mlora_jax.config import Trial
+from mlora_jax.trials import Trial
 
 GIB = 2**30
 # Where a device does not say how much memory it has (a CPU), and the config does not either.

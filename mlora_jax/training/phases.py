@@ -15,11 +15,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mlora_jax.adapters import set_profile
-from mlora_jax.config import Trial, further_methods
+from mlora_jax.config import further_methods
 from mlora_jax.core import Draw, Method, RankHierarchy, get_method
 from mlora_jax.core.squeeze import Tree, map_gradients, squeeze_factors
 from mlora_jax.training.loop import TrialKeys, compile_draws
 from mlora_jax.training.step import Schedule, TrialState
+from mlora_jax.trials import Trial
 
 
 class PhaseShape(NamedTuple):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from mlora_jax.cli.ranks import integers, report
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.evaluate import rank_curve
 from mlora_jax.report.ranks import draw_ranks, write_ranks
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.rank_choice import choose_ranks
 from mlora_jax.training.adapter_file import save_adapter
+from mlora_jax.trials import expand_trials
 from tests.tiny import write_checkpoint, write_trec
 
 ROOT = pathlib.Path(__file__).parents[2]

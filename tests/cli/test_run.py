@@ -9,7 +9,7 @@ import pytest
 
 from mlora_jax.cli import config_flags
 from mlora_jax.cli.config_flags import read_config, run_with_config, take_config_path
-from mlora_jax.config import expand_trials
+from mlora_jax.trials import expand_trials
 from tests.conftest import QUICKLY_COMPILED
 from tests.tiny import write_checkpoint, write_trec
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mlora_jax.cli.config_flags import read_config
 from mlora_jax.cli.plan import _print_estimate
 from mlora_jax.compile_report.shapes import model_shape
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.cost.estimate import CHARACTERS_PER_TOKEN, HARNESS, estimate, task_requests
+from mlora_jax.trials import expand_trials
 from tests.tiny import QUESTIONS, write_checkpoint, write_trec
 
 # The parameters of the published models, embeddings that are also the head counted once.

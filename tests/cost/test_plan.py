@@ -10,11 +10,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlora_jax.cli.plan import duration
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.cost.plan import Plan, _evaluation, _time_loss, _validation, plan
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.train import train
 from mlora_jax.training.records import read_json_lines
+from mlora_jax.trials import expand_trials
 from tests.tiny import write_checkpoint, write_trec
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mlora_jax.adapters import adapt, split
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.core.product import path_names
 from mlora_jax.models import Decoder
 from mlora_jax.parallel import hosts
@@ -19,6 +19,7 @@ from mlora_jax.parallel.rules import shardings, spec_of
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.inputs import run_mesh
 from mlora_jax.run.readouts import read_out_trial
+from mlora_jax.trials import expand_trials
 from tests.tiny import tiny_config
 
 FOUR = jax.devices()[:4]

@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.run.folder import CURVES, METRICS, RunFolder, only_one_run
 from mlora_jax.training.records import JsonLines
+from mlora_jax.trials import expand_trials
 
 
 def planned(path, config):

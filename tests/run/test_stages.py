@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from mlora_jax import run
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.checkpoint import Restored
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.loop import Memory
 from mlora_jax.training.phases import TrialPhases
 from mlora_jax.training.records import JsonLines, read_json_lines
+from mlora_jax.trials import expand_trials
 
 
 class Quiet:

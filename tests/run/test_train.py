@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlora_jax import run
-from mlora_jax.config import DEFAULTS, expand_trials, resolve
+from mlora_jax.config import DEFAULTS, resolve
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.interop import export_peft
@@ -29,6 +29,7 @@ from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.run.train import train
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.records import read_json_lines
+from mlora_jax.trials import expand_trials
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
 from tests.parallel import test_mesh

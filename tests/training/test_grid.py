@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlora_jax import experiment
-from mlora_jax.config import expand_trials, resolve
+from mlora_jax.config import resolve
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.grid import TrialBatch, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.training.step import make_optimizer
+from mlora_jax.trials import expand_trials
 
 
 def test_groups_keep_the_order_of_the_config():

@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 from mlora_jax.adapters import InputGram, RankProfile, adapt, set_profile, split, watch_inputs
-from mlora_jax.config import DEFAULTS, Trial, resolve
+from mlora_jax.config import DEFAULTS, resolve
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.core.squeeze import map_gradients, squeeze_factors
 from mlora_jax.training.calibrate import calibrate
 from mlora_jax.training.loop import Cadence, Interrupted, Memory, State, TrialKeys, Turn, train_trials
 from mlora_jax.training.phases import TrialPhases, squeeze_trials
 from mlora_jax.training.step import init_state, make_optimizer
+from mlora_jax.trials import Trial
 
 D, F, R, L = 9, 7, 5, 3
 OPTIMIZER = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.1, clip=1.0)
