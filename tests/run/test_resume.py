@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlora_jax import run
 from mlora_jax.config import resolve
+from mlora_jax.run import train as run
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.train import Interrupted, train
 from mlora_jax.training.records import read_json_lines

@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from mlora_jax import run
 from mlora_jax.config import resolve
+from mlora_jax.run import train as run
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.checkpoint import Restored
 from mlora_jax.training.grid import TrialBatch

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlora_jax import run
 from mlora_jax.config import DEFAULTS, resolve
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.interop import export_peft
 from mlora_jax.report.folders import SPLITS
+from mlora_jax.run import train as run
 from mlora_jax.run.experiment import Experiment, StepTiming
 from mlora_jax.run.harness_tasks import readouts_of
 from mlora_jax.run.inputs import model_folder
@@ -423,7 +423,7 @@ def test_key_of_the_start(folders, tmp_path):
 
 def program(config, tmp_path, monkeypatch):
     """The shapes and texts of what a run compiles."""
-    from mlora_jax import experiment
+    from mlora_jax.run import experiment
 
     seen = {}
 
@@ -550,7 +550,7 @@ def test_keys_of_validation(folders, tmp_path, monkeypatch):
     assert by_loss[3] == last and all(0 < r["validation_loss"] < 20 for r in by_loss[0])
     assert len({r["validation_loss"] for r in by_loss[0]}) == 9
 
-    from mlora_jax import run as module
+    from mlora_jax.run import train as module
 
     def described(name):
         return json.loads((tmp_path / name / "adapters/lora-r4-none-lr0.3-seed1/adapter.json").read_text())
@@ -583,7 +583,7 @@ def test_validation_rows_that_are_too_long_for_their_loss_are_told(folders):
 
 
 def test_keys_of_checkpoints(folders, tmp_path, monkeypatch):
-    from mlora_jax import run
+    from mlora_jax.run import train as run
 
     seen, kept = [], []
 

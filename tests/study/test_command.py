@@ -12,8 +12,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mlora_jax import run
 from mlora_jax.cli import config_flags, study
+from mlora_jax.run import train as run
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.study import queue, report, rivals
 from mlora_jax.study.rivals import Rival

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlora_jax import experiment
 from mlora_jax.config import resolve
+from mlora_jax.run import experiment
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.grid import TrialBatch, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.training.step import make_optimizer
