@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,8 +28,6 @@ QUANTIZATIONS = ("", "int8", "nf4")
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
 MAX_SEED = 2**32
-FACTOR_READOUTS = (*READOUTS, "squeeze")  # those that take nothing but the adapter
-READOUT_NAMES = (*FACTOR_READOUTS, "squeeze_inputs", "calibrated")
 # Keys that a run may change when it is continued: they do not touch a trial that is trained already.
 CHANGEABLE = (
     "trials",
@@ -86,10 +85,12 @@ DEFAULTS: dict[str, Any] = {
         # tuple of values each, and stands for its own product; the keys that it leaves out are taken from above.
         "list": (),
     },
-    # Methods of one's own, besides those of mlora_jax.core.METHODS: a name and its phases in order, each a policy and
-    # its share of the steps, with a squeeze in between: {"name": (("lora", 0.7), ("per_example", 0.3))}. "rotate" as
-    # one more entry takes the optimizer's moments through the squeeze, which otherwise starts them anew; "restart"
-    # starts the learning rate anew too, which then falls to zero in every phase. A warm-up comes once, at the start.
+    # Methods of one's own, besides those of mlora_jax.core.METHODS: a name and its phases in order, for example
+    # {"name": (("lora", 0.7), ("per_example", 0.3))}. A phase is a policy, its share of the steps and, if wanted, the
+    # action that it starts with and its update rule (keys of mlora_jax.core.ACTIONS and mlora_jax.core.UPDATES).
+    # A later phase that names no action starts with "squeeze"; "none" starts it without one. Words behind the phases:
+    # "rotate" takes the optimizer's moments through the squeeze, which otherwise starts them anew; "restart" lets the
+    # learning rate fall to zero in every phase; "gate" trains a gate in every layer. A warm-up comes once.
     "methods": {},
     "train": {
         "epochs": 3,
@@ -214,27 +215,54 @@ def further_methods(config: Mapping | ConfigDict) -> dict[str, Method]:
     for name, entries in config["methods"].items():
         if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"config.methods.{name}: a name is made of letters, digits, _ and -")
-        *pairs, last = entries or ((),)
-        carry, pairs = (last, pairs) if isinstance(last, str) else ("reset", [*pairs, last])
         try:
-            phases = tuple(Phase(policy, float(fraction)) for policy, fraction in pairs)
-            found[name] = Method(phases=phases, summary=_summary(phases, carry), carry=carry)
+            found[name] = _method(entries)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"config.methods.{name} must be phases like (('lora', 0.7), ('per_example', 0.3)), got {entries!r}: "
                 f"{error}"
             ) from None
         if name in METHODS:
-            if (METHODS[name].phases, METHODS[name].carry) != (found[name].phases, found[name].carry):
+            if dataclasses.replace(METHODS[name], summary="") != dataclasses.replace(found[name], summary=""):
                 raise ValueError(f"config.methods.{name} is a method of that name already: give yours another one")
             del found[name]
     return found
 
 
-def _summary(phases: tuple[Phase, ...], carry: str) -> str:
-    parts = ", squeezed, ".join(f"{phase.policy} for {phase.fraction:.0%} of the steps" for phase in phases)
-    kept = {"reset": "moments reset", "rotate": "moments rotated", "restart": "moments and learning rate started anew"}
-    return f"{parts}; {kept.get(carry, carry)}" if len(phases) > 1 else parts
+# Words behind the phases of a method, and what they stand for.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "rotate": {"start": "squeeze_rotated"},
+    "restart": {"schedule": "phase"},
+    "gate": {"gate": True},
+}
+
+
+def _method(entries: Iterable) -> Method:
+    """A method from its phases, each (policy, fraction[, start[, update]]), and words of `METHOD_OPTIONS`."""
+    words = [entry for entry in entries if isinstance(entry, str)]
+    unknown = [word for word in words if word not in METHOD_OPTIONS]
+    if unknown:
+        raise ValueError(f"unknown word {unknown[0]!r}; known: {', '.join(METHOD_OPTIONS)}")
+    options = {key: value for word in words for key, value in METHOD_OPTIONS[word].items()}
+    # A later phase that says nothing else begins with a squeeze.
+    start = options.pop("start", "squeeze")
+    phases = []
+    for entry in (entry for entry in entries if not isinstance(entry, str)):
+        policy, fraction, *rest = entry
+        begins = rest[0] if rest else (start if phases else "")
+        phases.append(Phase(policy, float(fraction), begins, *rest[1:]))
+    return Method(phases=tuple(phases), summary=_summary(phases, options), **options)
+
+
+def _summary(phases: Sequence[Phase], options: Mapping[str, Any]) -> str:
+    parts = []
+    for phase in phases:
+        before = f"{phase.start}, then " if phase.start not in ("", "none") else ""
+        behind = f" with {phase.update}" if phase.update != "none" else ""
+        parts.append(f"{before}{phase.policy} for {phase.fraction:.0%} of the steps{behind}")
+    notes = ["gated"] if options.get("gate") else []
+    notes += ["the learning rate starts anew in every phase"] if options.get("schedule") == "phase" else []
+    return "; ".join([", ".join(parts), *notes])
 
 
 def harness_tasks(entries: Iterable) -> list[tuple[str, int | None]]:
@@ -425,10 +453,9 @@ def _check(config: dict) -> None:
         if len(set(readouts)) != len(readouts):
             raise ValueError(f"config.evaluation.readouts.{method} repeats a value: {readouts}")
         for readout in readouts:
-            if readout not in READOUT_NAMES:
+            if readout not in READOUTS:
                 raise ValueError(
-                    f"unknown read-out {readout!r} in config.evaluation.readouts.{method}; "
-                    f"known: {', '.join(READOUT_NAMES)}"
+                    f"unknown read-out {readout!r} in config.evaluation.readouts.{method}; known: {', '.join(READOUTS)}"
                 )
     harness_tasks(config["evaluation"]["tasks"])
     _check_study(config["study"])

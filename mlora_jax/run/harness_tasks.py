@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mlora_jax.config import harness_tasks
 from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
+from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder, task_key
 from mlora_jax.run.readouts import read_out_trial
@@ -90,19 +91,19 @@ def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Tr
       ValueError: a task that the harness does not know.
     """
     wanted = wanted_curves(experiment.config, folder, trials)
-    for rank in dict.fromkeys(trial.rank for trial in trials):
-        of_rank = [trial for trial in trials if trial.rank == rank]
+    for form in dict.fromkeys(experiment.form(trial) for trial in trials):
+        alike = [trial for trial in trials if experiment.form(trial) == form]
         for name, shots in harness_tasks(experiment.config.evaluation.tasks):
-            missing = [(t, key[1]) for t in of_rank for key in wanted if key[0] == t.name and key[2:] == (name, shots)]
+            missing = [(t, key[1]) for t in alike for key in wanted if key[0] == t.name and key[2:] == (name, shots)]
             if missing:
-                yield from _measure(experiment, folder, rank, missing, name, shots)
+                yield from _measure(experiment, folder, form, missing, name, shots)
 
 
-def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name: str, shots: int | None):
+def _measure(experiment: Experiment, folder: RunFolder, form: AdapterForm, missing, name: str, shots: int | None):
     from mlora_jax.evaluate.harness import NestedLM, Variant, evaluate_all, item_verdicts  # slow to import
 
-    config, adapted = experiment.config, experiment.adapted(rank)
-    base = Variant(adapted.adapter, jnp.zeros(rank))
+    config, adapted = experiment.config, experiment.adapted(*form)
+    base = Variant(adapted.adapter, jnp.zeros(form.rank))
     variants = {} if ("base", "base", name, shots) in folder.harness_curves() else {"base": base}
     loaded: dict[Trial, tuple] = {}
     curves: dict[tuple[Trial, str], tuple] = {}
@@ -110,11 +111,12 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
         if trial not in loaded:
             loaded[trial] = load_adapter(folder.adapter(trial), adapted.adapter)
         adapter, hierarchy, _ = loaded[trial]
-        adapter, profiles = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder.adapter(trial))
+        reading = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder.adapter(trial))
+        profiles = reading.curve()
         names = [f"{trial.name} {readout} {at}" for at in profiles]
-        variants |= {each: Variant(adapter, p) for each, p in zip(names, profiles.values(), strict=True)}
+        variants |= {each: Variant(reading.adapter, p) for each, p in zip(names, profiles.values(), strict=True)}
         curves[trial, readout] = tuple(profiles), names
-    lm = _language_model(experiment, rank, NestedLM, base)
+    lm = _language_model(experiment, form, NestedLM, base)
     results = evaluate_all(
         lm,
         variants,
@@ -148,9 +150,9 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
         yield TaskCurve(trial.name, name, curve, records)
 
 
-def _language_model(experiment: Experiment, rank: int, make, variant):
+def _language_model(experiment: Experiment, form: AdapterForm, make, variant):
     config, model = experiment.config, experiment.model.config
-    adapted = experiment.adapted(rank)
+    adapted = experiment.adapted(*form)
     trees = adapted.evaluation_graphdef, adapted.base, adapted.profile
     shapes = dict(
         max_length=model.max_position_embeddings,
