@@ -57,13 +57,13 @@ def read_results(
     results = []
     for trial in trials:
         keys = [(trial.name, split, readout) for split in base for readout in readouts_of(config, trial)]
-        found = {key: _curve(measured[key]) for key in keys if key in measured}
+        found = {key: curve_of(measured[key]) for key in keys if key in measured}
         by_split = {split: tuple(curve for key, curve in found.items() if key[1] == split) for split in base}
         by_task: dict[tuple[str, int], tuple[RankCurve, ...]] = {}
         for (name, _, task, _), records in folder.harness_curves().items():
             if name == trial.name:
                 key = task, records[0]["shots"]
-                curve = _curve(records)
+                curve = curve_of(records)
                 verdicts = folder.verdicts(trial.name, curve.readout, task_key(*key))
                 curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
                 by_task[key] = (*by_task.get(key, ()), curve)
@@ -71,7 +71,7 @@ def read_results(
     return Results(folder.path, base, tuple(results), compilations)
 
 
-def _curve(records: list[dict[str, Any]]) -> RankCurve:
+def curve_of(records: list[dict[str, Any]]) -> RankCurve:
     ranks, accuracies, errors = zip(*((r["at_rank"], r["accuracy"], r["stderr"]) for r in records), strict=True)
     areas = dataclasses.asdict(summarize(accuracies, ranks))
     return RankCurve(records[0]["readout"], ranks, accuracies, errors, records[0]["items"], **areas)

@@ -1,5 +1,6 @@
 """Every row of the policy table: shapes, determinism, what is drawn, and the same draw under jit and vmap."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,7 +47,7 @@ def drawer(name, hierarchy=HIERARCHY, accumulation=2):
 def steps_of(name, count, **options):
     """The draws of the first `count` steps under one key."""
     draw = jax.tree.map(np.asarray, drawer(name, **options)(jnp.stack([KEY] * count), jnp.arange(count)))
-    return draw._replace(profiles=shared(draw.profiles))
+    return dataclasses.replace(draw, profiles=shared(draw.profiles))
 
 
 def shared(profiles):
