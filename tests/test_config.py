@@ -125,7 +125,7 @@ def test_methods_of_ones_own():
         ({"methods": {"a/b": MINE}}, "config.methods.a/b: a name is made of letters"),
         (
             {"methods": {"mine": (*MINE, "rotat")}},
-            "config.methods.mine must be phases .*unknown word 'rotat'; known: rotate, restart, gate",
+            "config.methods.mine .*unknown word 'rotat'; known: rotate, restart, gate",
         ),
         ({"calibration": {"learning_rate": math.nan}}, "config.calibration.learning_rate must be positive and finite"),
         ({"train": {"epsilon": math.inf}}, "config.train.epsilon must be at least 0.0 and finite, got inf"),

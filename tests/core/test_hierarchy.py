@@ -221,5 +221,7 @@ def test_default_ranks_of_no_rank_are_refused(rank):
 
 
 def test_an_unknown_read_out_is_refused():
-    with pytest.raises(ValueError, match="unknown read-out 'suffix'. Known read-outs: prefix, squeeze, nested, masked"):
+    with pytest.raises(
+        ValueError, match=r"unknown read-out 'suffix'\. Known read-outs: prefix, squeeze, nested, masked"
+    ):
         readout_profile(RankHierarchy((1, 2)), "suffix", 1)

@@ -61,7 +61,11 @@ def test_three_phases():
         ((Phase("lora", 1.0, "squeeze"),), {}, "'squeeze' cannot stand in the place 'first'; .*: none, fan_rank"),
         ((Phase("lora", 0.5), Phase("lora", 0.5, "fan_in")), {}, "'fan_in' cannot stand in the place 'later'"),
         ((Phase("lora", 0.5), Phase("lora", 0.5, "calibrated")), {}, "'calibrated' cannot stand in the place 'later'"),
-        ((Phase("lora", 1.0, "", "soft"),), {}, "unknown update 'soft'; did you mean 'soft_threshold'"),
+        (
+            (Phase("lora", 1.0, "", "soft_treshold"),),
+            {},
+            "unknown update 'soft_treshold'; did you mean 'soft_threshold'",
+        ),
         ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
 )

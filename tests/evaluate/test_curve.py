@@ -21,7 +21,7 @@ def trees():
 
 
 def test_accuracies_are_those_of_each_rank(trees):
-    adapter, profile = trees
+    adapter, _ = trees
     seen = []
 
     def evaluate(given, p):
@@ -47,7 +47,7 @@ def test_the_read_out_chooses_the_profiles(trees, readout):
 
 
 def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees):
-    adapter, profile = trees
+    adapter, _ = trees
     trained_profile = HIERARCHY.matryoshka()
     whole = np.asarray(adapter["a"][...] * trained_profile @ adapter["b"][...])
     u, s, vt = np.linalg.svd(whole)
@@ -64,7 +64,9 @@ def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees
 
 
 def test_unknown_read_out(trees):
-    with pytest.raises(ValueError, match="unknown read-out 'middle'. Known read-outs: prefix, squeeze, nested, masked"):
+    with pytest.raises(
+        ValueError, match=r"unknown read-out 'middle'\. Known read-outs: prefix, squeeze, nested, masked"
+    ):
         rank_curve(lambda _, p: np.ones(2), trees[0], HIERARCHY, readout="middle")
 
 

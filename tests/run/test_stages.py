@@ -73,7 +73,7 @@ def test_only_a_batch_s_own_records_are_taken_back(stand_in, tmp_path, step):
 
 def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_for(tmp_path, monkeypatch):
     class TooLarge(Quiet):
-        steps = 10
+        steps, config = 10, resolve({})
 
         def digests(self):
             return {}
