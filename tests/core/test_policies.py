@@ -139,7 +139,8 @@ def test_weights_change_what_is_trained_where_the_policy_says_so_and_equal_ones_
         for weights in (None, (1.0,) * len(S), (1.0, 2.0, 0.5, 1.0, 3.0))
     )
     jax.tree.map(np.testing.assert_array_equal, plain, even)
-    differs = any(np.any(a != b) for a, b in zip(plain, uneven, strict=True))
+    pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(uneven), strict=True)
+    differs = any(np.any(a != b) for a, b in pairs)
     assert differs == get_policy(name).uses_weights == (name in ("dylora", "matryoshka", "matryoshka_exact"))
     expected = np.array([1.0, 2.0, 0.5, 1.0, 3.0]) / 7.5 if name == "matryoshka_exact" else plain.loss_weights
     np.testing.assert_allclose(uneven.loss_weights, np.broadcast_to(expected, uneven.loss_weights.shape), rtol=1e-6)
