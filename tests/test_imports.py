@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "training": {"core", "adapters", "trials", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "trials", "config", "training.records"},
+    "report": {"core", "trials", "config", "training.curve_records"},
     "run": BELOW_RUN,
     "compile_report": BELOW_EVALUATE | {"evaluate"},
     "cost": BELOW_RUN | {"compile_report", "run"},

@@ -6,9 +6,11 @@ import collections
 import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mlora_jax.core import METHODS, summarize
-from mlora_jax.report.folders import RunRecords, Trial
+from mlora_jax.report.folders import RunRecords
+from mlora_jax.trials import Trial, describe_axes
 
 READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
 
@@ -25,18 +27,38 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
+# The axes of trials that tell the rows of one table apart, or over which a row is averaged.
+WITHIN_A_TABLE = ("method", "learning_rate", "seed")
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Setting:
-    """What the rows of one table share: scaling, R, weights w_r (none: 1 each), and the ranks S of the read-outs."""
+    """What the rows of one table share.
 
-    scaling: str
-    rank: int
-    weights: tuple[float, ...]
+    Attributes:
+      axes: the names and values of the trials' axes but those of `WITHIN_A_TABLE`.
+      ranks: the ranks S of the read-outs.
+    """
+
+    axes: tuple[tuple[str, Any], ...]
     ranks: tuple[int, ...]
 
+    @classmethod
+    def of(cls, trial: Trial, ranks: Iterable[int]) -> Setting:
+        """The setting of a trial that was read out at some ranks."""
+        return cls(trial.without(*WITHIN_A_TABLE), tuple(ranks))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Axis -> value."""
+        return dict(self.axes)
+
+    def without(self, axis: str) -> Setting:
+        """What it has in common with settings that differ in one axis alone."""
+        return dataclasses.replace(self, axes=tuple(each for each in self.axes if each[0] != axis))
+
     def __str__(self) -> str:
-        weights = f", weights {', '.join(f'{weight:g}' for weight in self.weights)}" if self.weights else ""
-        return f"R = {self.rank}, scaling {self.scaling}{weights}"
+        return describe_axes(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,31 +203,29 @@ def _merge(folders: list[RunRecords]) -> Experiment:
         for trial in (*folder.curves, *(trial for trial in folder.failed if trial not in folder.curves)):
             if trial in holders:
                 raise ValueError(
-                    f"the trial {trial} is in {holders[trial]} and in {folder.path}; a table can hold it once: "
-                    "leave one of the folders out, or write a table for each"
+                    f"the trial {trial.in_words} is in {holders[trial]} and in {folder.path}; a table can hold it "
+                    "once: leave one of the folders out, or write a table for each"
                 )
             holders[trial] = folder.path
     done = {trial for folder in folders for trial in folder.done}
     failed = _seeds(trial for folder in folders for trial in folder.failed)
     unfinished = _seeds(trial for folder in folders for trial in folder.planned if trial not in done)
-    # (setting, method, read-out) -> learning rate -> seed -> split -> curve
-    curves: dict = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict)))
+    # (setting, read-out, all of a trial but its seed) -> seed -> split -> curve
+    curves: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
     for folder in folders:
         for trial, of_trial in folder.curves.items():
             for (split, readout), curve in of_trial.items():
-                setting = Setting(trial.scaling, trial.rank, trial.weights, tuple(curve))
-                curves[setting, trial.method, readout][trial.learning_rate][trial.seed][split] = curve
+                curves[Setting.of(trial, curve), readout, trial.without("seed")][trial.seed][split] = curve
     rows = []
-    for (setting, method, readout), rates in curves.items():
-        for rate, by_seed in rates.items():
-            finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
-            if not finished:
-                continue
-            key = method, rate, setting.scaling, setting.rank, setting.weights
-            splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
-            measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
-            seeds = tuple(finished), tuple(sorted(failed[key])), tuple(sorted(unfinished[key]))
-            rows.append(CurveRow(setting, method, readout, rate, *seeds, measured))
+    for (setting, readout, alike), by_seed in curves.items():
+        finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
+        if not finished:
+            continue
+        splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
+        measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
+        seeds = tuple(finished), tuple(sorted(failed[alike])), tuple(sorted(unfinished[alike]))
+        values = dict(alike)
+        rows.append(CurveRow(setting, values["method"], readout, values["learning_rate"], *seeds, measured))
     rows.sort(key=_order)
     return Experiment(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
 
@@ -214,7 +234,7 @@ def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:
     """The seeds of the trials that have all else in common."""
     found: dict[tuple, set[int]] = collections.defaultdict(set)
     for trial in trials:
-        found[trial.method, trial.learning_rate, trial.scaling, trial.rank, trial.weights].add(trial.seed)
+        found[trial.without("seed")].add(trial.seed)
     return found
 
 

@@ -262,12 +262,14 @@ def _names(row: CurveRow) -> dict[str, Any]:
     return {
         "method": row.method,
         "readout": row.readout,
-        "scaling": row.setting.scaling,
-        "rank": row.setting.rank,
-        "weights": " ".join(map(str, row.setting.weights)),
+        **{axis: _cell(value) for axis, value in row.setting.axes},
         "learning_rate": row.learning_rate,
         "seeds": " ".join(map(str, row.seeds)),
     }
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _numbers(name: str, spread: Spread | None) -> dict[str, Any]:

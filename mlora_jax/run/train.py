@@ -25,11 +25,12 @@ from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch
 from mlora_jax.report import write_report
 from mlora_jax.run.experiment import Experiment
-from mlora_jax.run.folder import CURVES, METRICS, RunFolder, only_one_run, task_key
+from mlora_jax.run.folder import METRICS, RunFolder, only_one_run, task_key
 from mlora_jax.run.harness_tasks import measure_tasks, readouts_of, unavailable_tasks, wanted_curves
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter, save_adapter
 from mlora_jax.training.checkpoint import Checkpoints
+from mlora_jax.training.curve_records import BASE, CURVES, CurveKey, CurveRecord, failed_line
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.loop import (
     Cadence,
@@ -137,11 +138,14 @@ def train(config: ConfigDict | dict, workdir) -> Results:
 
 
 def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
-    measured, failed = folder.curves(), folder.failed()
-    splits = [split for name, split, _ in measured if name == "base"]
-    wanted = [(t.name, s, r) for t in trials if t.name not in failed for s in splits for r in readouts_of(config, t)]
+    curves = folder.curves()
+    splits = list(curves.base())
+    unfailed = [trial for trial in trials if trial.name not in curves.failed]
+    wanted = [
+        CurveKey(t.name, split, readout) for t in unfailed for split in splits for readout in readouts_of(config, t)
+    ]
     trained = {trial for batch in folder.batches if folder.trained(batch) for trial in batch.trials}
-    whole = all(key in measured for key in wanted) and not wanted_curves(config, folder, trials)
+    whole = all(key in curves for key in wanted) and not wanted_curves(config, folder, trials)
     return bool(splits) and set(trials) <= trained and whole
 
 
@@ -227,16 +231,17 @@ def _devices(experiment: Experiment) -> str:
 
 
 def _evaluate_base(run: _Run, rank: int) -> None:
-    measured = run.folder.curves()
+    measured = run.folder.curves().base()
     for split in run.experiment.rows:
-        if ("base", split, "base") not in measured:
+        if split not in measured:
             adapted = run.experiment.adapted(rank)
             evaluator = adapted.evaluators[split]
             verdicts = _evaluate(run, evaluator, adapted.adapter, jnp.zeros(rank))
             accuracy, error = accuracy_and_error(verdicts)
-            run.folder.save_verdicts("base", "base", split, verdicts[None])
-            values = _measured(run, split, "base", 0, accuracy, error, len(verdicts), 1, evaluator.truncated)
-            run.curves.write({"trial": "base", **values})
+            run.folder.save_verdicts(BASE, BASE, split, verdicts[None])
+            task, items, truncated = run.experiment.data.task.name, len(verdicts), evaluator.truncated
+            record = CurveRecord(None, task, split, BASE, (0,), (accuracy,), (error,), items, truncated=truncated)
+            run.curves.write(*record.to_lines())
             cut = f", {evaluator.truncated} of {len(verdicts)} items cut on the left to fit"
             run.progress.say(f"base accuracy {accuracy:.3f} ({split}{cut if evaluator.truncated else ''})")
 
@@ -372,20 +377,19 @@ def _save_adapters(run: _Run, batch: TrialBatch, state: State, memory: Memory) -
 
 def _evaluate_trial(run: _Run, trial: Trial) -> None:
     """Every curve of a trial that is not on record yet, each written in one piece."""
-    measured, experiment = run.folder.curves(), run.experiment
+    curves, experiment = run.folder.curves(), run.experiment
     missing = [
         (split, readout)
         for split in experiment.rows
         for readout in readouts_of(run.config, trial)
-        if (trial.name, split, readout) not in measured
+        if CurveKey(trial.name, split, readout) not in curves
     ]
-    if not missing or trial.name in run.folder.failed():
+    if not missing or trial.name in curves.failed:
         return
     adapted = experiment.adapted(trial.rank)
     adapter, hierarchy, description = load_adapter(run.folder.adapter(trial), adapted.adapter)
-    fields = {"trial": trial.name, **dataclasses.asdict(trial)}
     if not description["finite"]:
-        run.curves.write({**fields, "failed": True})
+        run.curves.write(failed_line(trial))
         return
     read = functools.cache(
         lambda readout: read_out_trial(experiment, trial, adapter, hierarchy, readout, run.folder.adapter(trial))
@@ -395,9 +399,18 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
         evaluate = functools.partial(_evaluate, run, adapted.evaluators[split])
         curve = RankCurve.of(readout, tuple(profiles), [evaluate(factors, p) for p in profiles.values()])
         run.folder.save_verdicts(trial.name, readout, split, curve.verdicts)
-        values = zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True)
-        shared = curve.items, len(curve.ranks), adapted.evaluators[split].truncated
-        run.curves.write(*({**fields, **_measured(run, split, readout, *at, *shared)} for at in values))
+        record = CurveRecord(
+            trial=trial,
+            task=experiment.data.task.name,
+            split=split,
+            readout=readout,
+            ranks=curve.ranks,
+            accuracies=curve.accuracies,
+            standard_errors=curve.standard_errors,
+            items=curve.items,
+            truncated=adapted.evaluators[split].truncated,
+        )
+        run.curves.write(*record.to_lines())
         shown = " ".join(f"{accuracy:.3f}" for accuracy in curve.accuracies)
         areas = f"AURAC {curve.linear:.3f} linear, {curve.log2:.3f} log2"
         run.progress.say(f"{trial.name} {split:10} {readout:8} {shown}  {areas}")
@@ -406,9 +419,9 @@ def _evaluate_trial(run: _Run, trial: Trial) -> None:
 def _evaluate_on_tasks(run: _Run, trials: Sequence[Trial]) -> None:
     """Every curve on the config's further tasks that is not on record yet; a kill costs the task that is being run."""
     for measured in measure_tasks(run.experiment, run.folder, trials):
-        run.curves.write(*measured.records)
-        shown = " ".join(f"{accuracy:.3f}" for accuracy in measured.curve.accuracies)
-        run.progress.say(f"{measured.trial} {measured.task} {measured.curve.readout:8} {shown}")
+        run.curves.write(*measured.to_lines())
+        shown = " ".join(f"{accuracy:.3f}" for accuracy in measured.accuracies)
+        run.progress.say(f"{measured.name} {measured.task} {measured.readout:8} {shown}")
         run.leave_if_asked()
 
 
@@ -418,43 +431,29 @@ def _evaluate(run: _Run, evaluator, adapter, p) -> np.ndarray:
     return evaluator(adapter, p)
 
 
-def _measured(run: _Run, split, readout, at_rank, accuracy, error, items, of_ranks, truncated) -> dict[str, Any]:
-    return dict(
-        task=run.experiment.data.task.name,
-        split=split,
-        shots=0,
-        readout=readout,
-        at_rank=at_rank,
-        of_ranks=of_ranks,
-        accuracy=accuracy,
-        stderr=error,
-        items=items,
-        truncated=truncated,
-    )
-
-
 def _results(config, folder: RunFolder, trials: Sequence[Trial], compilations: dict[str, int]) -> Results:
     """What the records say."""
-    measured, failed = folder.curves(), folder.failed()
-    base = {split: records[0]["accuracy"] for (name, split, _), records in measured.items() if name == "base"}
+    records = folder.curves()
+    base = {split: record.accuracies[0] for split, record in records.base().items()}
     results = []
     for trial in trials:
-        keys = [(trial.name, split, readout) for split in base for readout in readouts_of(config, trial)]
-        found = {key: _curve(measured[key]) for key in keys if key in measured}
-        by_split = {split: tuple(curve for key, curve in found.items() if key[1] == split) for split in base}
+        by_split = {}
+        for split in base:
+            keys = [CurveKey(trial.name, split, readout) for readout in readouts_of(config, trial)]
+            by_split[split] = tuple(_curve(record) for key in keys if (record := records.get(key)))
         by_task: dict[tuple[str, int], tuple[RankCurve, ...]] = {}
-        for (name, _, task, _), records in folder.harness_curves().items():
-            if name == trial.name:
-                key = task, records[0]["shots"]
-                curve = _curve(records)
-                verdicts = folder.verdicts(trial.name, curve.readout, task_key(*key))
-                curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
-                by_task[key] = (*by_task.get(key, ()), curve)
-        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed, by_task))
+        for record in records:
+            if record.name != trial.name or record.harness is None:
+                continue
+            key = record.task, record.shots
+            curve = _curve(record)
+            verdicts = folder.verdicts(trial.name, curve.readout, task_key(*key))
+            curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
+            by_task[key] = (*by_task.get(key, ()), curve)
+        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in records.failed, by_task))
     return Results(folder.path, base, tuple(results), compilations)
 
 
-def _curve(records: list[dict[str, Any]]) -> RankCurve:
-    ranks, accuracies, errors = zip(*((r["at_rank"], r["accuracy"], r["stderr"]) for r in records), strict=True)
-    areas = dataclasses.asdict(summarize(accuracies, ranks))
-    return RankCurve(records[0]["readout"], ranks, accuracies, errors, records[0]["items"], **areas)
+def _curve(record: CurveRecord) -> RankCurve:
+    areas = dataclasses.asdict(summarize(record.accuracies, record.ranks))
+    return RankCurve(record.readout, record.ranks, record.accuracies, record.standard_errors, record.items, **areas)

@@ -14,9 +14,10 @@ from scipy.special import stdtrit
 from mlora_jax.config import further_methods
 from mlora_jax.core import aurac, get_method
 from mlora_jax.evaluate import Interval
-from mlora_jax.run.folder import load_verdicts, read_curves
+from mlora_jax.run.folder import load_verdicts
 from mlora_jax.study.queue import best_rate, scores, wanted
 from mlora_jax.study.rivals import Rival, rivals_of
+from mlora_jax.training.curve_records import CURVES, CurveKey, read_curves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
       config: of it.
       workdir: of the cell; it may not exist yet.
     """
-    folder, curves, rank = pathlib.Path(workdir), read_curves(workdir), config.study.rank
+    folder, rank = pathlib.Path(workdir), config.study.rank
+    curves = read_curves(folder / CURVES)
     methods, measured, unfinished = further_methods(config), {}, []
     for rival in rivals_of(config.study.groups, rank):
         found = _measured(folder, curves, rival, rank, config.study, methods)
@@ -92,8 +94,9 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
             measured[rival] = found
         if not found or not found.complete:
             unfinished.append(rival)
-    base = curves.get("base", {}).get(("base", "test"), [{"accuracy": math.nan, "items": 0}])[0]
-    return Cell(name, base["accuracy"], base["items"], rank, measured, tuple(unfinished))
+    base = curves.base().get("test")
+    accuracy, items = (base.accuracies[0], base.items) if base else (math.nan, 0)
+    return Cell(name, accuracy, items, rank, measured, tuple(unfinished))
 
 
 def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Measured | None:
@@ -105,10 +108,10 @@ def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Meas
     for seed in options.seeds:
         trial = rival.trial(rank, best, seed)
         found = load_verdicts(folder, trial.name, rival.readout, "test")
-        records = curves.get(trial.name, {}).get((rival.readout, "test"))
-        if found is None or records is None:
+        record = curves.get(CurveKey(trial.name, "test", rival.readout))
+        if found is None or record is None:
             continue
-        ranks = tuple(record["at_rank"] for record in records)
+        ranks = record.ranks
         if rival.rank is not None:
             found, ranks = found[-1:], ranks[-1:]
         verdicts[seed] = found

@@ -126,7 +126,10 @@ def test_own_data_of_other_files_is_kept_apart(tmp_path, first, second, apart):
 def test_one_trial_in_two_folders_is_an_error_that_names_both(tmp_path):
     first = write_run(tmp_path / "first", {("lora", "prefix", 0.1): curve(1, 2)})
     second = write_run(tmp_path / "second", {}, failed=[("lora", 0.1, 2)])
-    with pytest.raises(ValueError, match=r"the trial lora R 4 none rate 0.1 seed 2 is in .*first and in .*second; "):
+    with pytest.raises(
+        ValueError,
+        match=r"the trial lora, R = 4, scaling none, learning rate 0.1, seed 2 is in .*first and in .*second; ",
+    ):
         write_tables([first, second], tmp_path / "out")
     with pytest.raises(ValueError, match=r"is in .*first and in .*first; "):
         write_tables([first, first], tmp_path / "out")

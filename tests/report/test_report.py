@@ -108,7 +108,7 @@ def test_settings_are_chosen_apart(tmp_path):
     )
     (experiment,) = read_experiments([first, second])
     shown = choose_rows(experiment.rows, "test").shown
-    assert {(row.setting.weights, row.learning_rate) for row in shown} == {((), 0.1), ((1.0, 0.5, 2.0), 0.2)}
+    assert {(row.setting.values["weights"], row.learning_rate) for row in shown} == {((), 0.1), ((1.0, 0.5, 2.0), 0.2)}
     assert str(shown[1].setting) == "R = 4, scaling none, weights 1, 0.5, 2"
 
 
@@ -122,7 +122,7 @@ def test_survivors_alone_do_not_win(tmp_path):
     assert rates(choice.shown) == {("lora", "prefix"): 0.1} and rates(choice.left_out) == {("lora", "prefix"): 0.2}
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert "Failed, the loss is not finite: lora-lr0.2-seed2." in text
+    assert "Failed, the loss is not finite: lora-r4-none-lr0.2-seed2." in text
     assert "they lack more seeds than another learning rate: lora at 0.2 (seed 2 failed)." in text
     assert [row["failed_seeds"] for row in read_csv(tmp_path / "table.csv")] == ["", "2"]
 
@@ -391,7 +391,7 @@ def test_nothing_but_failed_trials(tmp_path):
         (tmp_path / name).write_text("of an earlier run")
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert "Failed, the loss is not finite: sandwich-lr0.1-seed1." in text
+    assert "Failed, the loss is not finite: sandwich-r4-none-lr0.1-seed1." in text
     assert "No trial finished. Accuracy of the base: 0.250." in text
     assert "No trial finished" in (tmp_path / "table.tex").read_text()
     assert not [name for name in ("curves.png", "differences.csv", "differences.tex") if (tmp_path / name).exists()]
