@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class CurveOverSeeds:
     """A rank-accuracy curve over seeds.
 
     Attributes:
@@ -78,7 +78,7 @@ class Measured:
     areas: tuple[float, ...]
 
     @classmethod
-    def of(cls, curves: Sequence[dict[int, float]]) -> Measured:
+    def of(cls, curves: Sequence[dict[int, float]]) -> CurveOverSeeds:
         """Of the curves [seeds], all over the same increasing ranks."""
         ranks = list(curves[0])
         areas = [summarize(list(curve.values()), ranks) for curve in curves]
@@ -111,10 +111,10 @@ class CurveRow:
     seeds: tuple[int, ...]
     failed: tuple[int, ...]
     unfinished: tuple[int, ...]
-    measured: dict[str, Measured]
+    measured: dict[str, CurveOverSeeds]
 
     @property
-    def test(self) -> Measured:
+    def test(self) -> CurveOverSeeds:
         return self.measured["test"]
 
     @property
@@ -136,7 +136,7 @@ class CurveRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class MergedRuns:
     """What runs of one base model measured on one task, taken together.
 
     Attributes:
@@ -169,7 +169,7 @@ class Experiment:
         return {split: value for folder in reversed(self.folders) for split, value in folder.base.items()}
 
 
-def read_experiments(folders: Iterable) -> list[Experiment]:
+def read_runs(folders: Iterable) -> list[MergedRuns]:
     """Reads runs, and merges those of one task and base model; what they measured on other tasks follows.
 
     Runs of other paths that end in the same names are merged if the base has the same accuracy in them.
@@ -187,17 +187,17 @@ def read_experiments(folders: Iterable) -> list[Experiment]:
             groups.append([records])
         else:
             alike.append(records)
-    merged: dict[str, list[Experiment]] = collections.defaultdict(list)
-    for experiment in map(_merge, groups):
-        merged[experiment.title].append(experiment)
+    by_title: dict[str, list[MergedRuns]] = collections.defaultdict(list)
+    for merged in map(_merge, groups):
+        by_title[merged.title].append(merged)
     return [
-        dataclasses.replace(experiment, number=number if len(same) > 1 else 0)
-        for same in merged.values()
-        for number, experiment in enumerate(same, start=1)
+        dataclasses.replace(merged, number=number if len(same) > 1 else 0)
+        for same in by_title.values()
+        for number, merged in enumerate(same, start=1)
     ]
 
 
-def _merge(folders: list[RunRecords]) -> Experiment:
+def _merge(folders: list[RunRecords]) -> MergedRuns:
     holders: dict = {}
     for folder in folders:
         for trial in (*folder.curves, *(trial for trial in folder.failed if trial not in folder.curves)):
@@ -222,12 +222,12 @@ def _merge(folders: list[RunRecords]) -> Experiment:
         if not finished:
             continue
         splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
-        measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
+        measured = {split: CurveOverSeeds.of([each[split] for each in finished.values()]) for split in splits}
         seeds = tuple(finished), tuple(sorted(failed[alike])), tuple(sorted(unfinished[alike]))
         values = dict(alike)
         rows.append(CurveRow(setting, values["method"], readout, values["learning_rate"], *seeds, measured))
     rows.sort(key=_order)
-    return Experiment(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
+    return MergedRuns(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
 
 
 def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:

@@ -21,7 +21,7 @@ from mlora_jax.training.curve_records import CURVES, CurveKey, read_curves
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredRival:
     """A rival at its chosen learning rate.
 
     Attributes:
@@ -68,10 +68,10 @@ class Cell:
     base: float
     items: int
     rank: int
-    measured: dict[Rival, Measured]
+    measured: dict[Rival, MeasuredRival]
     unfinished: tuple[Rival, ...]
 
-    def separate(self) -> dict[int, Measured]:
+    def separate(self) -> dict[int, MeasuredRival]:
         """Rank -> LoRA trained at that rank by itself, where that is finished."""
         finished = [found for found in self.measured.values() if found.complete and found.rival.rank is not None]
         return {found.rival.rank: found for found in finished}
@@ -99,7 +99,7 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
     return Cell(name, accuracy, items, rank, measured, tuple(unfinished))
 
 
-def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Measured | None:
+def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> MeasuredRival | None:
     tried = scores(curves, rival, rank, options)
     if all(value in (None, -math.inf) for value in tried.values()):
         return None
@@ -120,7 +120,7 @@ def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Meas
     cost = get_method(rival.method, methods).cost(rival.trial(rank, best, 0).hierarchy())
     edge = best in (options.rates[0], options.rates[-1])
     complete = not wanted(curves, rival, rank, options)
-    return Measured(rival, best, edge, ranks, verdicts, cost, complete)
+    return MeasuredRival(rival, best, edge, ranks, verdicts, cost, complete)
 
 
 def interval(z: np.ndarray, *, confidence: float = 0.95) -> Interval:
@@ -150,12 +150,12 @@ def interval(z: np.ndarray, *, confidence: float = 0.95) -> Interval:
     return Interval(float(mean - half), float(mean + half), float(mean))
 
 
-def area_interval(measured: Measured) -> Interval:
+def area_interval(measured: MeasuredRival) -> Interval:
     """AURAC over log2 rank, its interval over items and seeds."""
     return interval(_areas(measured, tuple(measured.verdicts)))
 
 
-def difference(first: Measured, second: Measured) -> Interval:
+def difference(first: MeasuredRival, second: MeasuredRival) -> Interval:
     """AURAC of the first less that of the second, on the same items and seeds.
 
     Raises:
@@ -167,7 +167,7 @@ def difference(first: Measured, second: Measured) -> Interval:
     return interval(_areas(first, seeds) - _areas(second, seeds))
 
 
-def regret(measured: Measured, ceiling: Measured) -> Interval:
+def regret(measured: MeasuredRival, ceiling: MeasuredRival) -> Interval:
     """How far the accuracy at the only rank of `ceiling` is above that of a curve at this rank."""
     seeds, (rank,) = _shared_seeds(measured, ceiling), ceiling.ranks[-1:]
     at, own = measured.ranks.index(rank), ceiling.ranks.index(rank)
@@ -175,14 +175,14 @@ def regret(measured: Measured, ceiling: Measured) -> Interval:
     return interval(np.stack(z))
 
 
-def _shared_seeds(first: Measured, second: Measured) -> tuple[int, ...]:
+def _shared_seeds(first: MeasuredRival, second: MeasuredRival) -> tuple[int, ...]:
     seeds = tuple(seed for seed in first.verdicts if seed in second.verdicts)
     if not seeds:
         raise ValueError(f"{first.rival.name} and {second.rival.name} share no seed")
     return seeds
 
 
-def _areas(measured: Measured, seeds: Sequence[int]) -> np.ndarray:
+def _areas(measured: MeasuredRival, seeds: Sequence[int]) -> np.ndarray:
     """AURAC is linear in the accuracies: the share of every item in it, [seeds, items]."""
     weights = np.array([aurac(unit, measured.ranks) for unit in np.eye(len(measured.ranks))])
     return np.stack([weights @ measured.verdicts[seed] for seed in seeds])

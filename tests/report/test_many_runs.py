@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from mlora_jax.report import choose_rows, read_experiments, write_report, write_tables
+from mlora_jax.report import choose_rows, read_runs, write_report, write_tables
 from mlora_jax.report.table import _summaries
 from tests.report.runs import write_run
 from tests.report.test_report import BOTH_BASES, BOTH_SPLITS
@@ -136,7 +136,7 @@ def test_one_trial_in_two_folders_is_an_error_that_names_both(tmp_path):
     assert not (tmp_path / "out").exists()
     # The same trial of another task is another trial.
     other = write_run(tmp_path / "other", {("lora", "prefix", 0.1): curve(1, 2)}, task="sst2")
-    assert len(read_experiments([first, other])) == 2
+    assert len(read_runs([first, other])) == 2
 
 
 def test_other_ranks_of_read_outs_are_another_table(tmp_path):
@@ -245,6 +245,6 @@ def test_rates_that_nothing_chose_have_no_place_among_the_scalings(tmp_path):
     curves = {key: {"test": splits["test"]} for key, splits in BOTH_SPLITS.items()}
     for scaling in ("none", "sqrt"):
         write_run(tmp_path / scaling, curves, scaling=scaling)
-    (experiment,) = read_experiments([tmp_path / "none", tmp_path / "sqrt"])
+    (experiment,) = read_runs([tmp_path / "none", tmp_path / "sqrt"])
     choice = choose_rows(experiment.rows, "validation")
     assert choice.undecided and not _summaries(experiment, choice)
