@@ -103,6 +103,16 @@ def get_readout(name: str) -> ReadOut:
     return find_row(READOUTS, name, "read-out")
 
 
+def readout_label(method: str, readout: str) -> str:
+    """How tables and figures call a method under a read-out; an unknown one stands in brackets.
+
+    >>> readout_label("lora", "squeeze"), readout_label("lora", "masked")
+    ('lora + squeeze', 'lora (masked)')
+    """
+    label = READOUTS[readout].label if readout in READOUTS else ReadOut.label
+    return label.format(method=method, readout=readout)
+
+
 def readouts_without_data() -> tuple[str, ...]:
     """The names of the read-outs that take nothing but the adapter."""
     return tuple(name for name, row in READOUTS.items() if not row.needs)

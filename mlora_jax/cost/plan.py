@@ -23,7 +23,7 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.sizing import plan_batches, time_steps
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.phases import PhaseShape
-from mlora_jax.trials import Trial, expand_trials
+from mlora_jax.trials import Trial, expand_trials, readouts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _evaluation(experiment: Experiment, trials: list[Trial], timed: Callable[[in
     """Curves at the end, and seconds for them and the base."""
     curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
     for trial in trials:
-        readouts = experiment.config.evaluation.readouts.get(trial.method, ("prefix",))
+        readouts = readouts_of(experiment.config, trial)
         for split in experiment.rows:
             curves += len(readouts)
             seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed(trial.rank, split)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -19,23 +17,12 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder, task_key
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter
-from mlora_jax.trials import Trial
+from mlora_jax.training.curve_records import BASE, CurveKey, CurveRecord, HarnessRun
+from mlora_jax.trials import Trial, readouts_of
 
 logger = logging.getLogger(__name__)
 
-
-class TaskCurve(NamedTuple):
-    """A curve of one trial on one task, and the records of it for curves.jsonl."""
-
-    trial: str
-    task: str
-    curve: RankCurve
-    records: list[dict[str, Any]]
-
-
-def readouts_of(config: ConfigDict, trial: Trial) -> tuple[str, ...]:
-    """The read-outs of a trial's method."""
-    return config.evaluation.readouts.get(trial.method, ("prefix",))
+SPLIT = "test"  # the harness's items count as test items
 
 
 def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
@@ -58,23 +45,23 @@ def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
     return gather_local(names, raw_dir=config.evaluation.raw_dir, cache_dir=config.data.cache_dir)[1]
 
 
-def wanted_curves(config: ConfigDict, folder: RunFolder, trials: Sequence[Trial]) -> list[tuple]:
-    """The (trial name, read-out, task, shots) that the config asks for and the folder does not have.
+def wanted_curves(config: ConfigDict, folder: RunFolder, trials: Sequence[Trial]) -> list[CurveKey]:
+    """The curves on tasks of the harness that the config asks for and the folder does not have.
 
     Tasks that `folder.not_compared` lists are left out.
     """
-    measured, failed, left_out = folder.harness_curves(), folder.failed(), folder.not_compared()
+    curves, left_out = folder.curves(), folder.not_compared()
     keys = [
-        (trial.name, readout, *task)
+        CurveKey(trial.name, SPLIT, readout, *task)
         for task in harness_tasks(config.evaluation.tasks)
         for trial in trials
-        if trial.name not in failed and task[0] not in left_out
+        if trial.name not in curves.failed and task[0] not in left_out
         for readout in readouts_of(config, trial)
     ]
-    return [key for key in keys if key not in measured]
+    return [key for key in keys if key not in curves]
 
 
-def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Trial]) -> Iterator[TaskCurve]:
+def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Trial]) -> Iterator[CurveRecord]:
     """Measures what `wanted_curves` names: one pass over a task's requests for all trials of one rank.
 
     Per-item results are saved in the folder too, for paired comparisons and intervals.
@@ -94,7 +81,12 @@ def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Tr
     for form in dict.fromkeys(experiment.form(trial) for trial in trials):
         alike = [trial for trial in trials if experiment.form(trial) == form]
         for name, shots in harness_tasks(experiment.config.evaluation.tasks):
-            missing = [(t, key[1]) for t in alike for key in wanted if key[0] == t.name and key[2:] == (name, shots)]
+            missing = [
+                (trial, key.readout)
+                for trial in alike
+                for key in wanted
+                if (key.trial, key.task, key.asked_shots) == (trial.name, name, shots)
+            ]
             if missing:
                 yield from _measure(experiment, folder, form, missing, name, shots)
 
@@ -104,7 +96,7 @@ def _measure(experiment: Experiment, folder: RunFolder, form: AdapterForm, missi
 
     config, adapted = experiment.config, experiment.adapted(*form)
     base = Variant(adapted.adapter, jnp.zeros(form.rank))
-    variants = {} if ("base", "base", name, shots) in folder.harness_curves() else {"base": base}
+    variants = {} if CurveKey(BASE, SPLIT, BASE, name, shots) in folder.curves() else {BASE: base}
     loaded: dict[Trial, tuple] = {}
     curves: dict[tuple[Trial, str], tuple] = {}
     for trial, readout in missing:
@@ -131,23 +123,36 @@ def _measure(experiment: Experiment, folder: RunFolder, form: AdapterForm, missi
     if shots is not None and used != shots:
         logger.warning("%s is defined with %d examples and was not given %d", name, used, shots)
     common = {
-        "harness": _harness_version(),
         "task": name,
+        "split": SPLIT,
         "shots": used,
-        "asked_shots": shots,
-        "metric": metric,
-        "split": "test",
-        "truncated_requests": lm.truncated,
+        "truncated": lm.truncated,
+        "harness": HarnessRun(f"lm-eval {importlib.metadata.version('lm-eval')}", metric, shots),
     }
-    if "base" in results:
-        verdicts = results["base"][0]
-        curve = RankCurve("base", (0,), *([value] for value in accuracy_and_error(verdicts)), len(verdicts), 0, 0, 0)
-        yield TaskCurve("base", name, curve, _records(curve, {"trial": "base", **common}))
+    if BASE in results:
+        verdicts = results[BASE][0]
+        accuracy, error = accuracy_and_error(verdicts)
+        yield CurveRecord(
+            trial=None,
+            readout=BASE,
+            ranks=(0,),
+            accuracies=(accuracy,),
+            standard_errors=(error,),
+            items=len(verdicts),
+            **common,
+        )
     for (trial, readout), (ranks, names) in curves.items():
         curve = RankCurve.of(readout, ranks, [results[each][0] for each in names])
         folder.save_verdicts(trial.name, readout, task_key(name, used), curve.verdicts)
-        records = _records(curve, {"trial": trial.name, **dataclasses.asdict(trial), **common})
-        yield TaskCurve(trial.name, name, curve, records)
+        yield CurveRecord(
+            trial=trial,
+            readout=readout,
+            ranks=curve.ranks,
+            accuracies=curve.accuracies,
+            standard_errors=curve.standard_errors,
+            items=curve.items,
+            **common,
+        )
 
 
 def _language_model(experiment: Experiment, form: AdapterForm, make, variant):
@@ -164,22 +169,3 @@ def _language_model(experiment: Experiment, form: AdapterForm, make, variant):
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
     generator = Generator(*trees, eos=eos, **shapes)
     return make(scorer, generator, experiment.tokenizer, variant, max_length=model.max_position_embeddings)
-
-
-def _records(curve: RankCurve, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            **fields,
-            "readout": curve.readout,
-            "at_rank": rank,
-            "of_ranks": len(curve.ranks),
-            "accuracy": accuracy,
-            "stderr": error,
-            "items": curve.items,
-        }
-        for rank, accuracy, error in zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True)
-    ]
-
-
-def _harness_version() -> str:
-    return f"lm-eval {importlib.metadata.version('lm-eval')}"

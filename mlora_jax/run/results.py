@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from mlora_jax.core import summarize
 from mlora_jax.evaluate import RankCurve
 from mlora_jax.run.folder import RunFolder, task_key
-from mlora_jax.run.harness_tasks import readouts_of
-from mlora_jax.trials import Trial
+from mlora_jax.training.curve_records import CurveKey, CurveRecord
+from mlora_jax.trials import Trial, readouts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +51,27 @@ def read_results(
     config: ConfigDict, folder: RunFolder, trials: Sequence[Trial], compilations: dict[str, int]
 ) -> Results:
     """What the records say."""
-    measured, failed = folder.curves(), folder.failed()
-    base = {split: records[0]["accuracy"] for (name, split, _), records in measured.items() if name == "base"}
+    records = folder.curves()
+    base = {split: record.accuracies[0] for split, record in records.base().items()}
     results = []
     for trial in trials:
-        keys = [(trial.name, split, readout) for split in base for readout in readouts_of(config, trial)]
-        found = {key: curve_of(measured[key]) for key in keys if key in measured}
-        by_split = {split: tuple(curve for key, curve in found.items() if key[1] == split) for split in base}
+        by_split = {}
+        for split in base:
+            keys = [CurveKey(trial.name, split, readout) for readout in readouts_of(config, trial)]
+            by_split[split] = tuple(curve_of(record) for key in keys if (record := records.get(key)))
         by_task: dict[tuple[str, int], tuple[RankCurve, ...]] = {}
-        for (name, _, task, _), records in folder.harness_curves().items():
-            if name == trial.name:
-                key = task, records[0]["shots"]
-                curve = curve_of(records)
-                verdicts = folder.verdicts(trial.name, curve.readout, task_key(*key))
-                curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
-                by_task[key] = (*by_task.get(key, ()), curve)
-        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in failed, by_task))
+        for record in records:
+            if record.name != trial.name or record.harness is None:
+                continue
+            key = record.task, record.shots
+            curve = curve_of(record)
+            verdicts = folder.verdicts(trial.name, curve.readout, task_key(*key))
+            curve = curve if verdicts is None else RankCurve.of(curve.readout, curve.ranks, verdicts)
+            by_task[key] = (*by_task.get(key, ()), curve)
+        results.append(TrialResult(trial, folder.adapter(trial), by_split, trial.name in records.failed, by_task))
     return Results(folder.path, base, tuple(results), compilations)
 
 
-def curve_of(records: list[dict[str, Any]]) -> RankCurve:
-    ranks, accuracies, errors = zip(*((r["at_rank"], r["accuracy"], r["stderr"]) for r in records), strict=True)
-    areas = dataclasses.asdict(summarize(accuracies, ranks))
-    return RankCurve(records[0]["readout"], ranks, accuracies, errors, records[0]["items"], **areas)
+def curve_of(record: CurveRecord) -> RankCurve:
+    areas = dataclasses.asdict(summarize(record.accuracies, record.ranks))
+    return RankCurve(record.readout, record.ranks, record.accuracies, record.standard_errors, record.items, **areas)

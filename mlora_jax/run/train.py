@@ -15,18 +15,19 @@ from mlora_jax.run.batch import train_batch
 from mlora_jax.run.describe import describe_experiment
 from mlora_jax.run.evaluation import evaluate_base, evaluate_on_tasks, evaluate_trial
 from mlora_jax.run.experiment import Experiment
-from mlora_jax.run.folder import CURVES, METRICS, RunFolder, only_one_run
-from mlora_jax.run.harness_tasks import readouts_of, unavailable_tasks, wanted_curves
+from mlora_jax.run.folder import METRICS, RunFolder, only_one_run
+from mlora_jax.run.harness_tasks import unavailable_tasks, wanted_curves
 from mlora_jax.run.results import Results, TrialResult, read_results
 from mlora_jax.run.signals import until_asked_to_stop
 from mlora_jax.run.sizing import plan_batches
 from mlora_jax.run.stage import Stage
 from mlora_jax.run.starts import check_first_adapters
+from mlora_jax.training.curve_records import CURVES, CurveKey
 from mlora_jax.training.loop import Interrupted
 from mlora_jax.training.progress import RunProgress
 from mlora_jax.training.records import JsonLines, NoRecords
 from mlora_jax.training.trackers import Tracker, make_trackers
-from mlora_jax.trials import Trial, expand_trials
+from mlora_jax.trials import Trial, expand_trials, readouts_of
 
 __all__ = ["Interrupted", "Results", "TrialResult", "train"]
 
@@ -63,11 +64,14 @@ def train(config: ConfigDict | dict, workdir) -> Results:
 
 
 def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
-    measured, failed = folder.curves(), folder.failed()
-    splits = [split for name, split, _ in measured if name == "base"]
-    wanted = [(t.name, s, r) for t in trials if t.name not in failed for s in splits for r in readouts_of(config, t)]
+    curves = folder.curves()
+    splits = list(curves.base())
+    unfailed = [trial for trial in trials if trial.name not in curves.failed]
+    wanted = [
+        CurveKey(t.name, split, readout) for t in unfailed for split in splits for readout in readouts_of(config, t)
+    ]
     trained = {trial for batch in folder.batches if folder.trained(batch) for trial in batch.trials}
-    whole = all(key in measured for key in wanted) and not wanted_curves(config, folder, trials)
+    whole = all(key in curves for key in wanted) and not wanted_curves(config, folder, trials)
     return bool(splits) and set(trials) <= trained and whole
 
 

@@ -15,6 +15,7 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.sizing import plan_batches
 from mlora_jax.run.stage import Stage
 from mlora_jax.training.checkpoint import Restored
+from mlora_jax.training.curve_records import BASE, CurveRecord, CurvesOnRecord
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.loop import LoopState
 from mlora_jax.training.phases import TrialPhases
@@ -82,7 +83,7 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
         raise ValueError("one trial needs 9 GiB")
 
     def measure(stages, rank):
-        stages.curves.write({"trial": "base", "split": "test", "readout": "base", "of_ranks": 1})
+        stages.curves.write(*CurveRecord(None, "trec", "test", BASE, (0,), (0.5,), (0.1,), 26).to_lines())
 
     monkeypatch.setattr(run.Experiment, "load", lambda config: TooLarge())
     monkeypatch.setattr(run, "describe_experiment", lambda experiment: "")
@@ -124,7 +125,7 @@ def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_pat
         phases=TrialPhases(config, 10),
     )
     folder = types.SimpleNamespace(
-        curves=dict, failed=set, adapter=lambda trial: None, save_verdicts=lambda *values: None
+        curves=CurvesOnRecord, adapter=lambda trial: None, save_verdicts=lambda *values: None
     )
     (trial,) = expand_trials(config)
     monkeypatch.setattr(evaluation, "load_adapter", lambda *arguments: (0, trial.hierarchy(), {"finite": True}))

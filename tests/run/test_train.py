@@ -25,14 +25,13 @@ from mlora_jax.run import sizing
 from mlora_jax.run import train as run
 from mlora_jax.run.describe import describe_experiment
 from mlora_jax.run.experiment import Experiment
-from mlora_jax.run.harness_tasks import readouts_of
 from mlora_jax.run.inputs import model_folder
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.run.starts import first_state
 from mlora_jax.run.train import train
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.records import read_json_lines
-from mlora_jax.trials import expand_trials
+from mlora_jax.trials import expand_trials, readouts_of
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
 from tests.parallel import test_mesh
