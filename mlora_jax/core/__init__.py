@@ -5,6 +5,7 @@ from mlora_jax.core.hierarchy import READOUTS, SCALINGS, RankHierarchy, powers_o
 from mlora_jax.core.methods import CARRIES, METHODS, Method, Phase, get_method
 from mlora_jax.core.policies import POLICIES, Draw, Policy, draw_step, get_policy
 from mlora_jax.core.product import (
+    GATE_INITIALIZERS,
     INITIALIZERS,
     fold,
     initialize_factors,
@@ -16,6 +17,7 @@ from mlora_jax.core.squeeze import squeeze
 __all__ = [
     "AXES",
     "CARRIES",
+    "GATE_INITIALIZERS",
     "INITIALIZERS",
     "METHODS",
     "POLICIES",

@@ -29,6 +29,12 @@ INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_in": lambda features_in, rank: 1.0 / math.sqrt(features_in),
 }
 
+# What a gate [..., R] starts from: (key, shape, dtype) -> array. "normal" is the start of SoRA (arXiv 2311.11696).
+GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Array]] = {
+    "ones": lambda key, shape, dtype: jnp.ones(shape, dtype),
+    "normal": jax.random.normal,
+}
+
 
 def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision=None) -> jax.Array:
     """The adapter's contribution ``((x A) * p) B``.
@@ -132,6 +138,26 @@ def initialize_factors(
     bound = INITIALIZERS[init](features_in, rank)
     a = jax.random.uniform(key, (*leading, features_in, rank), dtype, minval=-bound, maxval=bound)
     return a, jnp.zeros((*leading, rank, features_out), dtype)
+
+
+def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones", dtype=float) -> jax.Array:
+    """The start of a trained vector that multiplies the profile.
+
+    Args:
+      key: `jax.random.key` of the layer; the gate's draw is independent of that of its factors.
+      shape: [..., R], the leading axes being those of the factors.
+      init: a key of `GATE_INITIALIZERS`.
+      dtype: of the gate; the default is jax's default float.
+
+    Returns:
+      The gate [..., R].
+
+    Raises:
+      ValueError: unknown `init`.
+    """
+    if init not in GATE_INITIALIZERS:
+        raise ValueError(f"unknown gate {init!r}; known: {', '.join(GATE_INITIALIZERS)}")
+    return GATE_INITIALIZERS[init](jax.random.fold_in(key, path_hash("gate")), shape, dtype)
 
 
 def truncate(adapter: Tree, rank: int) -> Tree:
