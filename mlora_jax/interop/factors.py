@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from mlora_jax.config import FACTOR_READOUTS
 from mlora_jax.core import RankHierarchy, readout_profile, squeeze
 from mlora_jax.core.hierarchy import check_rank
-from mlora_jax.core.product import path_names
+from mlora_jax.core.product import without_gate
+from mlora_jax.core.rank_axes import FACTORS, PROFILE, adapter_layers, leading_axes, rank_of
 from mlora_jax.training.fitted import fitted
 
 # One rank for all, or path of a module -> a rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
@@ -48,7 +49,7 @@ def layer_factors(
     """The function of a read-out as plain factors.
 
     Args:
-      adapter: tree of factors a [..., D, R] and b [..., R, F].
+      adapter: tree of an adapter's leaves; a gate is multiplied into b.
       hierarchy: S, scales and weights, with the same R.
       rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
@@ -68,14 +69,16 @@ def layer_factors(
         raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(known)}")
     if (readout == "calibrated") != (profiles is not None):
         raise ValueError(f"fitted profiles are what 'calibrated' needs, and no other read-out; got {readout!r}")
-    factors = by_path(adapter)
+    factors = {path: without_gate(leaves) for path, leaves in adapter_layers(adapter).items()}
     for path, pair in factors.items():
-        if pair["a"].shape[-1] != hierarchy.max_rank:
-            raise ValueError(f"{path} has rank {pair['a'].shape[-1]}, but the hierarchy's R is {hierarchy.max_rank}")
+        for name, factor in pair.items():
+            if rank_of(name, factor) != hierarchy.max_rank:
+                r = rank_of(name, factor)
+                raise ValueError(f"{path} has rank {r}, but the hierarchy's R is {hierarchy.max_rank}")
     ranks = _ranks_of_layers(factors, hierarchy, rank)
     if readout == "squeeze":
         p = hierarchy.lora() if trained_profile is None else trained_profile
-        profile = {path: {"p": np.broadcast_to(p, (*pair["a"].shape[:-2], len(p)))} for path, pair in factors.items()}
+        profile = {path: {PROFILE: np.broadcast_to(p, (*leading_axes(pair), len(p)))} for path, pair in factors.items()}
         factors, hierarchy = squeeze(factors, profile, ranks=hierarchy.ranks)
         readout = "prefix"
     used = {r for rows in ranks.values() for r in rows}
@@ -84,8 +87,9 @@ def layer_factors(
     }
     found = {}
     for path, pair in factors.items():
-        wide = np.promote_types(pair["a"].dtype, np.float32)
-        a, b = (np.asarray(pair[name]).astype(wide) for name in ("a", "b"))
+        a, b = (np.asarray(pair[name]) for name in FACTORS)
+        wide = np.promote_types(a.dtype, np.float32)
+        a, b = a.astype(wide), b.astype(wide)
         stacked = a.ndim > 2
         rows = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), ranks[path], strict=True)
         for layer, (left, right, r) in enumerate(rows):
@@ -95,23 +99,8 @@ def layer_factors(
     return found
 
 
-def by_path(adapter) -> dict[str, dict[str, Any]]:
-    """Dotted path of a module -> {"a": [..., D, R], "b": [..., R, F]}.
-
-    Raises:
-      ValueError: the tree holds no factors, or something else.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
-        *parent, role = path_names(path)
-        found.setdefault(".".join(parent), {})[role] = leaf
-    if not found or any(set(pair) != {"a", "b"} for pair in found.values()):
-        raise ValueError("this tree is no adapter: pass the third value of split(model)")
-    return found
-
-
 def _ranks_of_layers(factors: Mapping, hierarchy: RankHierarchy, rank: RankOrRanks) -> dict[str, tuple[int, ...]]:
-    layers = {path: math.prod(pair["a"].shape[:-2]) for path, pair in factors.items()}
+    layers = {path: math.prod(leading_axes(pair)) for path, pair in factors.items()}
     ranks = rank if isinstance(rank, Mapping) else {path: (rank,) * count for path, count in layers.items()}
     if set(ranks) != set(layers):
         raise ValueError(f"ranks must name the modules {', '.join(sorted(layers))}; got {', '.join(sorted(ranks))}")

@@ -1,4 +1,4 @@
-"""Adapters on disk: the factors as safetensors, what they mean as JSON beside them."""
+"""Adapters on disk: the leaves (A, B and perhaps a gate) as safetensors, what they mean as JSON beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy, get_policy
-from mlora_jax.core.product import path_names
+from mlora_jax.core.rank_axes import adapter_layers, has_gate, leaf_ranks, path_names
 from mlora_jax.models.hugging_face import write_aside
 
 FORMAT = 1
@@ -28,7 +28,7 @@ def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[st
 
     Args:
       folder: made if it is not there.
-      adapter: tree of factors.
+      adapter: tree of an adapter's leaves.
       hierarchy: S, scaling, weights and R of the adapter.
       description: further JSON values, such as method, seed and base model.
 
@@ -36,11 +36,10 @@ def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[st
       The folder.
 
     Raises:
-      ValueError: factors of another rank than the hierarchy's R. Nothing is written.
+      ValueError: a leaf has another rank than the hierarchy's R, or the tree is no adapter. Nothing is written.
     """
     folder = pathlib.Path(folder)
-    for name, leaf in _named_leaves(adapter):
-        rank = leaf.shape[-1 if name.rsplit(".", 1)[-1] == "a" else -2]
+    for name, rank in leaf_ranks(adapter).items():
         if rank != hierarchy.max_rank:
             raise ValueError(
                 f"{name} has rank {rank}, but the hierarchy's R is {hierarchy.max_rank}; "
@@ -103,7 +102,8 @@ def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarch
       folder: of the adapter.
 
     Returns:
-      (adapter as {path: {"a": [..., D, R], "b": [..., R, F]}}, hierarchy, description).
+      (adapter, hierarchy, description). The adapter is {path: {"a": [..., D, R], "b": [..., R, F]}}, with "gate"
+      [..., R] in the layers that have one.
 
     Raises:
       FileNotFoundError: one of the two files is not there.
@@ -114,10 +114,13 @@ def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarch
     for name, tensor in _read_tensors(folder).items():
         path, _, role = name.rpartition(".")
         adapter.setdefault(path, {})[role] = tensor
-    for path, pair in adapter.items():
-        ranks = pair["a"].shape[-1:] + pair["b"].shape[-2:-1] if set(pair) == {"a", "b"} else ()
-        if ranks != (record["rank"],) * 2 or pair["a"].shape[:-2] != pair["b"].shape[:-2]:
-            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in pair.items())
+    for path, leaves in adapter.items():
+        try:
+            fits = set(leaf_ranks(adapter_layers({path: leaves})).values()) == {record["rank"]}
+        except ValueError:
+            fits = False
+        if not fits:
+            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in leaves.items())
             raise ValueError(f"{folder / TENSORS} holds no factors of rank {record['rank']} for {path}, but {shapes}")
     return adapter, _hierarchy(record), record
 
@@ -179,15 +182,24 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
       model: the base model; left as it is.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have.
+      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have; gates in some
+        layers only.
     """
     record = read_description(folder)
+    leaves: dict[str, list[str]] = {}
     try:
         with safe_open(pathlib.Path(folder) / TENSORS, framework="numpy") as file:
-            layers = sorted({name.rpartition(".")[0] for name in file.keys()})
+            for tensor in sorted(file.keys()):
+                layer, _, name = tensor.rpartition(".")
+                leaves.setdefault(layer, []).append(name)
     except SafetensorError as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    adapted = adapt(model, record["rank"], [re.escape(layer) for layer in layers], key=jax.random.key(0))
+    gated = [layer for layer, names in leaves.items() if has_gate(names)]
+    if gated and len(gated) < len(leaves):
+        bare = ", ".join(sorted(set(leaves) - set(gated)))
+        raise ValueError(f"{pathlib.Path(folder) / TENSORS} has a gate in {', '.join(gated)}, but none in {bare}")
+    targets = [re.escape(layer) for layer in sorted(leaves)]
+    adapted = adapt(model, record["rank"], targets, key=jax.random.key(0), gate=bool(gated))
     adapted.eval()
     graphdef, base, template, profile = split(adapted)
     adapter, hierarchy, description = load_adapter(folder, template)

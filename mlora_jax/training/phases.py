@@ -133,7 +133,7 @@ def squeeze_trials(
     Args:
       optimizer: from `make_optimizer`.
       carry: "rotate" takes the optimizer's moments along, the second ones as if the gradients of different columns were
-        uncorrelated; others start it anew.
+        uncorrelated, and a gate's as zero; others start it anew.
       profile: profile tree.
       state: of K trials.
       functions: [K, R], the profile of the function that each trial keeps.
@@ -141,9 +141,10 @@ def squeeze_trials(
       init: of those, as `config.adapter.init`.
     """
     profiles = jax.vmap(lambda p: set_profile(profile, p))(functions)
-    adapter, turns = squeeze_factors(state.adapter, profiles, key=keys, init=init)
+    adapter, gradient_maps = squeeze_factors(state.adapter, profiles, key=keys, init=init)
     if carry == "rotate":
-        moments = jax.tree.map(functools.partial(_turn, turns=turns), state.optimizer, is_leaf=_is_adam)
+        follow = functools.partial(_map_moments, gradient_maps=gradient_maps)
+        moments = jax.tree.map(follow, state.optimizer, is_leaf=_is_adam)
     else:
         moments = jax.vmap(optimizer.init)(adapter)
     return state._replace(adapter=adapter, optimizer=moments)
@@ -153,7 +154,9 @@ def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-def _turn(node: Any, *, turns: Tree) -> Any:
+def _map_moments(node: Any, *, gradient_maps: Tree) -> Any:
     if not _is_adam(node):
         return node
-    return node._replace(mu=map_gradients(node.mu, turns), nu=map_gradients(node.nu, turns, squared=True))
+    return node._replace(
+        mu=map_gradients(node.mu, gradient_maps), nu=map_gradients(node.nu, gradient_maps, squared=True)
+    )
