@@ -63,7 +63,7 @@ def adapt(
         raise ValueError(f"adapter dropout must be in [0, 1), got {dropout}")
     if _has_adapters(model):
         raise ValueError("the model already has adapters; adapt the base model instead")
-    options = {"init": init, "dropout": dropout, "gate": _gate_initializer(gate)}
+    options = dict(init=init, dropout=dropout, gate=_gate_initializer(gate))
     model = nnx.clone(model)
     layers = dict(_layer_paths(model))
     names: dict[int, tuple[str, ...]] = {}
