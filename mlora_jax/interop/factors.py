@@ -51,10 +51,10 @@ def layer_factors(
     Args:
       adapter: tree of an adapter's leaves; a gate is multiplied into b.
       hierarchy: S, scales and weights, with the same R.
-      rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
+      rank: the read-out's rank, 0..R; or ranks per layer for every module of the adapter.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
       trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.fitted.read_profiles`.
+      profiles: rank -> p [R], as `mlora_jax.training.fitted.read_profiles` gives them; "calibrated" needs them.
 
     Returns:
       (path, layer) -> factors, in the order of the adapter; the layer is None where nothing is stacked. A layer of rank

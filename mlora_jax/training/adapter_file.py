@@ -27,10 +27,10 @@ def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[st
     """Writes an adapter; a reader never sees half of it.
 
     Args:
-      folder: made if it is not there.
+      folder: the folder to write into, which is made if it is not there.
       adapter: tree of an adapter's leaves.
-      hierarchy: S, scaling, weights and R of the adapter.
-      description: further JSON values, such as method, seed and base model.
+      hierarchy: the adapter's S, scaling, weights and R.
+      description: further JSON values, such as the method, the seed and the base model.
 
     Returns:
       The folder.
@@ -66,8 +66,9 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     """Reads what `save_adapter` wrote.
 
     Args:
-      folder: of the adapter.
-      template: the adapter tree of a model adapted with the same rank and targets; gives structure and shapes.
+      folder: the adapter's folder.
+      template: the adapter tree of a model adapted with the same rank, targets and gates. It gives the structure and
+        the shapes.
 
     Returns:
       (adapter, hierarchy, description).
@@ -99,7 +100,7 @@ def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarch
     """Reads what `save_adapter` wrote without the model that it belongs to.
 
     Args:
-      folder: of the adapter.
+      folder: the adapter's folder.
 
     Returns:
       (adapter, hierarchy, description). The adapter is {path: {"a": [..., D, R], "b": [..., R, F]}}, with "gate"
@@ -150,7 +151,7 @@ def trained_profile(description: Mapping[str, Any], hierarchy: RankHierarchy) ->
 
     Args:
       description: JSON values of an adapter that a run wrote.
-      hierarchy: of the adapter.
+      hierarchy: the adapter's hierarchy.
     """
     method = (description.get("trial") or {}).get("method")
     policy = description["phases"][-1][0] if description.get("phases") else method
@@ -161,8 +162,8 @@ class AdaptedModel(NamedTuple):
     """A model in evaluation mode with an adapter from a folder.
 
     Attributes:
-      graphdef, base, adapter, profile: of `mlora_jax.split`.
-      hierarchy: S, scaling, weights and R of the adapter.
+      graphdef, base, adapter, profile: what `mlora_jax.split` returns.
+      hierarchy: the adapter's S, scaling, weights and R.
       description: further JSON values.
     """
 
@@ -178,8 +179,8 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
     """Adapts the layers of a model that an adapter's folder has factors for, and reads them.
 
     Args:
-      folder: of the adapter.
-      model: the base model; left as it is.
+      folder: the adapter's folder.
+      model: the base model, which is left as it is.
 
     Raises:
       FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have; gates in some
@@ -197,7 +198,9 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
     gated = [layer for layer, names in leaves.items() if has_gate(names)]
     if gated and len(gated) < len(leaves):
         bare = ", ".join(sorted(set(leaves) - set(gated)))
-        raise ValueError(f"{pathlib.Path(folder) / TENSORS} has a gate in {', '.join(gated)}, but none in {bare}")
+        raise ValueError(
+            f"{pathlib.Path(folder) / TENSORS} has a gate in {', '.join(gated)}, but none in {bare}: all layers have one or none"
+        )
     targets = [re.escape(layer) for layer in sorted(leaves)]
     adapted = adapt(model, record["rank"], targets, key=jax.random.key(0), gate=bool(gated))
     adapted.eval()

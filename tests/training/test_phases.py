@@ -131,6 +131,29 @@ def test_what_becomes_of_the_optimizer():
     np.testing.assert_allclose(new.nu["layer"]["b"], maps["b"] ** 2 @ old.nu["layer"]["b"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("carry", ["reset", "rotate"])
+def test_the_moments_of_a_gate_become_zero(carry):
+    a, b, p = pair(0, "float32")
+    gate = np.random.default_rng(1).uniform(0.5, 2, (L, R)).astype(np.float32)
+    adapter = {"layer": tree(a, b)["layer"] | {"gate": jnp.asarray(gate)}}
+    state = init_state(adapter, OPTIMIZER)
+    _, optimizer = OPTIMIZER.update(adapter, state.optimizer, adapter)
+    before = jax.tree.map(lambda leaf: leaf[None], state._replace(optimizer=optimizer))
+    keys = jnp.stack([jax.random.key(0)])
+    after = squeeze_trials(OPTIMIZER, carry, profile_of_a_model(), before, jnp.asarray(p)[None], keys)
+    new = jax.tree.map(lambda leaf: np.asarray(leaf[0]), after.adapter)["layer"]
+    np.testing.assert_array_equal(new["gate"], np.ones((L, R)))
+    np.testing.assert_allclose(new["a"] @ new["b"], (a * (p * gate)[:, None]) @ b, rtol=1e-4, atol=1e-4)
+    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
+    old, adam = (
+        next(node for node in jax.tree.leaves(each.optimizer, is_leaf=is_adam) if is_adam(node))
+        for each in (before, after)
+    )
+    for moments, moments_before in ((adam.mu, old.mu), (adam.nu, old.nu)):
+        assert np.any(moments_before["layer"]["gate"]) and not np.any(moments["layer"]["gate"])
+        assert np.any(moments["layer"]["a"]) == (carry == "rotate")
+
+
 def phases_of(method, steps=100, **trials):
     config = resolve({"trials": {"method": (method,), "rank": (8,), **trials}, "train": {"accumulation": 2}})
     (scaling,), (weights,) = config.trials.scaling, config.trials.weights
