@@ -24,7 +24,7 @@ from mlora_jax.adapters.einsum_axes import (
     place_profile,
 )
 from mlora_jax.adapters.variables import AdapterParam, DropoutKey, InputGram, RankProfile
-from mlora_jax.core.product import apply_profile, initialize_factors, p_scaled_product
+from mlora_jax.core.product import apply_profile, initialize_factors, initialize_gate, p_scaled_product
 
 
 class Factoring(NamedTuple):
@@ -45,21 +45,31 @@ class Factoring(NamedTuple):
 
 
 class AdaptedLayer(nnx.Module):
-    """A frozen layer and its adapter: ``y = base(x) + ((dropout(x) A) * p) B``.
+    """A frozen layer and its adapter: ``y = base(x) + ((dropout(x) A) * p) B``, or with ``p * gate`` for ``p``.
 
     Attributes:
       base: the frozen layer.
       a: AdapterParam [..., D, R].
       b: AdapterParam [..., R, F].
+      gate: AdapterParam [..., R], or None if the adapter has no gate.
       p: RankProfile [..., R].
       dropout: rate in [0, 1) on the adapter's input, while `deterministic` is False (`model.train()`).
       frozen: name of the base's matrix.
     """
 
     frozen: ClassVar[str] = "kernel"
+    gate: AdapterParam | None = None
 
     def __init__(
-        self, base: nnx.Module, rank: int, *, key: jax.Array, init: str, dropout: float, names: tuple[str, ...] = ()
+        self,
+        base: nnx.Module,
+        rank: int,
+        *,
+        key: jax.Array,
+        init: str,
+        dropout: float,
+        gate: str | None = None,
+        names: tuple[str, ...] = (),
     ):
         factoring = self.factoring(base)
         shape = getattr(base, self.frozen).shape
@@ -69,7 +79,10 @@ class AdaptedLayer(nnx.Module):
         self.base = base
         self.a, self.b = AdapterParam(a, **layout), AdapterParam(b)
         leading, groups = a.ndim - 2, len(factoring.groups)
-        self.p = RankProfile(jnp.ones((*a.shape[:-2], rank), a.dtype), leading=leading, groups=groups, names=names)
+        vector = (*a.shape[:-2], rank)
+        if gate is not None:
+            self.gate = AdapterParam(initialize_gate(key, vector, init=gate, dtype=a.dtype))
+        self.p = RankProfile(jnp.ones(vector, a.dtype), leading=leading, groups=groups, names=names)
         self.dropout = dropout
         self.deterministic = False
         if dropout:
@@ -90,6 +103,18 @@ class AdaptedLayer(nnx.Module):
     def _product(self, x: jax.Array) -> jax.Array:
         """The adapter's contribution to the output, in the dtype of `x`."""
         raise NotImplementedError
+
+    def _rank_scales(self) -> jax.Array:
+        """What ``x A`` is multiplied by: the profile, times the gate if there is one.
+
+        Returns:
+          An array of the profile's shape: [..., R], or [..., B, R] or [..., B, T, R] if it differs between examples.
+        """
+        p = self.p[...]
+        if self.gate is None:
+            return p
+        gate = self.gate[...]
+        return p * jnp.expand_dims(gate, range(gate.ndim - 1, p.ndim - 1))  # the batch's axes stand before R
 
     def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
         """What the base layer's call computes, and the adapter's contribution."""
@@ -156,7 +181,7 @@ class AdaptedLinear(AdaptedLayer):
     def _product(self, x):
         if self.gram is not None:
             self._watch(x)
-        return p_scaled_product(x, self.a[...], self.b[...], self.p[...], precision=self.base.precision)
+        return p_scaled_product(x, self.a[...], self.b[...], self._rank_scales(), precision=self.base.precision)
 
     def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
         """What the base layer's call computes, and the adapter's contribution."""
@@ -167,7 +192,7 @@ class AdaptedLinear(AdaptedLayer):
 
         def folded(x):
             kernel = state["kernel"]
-            product = jnp.matmul(self.a[...] * self.p[...], self.b[...], precision=self.base.precision)
+            product = jnp.matmul(self.a[...] * self._rank_scales(), self.b[...], precision=self.base.precision)
             state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
             return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
 
@@ -191,7 +216,7 @@ class AdaptedLinear(AdaptedLayer):
             counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
             hidden = x * counts.astype(x.dtype)  # [..., D]
         else:
-            hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self.p[...])  # [..., R]
+            hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self._rank_scales())  # [..., R]
         hidden = hidden.reshape(-1, hidden.shape[-1]).astype(self.gram[...].dtype)
         self.gram[...] += jnp.matmul(hidden.T, hidden, precision="highest")
 
@@ -213,7 +238,7 @@ class AdaptedLinearGeneral(AdaptedLayer):
         groups, contracted, kept = len(base.batch_axis), len(base.axis), len(base.out_features)
         axes = _general_axes(x.ndim, groups, tuple(sorted(axis % x.ndim for axis in base.axis)), kept)
         sizes = base.kernel.shape[-(groups + contracted + kept) :]
-        return einsum_product(axes, sizes, x, self.a[...], self.b[...], self.p[...], base.precision)
+        return einsum_product(axes, sizes, x, self.a[...], self.b[...], self._rank_scales(), base.precision)
 
 
 class AdaptedEinsum(AdaptedLayer):
@@ -243,7 +268,7 @@ class AdaptedEinsum(AdaptedLayer):
                 f"{einsum_str!r} uses the kernel otherwise than {self.base.einsum_str!r}, which its adapter is made for"
             )
         sizes = self.base.kernel.shape[-len(axes.kernel) :]
-        factors = self.a[...], self.b[...], self.p[...]
+        factors = self.a[...], self.b[...], self._rank_scales()
         x = self._input(x, y.dtype)
         return _add(y, einsum_product(axes.expanded(x.ndim), sizes, x, *factors, self.base.precision), out_sharding)
 
@@ -280,7 +305,7 @@ class AdaptedConv(AdaptedLayer):
         axes = string.ascii_letters[: hidden.ndim - 1]
         group = "G" if groups > 1 else ""
         hidden = hidden.reshape(*hidden.shape[:-1], *(groups,) * len(group), rank)
-        p = place_profile(self.p[...], group, axes[:batch], f"{axes}{group}R", hidden.shape)
+        p = place_profile(self._rank_scales(), group, axes[:batch], f"{axes}{group}R", hidden.shape)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         hidden = (hidden.astype(wide) * p.astype(wide)).astype(x.dtype)
         product = f"{axes}{group}R,{group}RF->{axes}{group}F"
@@ -322,14 +347,14 @@ class AdaptedEmbed(AdaptedLayer):
         # A vocabulary of one is not indexed: Flax gives its row whatever the ids.
         rows = jnp.take(self.a[...], ids if self.num_embeddings > 1 else jnp.zeros_like(ids), axis=0)  # [..., R]
         wide = jnp.promote_types(y.dtype, jnp.float32)
-        hidden = apply_profile(rows.astype(y.dtype).astype(wide), self.p[...]).astype(y.dtype)
+        hidden = apply_profile(rows.astype(y.dtype).astype(wide), self._rank_scales()).astype(y.dtype)
         return _add(y, hidden @ self.b[...].astype(y.dtype), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding=None) -> jax.Array:
         """Products with every row of the adapted table: [..., D] to [..., V]."""
         y = self.base.attend(query, **_sharded(out_sharding))
         query = self._input(query, y.dtype)
-        return _add(y, p_scaled_product(query, self.b[...].T, self.a[...].T, self.p[...]), out_sharding)
+        return _add(y, p_scaled_product(query, self.b[...].T, self.a[...].T, self._rank_scales()), out_sharding)
 
     @property
     def num_embeddings(self) -> int:

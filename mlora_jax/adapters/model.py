@@ -13,7 +13,7 @@ from mlora_jax.adapters.layers import AdaptedLayer, AdaptedLinear, layer_kind
 from mlora_jax.adapters.targets import matching
 from mlora_jax.adapters.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 from mlora_jax.core.hierarchy import check_rank
-from mlora_jax.core.product import path_hash
+from mlora_jax.core.product import GATE_INITIALIZERS, path_hash
 
 
 def adapt(
@@ -24,6 +24,7 @@ def adapt(
     key: jax.Array,
     init: str = "fan_rank",
     dropout: float = 0.0,
+    gate: bool | str = False,
 ) -> nnx.Module:
     """Puts an adapter of one rank on every linear layer that a pattern names.
 
@@ -40,15 +41,18 @@ def adapt(
       init: "fan_rank" or "fan_in", see `mlora_jax.core.initialize_factors`; D is the product of the axes that a kernel
         contracts, a convolution's window among them. An embedding with "fan_in" starts as PEFT's: A zero, B normal.
       dropout: rate of dropout on the adapters' inputs, in [0, 1).
+      gate: whether every adapter also has a trained vector ``gate`` [..., R], by which its profile is multiplied:
+        ``y = x W + ((x A) * (p * gate)) B``. True starts it at ones; a key of `mlora_jax.core.GATE_INITIALIZERS` names
+        another start.
 
     Returns:
-      A new model with every profile at one. A B is zero: it computes what `model` computes.
+      A new model with every profile at one. ``A B`` is zero, so the model computes what `model` computes.
 
     Raises:
       ValueError: a pattern that matches no linear layer (the message lists the layers there are), a pattern that is
-        no regular expression, an adapted model, a rank below 1, an unknown init, a dropout rate outside [0, 1); a
-        layer whose options leave no room for an adapter, such as a masked convolution; a kernel that is also another
-        layer's (one `nnx.Param` under both): folding into one would change the other.
+        no regular expression, an adapted model, a rank below 1, an unknown init or gate, a dropout rate outside
+        [0, 1); a layer whose options leave no room for an adapter, such as a masked convolution; a kernel that is also
+        another layer's (one `nnx.Param` under both): folding into one would change the other.
 
     >>> model = adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, (".*",), key=jax.random.key(0))
     >>> model.a.shape, model.b.shape
@@ -59,6 +63,7 @@ def adapt(
         raise ValueError(f"adapter dropout must be in [0, 1), got {dropout}")
     if _has_adapters(model):
         raise ValueError("the model already has adapters; adapt the base model instead")
+    options = dict(init=init, dropout=dropout, gate=_gate_initializer(gate))
     model = nnx.clone(model)
     layers = dict(_layer_paths(model))
     names: dict[int, tuple[str, ...]] = {}
@@ -71,7 +76,7 @@ def adapt(
     for path in chosen:
         layer = layers[path]
         if id(layer) not in wrapped:
-            wrapped[id(layer)] = _adapted(layer, names[id(layer)], rank, key, init=init, dropout=dropout)
+            wrapped[id(layer)] = _adapted(layer, names[id(layer)], rank, key, **options)
     if id(model) in wrapped:
         return wrapped[id(model)]
     for _, node in list(nnx.iter_graph(model)):
@@ -159,6 +164,15 @@ def split(model: nnx.Module, *, mutable: Any = None) -> tuple:
 
 def _has_adapters(model: nnx.Module) -> bool:
     return any(isinstance(module, AdaptedLayer) for _, module in nnx.iter_modules(model))
+
+
+def _gate_initializer(gate: bool | str) -> str | None:
+    """The key of `GATE_INITIALIZERS` that an argument means; None for no gate."""
+    if isinstance(gate, bool):
+        return "ones" if gate else None
+    if gate not in GATE_INITIALIZERS:
+        raise ValueError(f"unknown gate {gate!r}; allowed: True, False, {', '.join(map(repr, GATE_INITIALIZERS))}")
+    return gate
 
 
 def _adapted(layer: nnx.Module, names: tuple[str, ...], rank: int, key: jax.Array, **options) -> AdaptedLayer:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from mlora_jax.adapters.targets import matching
 from mlora_jax.adapters.variables import DropoutKey, RankProfile
-from mlora_jax.core.product import path_hash, path_names
+from mlora_jax.core.product import path_hash
+from mlora_jax.core.rank_axes import path_names
 
 
 def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array], *, per_example: bool = False):

@@ -6,7 +6,7 @@ from flax import nnx
 
 
 class AdapterParam(nnx.Variable):
-    """A trained factor: A [..., D, R] or B [..., R, F].
+    """A trained leaf of an adapter: A [..., D, R], B [..., R, F] or a gate [..., R].
 
     Its metadata: `kernel_layout` on an A whose product ``A B`` has the kernel's axes in another order, see
     `mlora_jax.core.fold`.
@@ -22,7 +22,10 @@ class RankProfile(nnx.Variable):
 
 
 class InputGram(nnx.BatchStat):
-    """The sum ``H^T H`` [..., R, R] over what B was given, ``H = (x A) * p``: see `watch_inputs`."""
+    """The sum ``H^T H`` [..., R, R] over what B was given, ``H = (x A) * p`` or ``(x A) * (p * gate)``.
+
+    `mlora_jax.adapters.watch_inputs` adds it to a model.
+    """
 
 
 class DropoutKey(nnx.Variable):

@@ -6,6 +6,7 @@ from mlora_jax.core.hierarchy import SCALINGS, RankHierarchy, powers_of_two
 from mlora_jax.core.methods import METHODS, Method, Phase, get_method
 from mlora_jax.core.policies import POLICIES, Draw, Policy, draw_step, get_policy
 from mlora_jax.core.product import (
+    GATE_INITIALIZERS,
     INITIALIZERS,
     fold,
     initialize_factors,
@@ -19,6 +20,7 @@ from mlora_jax.core.updates import UPDATES, Update, get_update
 __all__ = [
     "ACTIONS",
     "AXES",
+    "GATE_INITIALIZERS",
     "INITIALIZERS",
     "METHODS",
     "POLICIES",

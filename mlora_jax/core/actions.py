@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mlora_jax.core.hierarchy import RankHierarchy
-from mlora_jax.core.product import by_parent, initialize_factors, path_hash, path_names
+from mlora_jax.core.product import initialize_factors, path_hash
+from mlora_jax.core.rank_axes import FACTORS, by_parent, leading_axes, path_names
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.squeeze import profile_like, squeeze_factors
 
@@ -94,13 +95,14 @@ def _keep(given: ActionInput) -> ActionOutput:
 
 
 def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
-    """A drawn anew from the key and the path of its layer, B zero."""
+    """A drawn anew from the key and the path of its layer, B zero; a gate stays what it is."""
     drawn = {}
-    for parent, factors in by_parent(given.adapter).items():
-        (*leading, features_in, rank), features_out = factors["a"].shape, factors["b"].shape[-1]
+    for parent, leaves in by_parent(given.adapter).items():
+        a, b = (leaves[name] for name in FACTORS)
         key = jax.random.fold_in(given.key, path_hash(".".join(parent)))
-        sizes = dict(leading=tuple(leading), init=init, dtype=factors["a"].dtype)
-        drawn[parent] = dict(zip("ab", initialize_factors(key, features_in, features_out, rank, **sizes), strict=True))
+        options = dict(leading=leading_axes(leaves), init=init, dtype=a.dtype)
+        fresh = initialize_factors(key, a.shape[-2], b.shape[-1], a.shape[-1], **options)
+        drawn[parent] = dict(zip(FACTORS, fresh, strict=True))
 
     def replace(path, leaf):
         *parent, name = path_names(path)

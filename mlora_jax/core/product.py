@@ -1,8 +1,9 @@
 """The adapted product and what can be done with a trained pair of factors.
 
-The functions on trees take `jax` pytrees in which a pair of factors sits under the keys ``a`` [..., D, R] and
-``b`` [..., R, F] of one parent, its profile under ``p`` [..., R] and its frozen kernel under ``base/kernel`` (of an
-embedding ``base/embedding``) [..., D, F]: what `mlora_jax.split` returns, and equally plain nested dicts.
+The functions on trees take `jax` pytrees whose leaves are named as in `mlora_jax.core.rank_axes`: the factors ``a``
+[..., D, R] and ``b`` [..., R, F] of one parent and perhaps a ``gate`` [..., R], the profile ``p`` [..., R] under the
+same parent, and the frozen kernel [..., D, F] under ``base/kernel``, or ``base/embedding``, beside them.
+`mlora_jax.split` returns such trees, and plain nested dicts do as well.
 """
 
 from __future__ import annotations
@@ -10,13 +11,26 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mlora_jax.core.hierarchy import check_rank
+from mlora_jax.core.rank_axes import (
+    FACTORS,
+    PROFILE,
+    WITHOUT_RANK_AXIS,
+    along_rank,
+    by_parent,
+    cut_to_rank,
+    key_names,
+    layer_name,
+    leaf_name,
+    path_names,
+    rank_of,
+)
 
 Tree = Any
 
@@ -27,6 +41,12 @@ FROZEN = ("kernel", "embedding")
 INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_rank": lambda features_in, rank: 1.0 / math.sqrt(rank),
     "fan_in": lambda features_in, rank: 1.0 / math.sqrt(features_in),
+}
+
+# What a gate [..., R] starts from: (key, shape, dtype) -> array. "normal" is the start of SoRA (arXiv 2311.11696).
+GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Array]] = {
+    "ones": lambda key, shape, dtype: jnp.ones(shape, dtype),
+    "normal": jax.random.normal,
 }
 
 
@@ -134,50 +154,71 @@ def initialize_factors(
     return a, jnp.zeros((*leading, rank, features_out), dtype)
 
 
-def truncate(adapter: Tree, rank: int) -> Tree:
-    """Keeps the first `rank` columns of every A and rows of every B: a smaller, faster adapter, real compute saved.
+def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones", dtype=float) -> jax.Array:
+    """The start of a trained vector that multiplies the profile.
 
-    It runs with a profile tree of the same rank, which this function makes too, and is described by
-    `hierarchy.truncate(rank)`, whose `prefix(q)` gives the function that the full adapter gives at `prefix(q)`:
+    Args:
+      key: `jax.random.key` of the layer; the gate's draw is independent of that of its factors.
+      shape: [..., R], the leading axes being those of the factors.
+      init: a key of `GATE_INITIALIZERS`.
+      dtype: of the gate; the default is jax's default float.
+
+    Returns:
+      The gate [..., R].
+
+    Raises:
+      ValueError: unknown `init`.
+    """
+    if init not in GATE_INITIALIZERS:
+        raise ValueError(f"unknown gate {init!r}; known: {', '.join(GATE_INITIALIZERS)}")
+    return GATE_INITIALIZERS[init](jax.random.fold_in(key, path_hash("gate")), shape, dtype)
+
+
+def truncate(adapter: Tree, rank: int) -> Tree:
+    """Keeps the first `rank` columns of every A, rows of every B and entries of every gate.
+
+    The result is a smaller, faster adapter. It runs with a profile tree of the same rank, which this function makes
+    too, and is described by `hierarchy.truncate(rank)`, whose `prefix(q)` gives the function that the full adapter
+    gives at `prefix(q)`:
 
         short = truncate(adapter, 2)
         values = set_profile(truncate(profile, 2), hierarchy.truncate(2).prefix(2))
         nnx.merge(graphdef, base, short, values)
 
     Args:
-      adapter: tree of factors, or tree of profiles [..., R], per example or not, with or without dropout keys.
+      adapter: tree of an adapter's leaves; or tree of profiles [..., R], per example or not, with or without dropout
+        keys.
       rank: 1..R.
 
     Raises:
-      ValueError: the rank is outside 1..R for some pair.
+      ValueError: the rank is outside 1..R of some layer, or a leaf's name is not one of `RANK_AXES`.
 
     >>> truncate({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "p": jnp.ones(4)}, 2)["b"].shape
     (2, 2)
     """
 
     def cut(path, leaf):
-        name = path_names(path)[-1]
-        if name == "dropout_key":  # of a profile tree; it has no rank axis
+        *parent, name = path_names(path)
+        if name in WITHOUT_RANK_AXIS:
             return leaf
-        role = "p" if name == "p" else _role(path)
-        axis = {"a": -1, "b": -2, "p": -1}[role]
-        check_rank(rank, f"rank to truncate {_parent_name(path)} to", low=1, high=leaf.shape[axis])
-        return jax.lax.slice_in_dim(leaf, 0, rank, axis=axis)
+        name = leaf_name(path)
+        check_rank(rank, f"rank to truncate {layer_name(parent)} to", low=1, high=rank_of(name, leaf))
+        return cut_to_rank(name, leaf, rank)
 
     return jax.tree_util.tree_map_with_path(cut, adapter)
 
 
 def scale_ranks(adapter: Tree, factor: jax.Array) -> Tree:
-    """Multiplies column i of every A and row i of every B by `factor` [R]."""
+    """Multiplies column i of every A, row i of every B and entry i of every gate by `factor` [R]."""
 
     def scale(path, leaf):
-        return leaf * (factor if _role(path) == "a" else factor[:, None]).astype(leaf.dtype)
+        return leaf * along_rank(leaf_name(path), factor).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(scale, adapter)
 
 
 def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
-    """Adds every ``A diag(p) B`` to the frozen kernel it sits on: ``W + A diag(p) B``.
+    """Adds every ``A diag(p) B`` to the frozen kernel it sits on: ``W + A diag(p) B``, with ``p * gate`` for a gate.
 
     The sum is formed in float32 or wider and stored in the kernel's dtype. The result fits where `base` fitted; merge
     it with a zero profile, or read its kernels.
@@ -189,7 +230,7 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
 
     Args:
       base: frozen tree holding ``base/kernel`` [..., D, F] beside every pair of factors.
-      adapter: tree of factors.
+      adapter: tree of an adapter's leaves.
       profile: tree of profiles [..., R], not per example.
 
     Raises:
@@ -205,9 +246,9 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
         if keys[-2:-1] != ("base",) or keys[-1] not in FROZEN or parent not in factors:
             return leaf
         pending.discard(parent)
-        a, b, p = pair_with_profile(parent, factors, profiles)
+        a, b, scales = factors_and_scales(parent, factors, profiles)
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        delta = jnp.matmul(a.astype(wide) * p[..., None, :], b.astype(wide), precision="highest")
+        delta = jnp.matmul(a.astype(wide) * scales[..., None, :], b.astype(wide), precision="highest")
         if delta.size != leaf.size:
             raise ValueError(f"{'.'.join(keys)} has shape {leaf.shape}, but A B has shape {delta.shape}")
         sizes, order = layouts.get(parent, (delta.shape[-2:], (0, 1)))
@@ -221,8 +262,8 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
 
 
 def _no_kernel(base: Tree, parents: set[tuple[str, ...]]) -> str:
-    names = ", ".join(sorted(".".join(parent) or "the adapter" for parent in parents))
-    paths = [_key_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(base)]
+    names = ", ".join(sorted(map(layer_name, parents)))
+    paths = [key_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(base)]
     if any(path[: len(parent) + 1] == [*parent, "base"] and "qvalue" in path for parent in parents for path in paths):
         return (
             f"the kernels of {names} are quantised, and a sum would be rounded: fold into the original weights, "
@@ -235,7 +276,7 @@ def _kernel_layouts(adapter: Tree) -> dict[tuple[str, ...], tuple]:
     """The `kernel_layout` of the variables that have one, by the parent of the pair."""
     has_layout = lambda node: isinstance(getattr(node, "kernel_layout", None), tuple)  # noqa: E731
     nodes = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=has_layout)
-    return {tuple(_key_names(path)[:-1]): node.kernel_layout for path, node in nodes if has_layout(node)}
+    return {tuple(key_names(path)[:-1]): node.kernel_layout for path, node in nodes if has_layout(node)}
 
 
 def path_hash(path: str) -> int:
@@ -243,48 +284,53 @@ def path_hash(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
-def path_names(path) -> tuple[str, ...]:
-    """The names along a tree path, without the attribute by which a Variable holds its array."""
-    names = _key_names(path)
-    return tuple(names[:-1] if len(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) else names)
+def factors_and_scales(
+    parent: tuple[str, ...], factors: Mapping, profiles: Mapping
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer's factors and what lies between them.
 
+    Args:
+      parent: the names along the layer's path.
+      factors, profiles: what `by_parent` makes of an adapter and of its profile tree.
 
-def _key_names(path) -> list[str]:
-    return [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+    Returns:
+      A [..., D, R], B [..., R, F] and the profile times the gate, if there is one, [..., R].
 
-
-def _parent(path) -> tuple[str, ...]:
-    return path_names(path)[:-1]
-
-
-def _parent_name(path) -> str:
-    return ".".join(_parent(path)) or "the adapter"
-
-
-def _role(path) -> str:
-    name = path_names(path)[-1]
-    if name not in ("a", "b"):
-        raise ValueError(f"{'.'.join(path_names(path))} is no factor: an adapter's leaves are named a and b")
-    return name
-
-
-def by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, jax.Array]]:
-    grouped: dict[tuple[str, ...], dict[str, jax.Array]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        *parent, name = path_names(path)
-        grouped.setdefault(tuple(parent), {})[name] = leaf
-    return grouped
-
-
-def pair_with_profile(parent, factors, profiles):
-    name = ".".join(parent) or "the adapter"
-    missing = [k for k in ("a", "b") if k not in factors[parent]]
-    if missing or "p" not in profiles.get(parent, {}):
-        raise ValueError(f"{name} lacks {', '.join([*missing, *([] if missing else ['p'])])}")
-    a, b, p = factors[parent]["a"], factors[parent]["b"], profiles[parent]["p"]
-    if p.shape != (*a.shape[:-2], a.shape[-1]):
+    Raises:
+      ValueError: a leaf is missing, or a profile or gate does not have the shape that A needs.
+    """
+    name = layer_name(parent)
+    leaves = {**factors[parent], **profiles.get(parent, {})}
+    missing = [role for role in FACTORS if role not in leaves] or [role for role in (PROFILE,) if role not in leaves]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    a, b, p = leaves["a"], leaves["b"], leaves[PROFILE]
+    needed = (*a.shape[:-2], a.shape[-1])
+    if p.shape != needed:
         raise ValueError(
-            f"the profile of {name} has shape {p.shape}, but A {a.shape} needs {(*a.shape[:-2], a.shape[-1])}: "
+            f"the profile of {name} has shape {p.shape}, but A {a.shape} needs {needed}: "
             "a profile per example has no single product A diag(p) B"
         )
-    return a, b, p
+    if leaves.get("gate", p).shape != needed:
+        raise ValueError(f"the gate of {name} has shape {leaves['gate'].shape}, but A {a.shape} needs {needed}")
+    return a, b, times_gate(p, leaves)
+
+
+def times_gate(p, leaves: Mapping[str, Any]):
+    """A profile [R] or [..., R], times the gate [..., R] of a layer if there is one among the layer's leaves."""
+    return p * leaves["gate"] if "gate" in leaves else p
+
+
+def without_gate(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer's factors with the gate, if there is one, multiplied into B: ``A diag(p) (diag(gate) B)``.
+
+    Args:
+      leaves: the layer's leaves by name, of jax or NumPy.
+
+    Returns:
+      {"a": [..., D, R], "b": [..., R, F]} in the dtypes that they have.
+    """
+    a, b = (leaves[name] for name in FACTORS)
+    if "gate" not in leaves:
+        return {"a": a, "b": b}
+    return {"a": a, "b": (b * leaves["gate"][..., None]).astype(b.dtype)}

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.core.hierarchy import RankHierarchy, powers_of_two
-from mlora_jax.core.product import by_parent, initialize_factors, pair_with_profile, path_hash, path_names
+from mlora_jax.core.product import factors_and_scales, initialize_factors, path_hash
+from mlora_jax.core.rank_axes import FACTORS, adapter_rank, by_parent, layer_name, leaf_name, path_names
 
 Tree = Any
 
@@ -26,23 +27,25 @@ def squeeze(
     key: jax.Array | None = None,
     grams: Tree | None = None,
 ) -> tuple[Tree, RankHierarchy]:
-    """The same function with its factors ordered by singular value.
+    """The truncated SVD of ``A B``: the same function with its factors ordered by singular value.
 
     For every pair ``A diag(p) B = U diag(s) V^T`` becomes ``A' = U sqrt(s)``, ``B' = sqrt(s) V^T``, so each prefix of
     the new adapter is the best approximation of its rank (Eckart-Young). A D x F product is never formed: QR of ``A``
     and of ``B^T``, then the SVD of an R x R matrix. Where the product has a lower rank than R, the left-over columns of
-    A are drawn afresh and the rows of B are zero; rounding noise is never kept as a direction.
+    A are drawn afresh and the rows of B are zero; rounding noise is never kept as a direction. A gate is part of the
+    function, ``A diag(p * gate) B``, and comes back as ones.
 
     With `grams` it is each layer's output on the inputs X behind them that every prefix approximates best: the SVD is
     that of ``X A diag(p) B``. Columns of A' are then as long as the rows of B', but no longer orthogonal.
 
     Args:
-      adapter: tree of factors.
+      adapter: tree of an adapter's leaves.
       profile: tree of profiles [..., R]; the function to keep. The scale ends up inside the factors.
       ranks: S of the new hierarchy; None means the powers of two up to R.
       key: `jax.random.key` for the fresh columns; None means `jax.random.key(0)`.
-      grams: tree with ``H^T H`` under the key ``gram`` [..., R, R] beside every pair, ``H = X A diag(p)`` being what B
-        is given; in any scale. None weights all directions of the input alike, and so does a gram of zeros.
+      grams: tree with ``H^T H`` under the key ``gram`` [..., R, R] beside every pair. ``H = X A diag(p)``, or
+        ``X A diag(p * gate)``, is what B is given. The scale of a gram does not matter. None weights all directions of
+        the input alike, and so does a gram of zeros.
 
     Returns:
       The new adapter (dtypes and shapes as before) and its hierarchy, whose scaling is "none".
@@ -53,93 +56,104 @@ def squeeze(
     Source: Eckart and Young (1936); DRONE (NeurIPS 2021) for the products with inputs.
     """
     squeezed = squeeze_factors(adapter, profile, key=jax.random.key(0) if key is None else key, grams=grams)
-    max_rank = {pair["a"].shape[-1] for pair in by_parent(adapter).values()}
-    if len(max_rank) != 1:
-        raise ValueError(f"squeeze needs one R for the whole adapter, got {sorted(max_rank)}")
-    (rank,) = max_rank
+    rank = adapter_rank(adapter)
     return squeezed.adapter, RankHierarchy(ranks or powers_of_two(rank), max_rank=rank)
 
 
 class Squeezed(NamedTuple):
-    """New factors, and how gradients with respect to the old ones become gradients with respect to them.
+    """New leaves of an adapter, and the matrices by which gradients of the old ones become gradients of the new ones.
 
     Attributes:
-      adapter: tree of factors.
-      turns: tree like it, of [..., R, R] matrices: ``g_A' = g_A turn_a`` and ``g_B' = turn_b g_B``.
+      adapter: tree of the new leaves.
+      gradient_maps: tree like it, of matrices M [..., R, R]: ``g_A' = g_A M_A`` and ``g_B' = M_B g_B``. The M of a gate
+        is zero: the gradient of the old gate holds the diagonal of an R x R matrix, ``A^T G B^T`` with G the gradient
+        of the product, and that of the new gate depends on the other entries too.
     """
 
     adapter: Tree
-    turns: Tree
+    gradient_maps: Tree
 
 
 def squeeze_factors(
     adapter: Tree, profile: Tree, *, key: jax.Array, grams: Tree | None = None, init: str = "fan_rank"
 ) -> Squeezed:
-    """What `squeeze` does, with what an optimizer's state needs to follow; traceable.
+    """Does what `squeeze` does and also returns what an optimizer's state needs to follow; traceable.
 
     Args:
       adapter, profile, grams: as `squeeze`; one axis more in front holds several adapters.
-      key: a `jax.random.key`, or [K] of them, one for each entry of the first axis of every factor.
-      init: of the fresh columns, as `initialize_factors`.
+      key: a `jax.random.key`, or [K] of them, one for each entry of the first axis of every leaf.
+      init: the start of the fresh columns, as in `initialize_factors`.
     """
     factors, profiles = by_parent(adapter), by_parent(profile)
     weights = None if grams is None else by_parent(grams)
-    done = {}
-    for parent in factors:
-        a, b, p = pair_with_profile(parent, factors, profiles)
+    new, maps = {}, {}
+    for parent, leaves in factors.items():
+        a, b, scales = factors_and_scales(parent, factors, profiles)
         if weights is not None and "gram" not in weights.get(parent, {}):
-            raise ValueError(f"{'.'.join(parent) or 'the adapter'} lacks its gram")
+            raise ValueError(f"{layer_name(parent)} lacks its gram")
         gram = None if weights is None else weights[parent]["gram"]
         fold_in = functools.partial(jax.random.fold_in, data=path_hash(".".join(parent)))
-        done[parent] = _squeeze_pair(a, b, p, gram, jax.vmap(fold_in)(key) if key.ndim else fold_in(key), init)
+        layer_key = jax.vmap(fold_in)(key) if key.ndim else fold_in(key)
+        *pair, map_a, map_b = _squeeze_pair(a, b, scales, gram, layer_key, init)
+        new[parent] = {name: jnp.ones_like(leaf) for name, leaf in leaves.items()} | dict(
+            zip(FACTORS, pair, strict=True)
+        )
+        maps[parent] = {name: jnp.zeros_like(map_a) for name in leaves} | dict(
+            zip(FACTORS, (map_a, map_b), strict=True)
+        )
 
-    def pick(offset):
+    def pick(found):
         def one(path, leaf):
             *parent, name = path_names(path)
-            return done[tuple(parent)][offset + "ab".index(name)].astype(leaf.dtype)
+            return found[tuple(parent)][name].astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(one, adapter)
 
-    return Squeezed(pick(0), pick(2))
+    return Squeezed(pick(new), pick(maps))
 
 
 def profile_like(adapter: Tree, p: jax.Array) -> Tree:
-    """One profile for all layers, as a tree of profiles beside the pairs of an adapter.
+    """One profile for all layers, as a tree of profiles beside the leaves of an adapter.
 
     Args:
-      adapter: tree of factors.
+      adapter: tree of an adapter's leaves.
       p: [R], or [K, R] for an adapter with K trials in front.
 
     Returns:
-      Nested dicts with ``p`` [..., R] where the adapter has a pair, in the dtype of its A.
+      Nested dicts with a profile [..., R] where the adapter has a layer, in the dtype of its A.
     """
     tree: dict = {}
-    for parent, pair in by_parent(adapter).items():
-        node = tree
-        for name in parent:
-            node = node.setdefault(name, {})
-        *leading, _, rank = pair["a"].shape
-        own = p.reshape(*p.shape[:-1], *(1,) * (len(leading) + 1 - p.ndim), rank)
-        node["p"] = jnp.broadcast_to(own, (*leading, rank)).astype(pair["a"].dtype)
+    for parent, leaves in by_parent(adapter).items():
+        node = functools.reduce(lambda found, name: found.setdefault(name, {}), parent, tree)
+        leading = leading_axes(leaves)
+        own = p.reshape(*p.shape[:-1], *(1,) * (len(leading) + 1 - p.ndim), p.shape[-1])
+        node[PROFILE] = jnp.broadcast_to(own, (*leading, p.shape[-1])).astype(leaves[FACTORS[0]].dtype)
     return tree
 
 
-def map_gradients(tree: Tree, turns: Tree, *, squared: bool = False) -> Tree:
-    """Gradients of the old factors, or averages of them, as gradients of the new ones.
+# Name of a leaf -> its gradient by its matrix, both with any leading axes.
+_MAPPED = {
+    "a": lambda gradient, matrix: jnp.matmul(gradient, matrix, precision="highest"),
+    "b": lambda gradient, matrix: jnp.matmul(matrix, gradient, precision="highest"),
+    "gate": lambda gradient, matrix: jnp.matmul(gradient[..., None, :], matrix, precision="highest")[..., 0, :],
+}
+
+
+def map_gradients(tree: Tree, gradient_maps: Tree, *, squared: bool = False) -> Tree:
+    """Gradients of the old leaves, or averages of them, as gradients of the new ones; those of a gate become zero.
 
     Args:
       tree: like the adapter.
-      turns: of `Squeezed`.
+      gradient_maps: of `Squeezed`.
       squared: whether `tree` holds averages of squares. Those follow exactly only if the gradients of different columns
         are uncorrelated.
     """
 
-    def one(path, leaf, turn):
-        turn = jnp.square(turn) if squared else turn
-        both = (leaf, turn) if path_names(path)[-1] == "a" else (turn, leaf)
-        return jnp.matmul(*both, precision="highest").astype(leaf.dtype)
+    def one(path, leaf, gradient_map):
+        matrix = jnp.square(gradient_map) if squared else gradient_map
+        return _MAPPED[leaf_name(path)](leaf, matrix).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, tree, turns)
+    return jax.tree_util.tree_map_with_path(one, tree, gradient_maps)
 
 
 def _squeeze_pair(a, b, p, gram, key, init: str) -> tuple[jax.Array, ...]:
@@ -162,7 +176,7 @@ def _squeeze_pair(a, b, p, gram, key, init: str) -> tuple[jax.Array, ...]:
 
 
 def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
-    """A' [D, R], B' [R, F], and the turns [R, R] of their gradients."""
+    """A' [D, R], B' [R, F], and the gradient maps [R, R]."""
     features_in, rank = a.shape
     wide = jnp.promote_types(a.dtype, jnp.float32)
     a, b, p = a.astype(wide), b.astype(wide), p.astype(wide)
@@ -181,18 +195,18 @@ def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
         left, right = (q_left @ u) * root, (vt @ q_right.T) * root[:, None]
         # With A diag(p) M = A' and B' = N B it is g_A' = g_A diag(1 / p) N^T and g_B' = M^T g_B; these are M and N
         # without an inverse.
-        turn_a, turn_b = r_left.T @ u * over, over[:, None] * (vt @ r_right)
+        map_a, map_b = r_left.T @ u * over, over[:, None] * (vt @ r_right)
         if gram is not None:
-            gram = turn_b @ gram.astype(wide) @ turn_b.T  # of X A' = X A diag(p) M
-            left, right, turn_a, turn_b = _reorder(left, right, turn_a, turn_b, root, real, gram)
+            gram = map_b @ gram.astype(wide) @ map_b.T  # of X A' = X A diag(p) M
+            left, right, map_a, map_b = _reorder(left, right, map_a, map_b, root, real, gram)
     missing = rank - len(s)  # R above D or F: the product cannot have rank R
-    left, turn_a = (jnp.pad(x, [(0, 0), (0, missing)]) for x in (left, turn_a))
-    right, turn_b = (jnp.pad(x, [(0, missing), (0, 0)]) for x in (right, turn_b))
+    left, map_a = (jnp.pad(x, [(0, 0), (0, missing)]) for x in (left, map_a))
+    right, map_b = (jnp.pad(x, [(0, missing), (0, 0)]) for x in (right, map_b))
     fresh, _ = initialize_factors(key, features_in, 1, rank, init=init, dtype=wide)
-    return jnp.where(jnp.pad(real, (0, missing)), left, fresh), right, turn_a, turn_b
+    return jnp.where(jnp.pad(real, (0, missing)), left, fresh), right, map_a, map_b
 
 
-def _reorder(left, right, turn_a, turn_b, root, real, gram):
+def _reorder(left, right, map_a, map_b, root, real, gram):
     """Orders squeezed factors by the singular values of X A' B'; `gram` [K, K] is (X A')^T (X A').
 
     A' = U diag(root) and B' = diag(root) V^T. Directions that are not real stay last.
@@ -214,4 +228,4 @@ def _reorder(left, right, turn_a, turn_b, root, real, gram):
     )
     gauge = jnp.where(order & (longer > 0), longer, 1.0)
     right = jnp.where(order[:, None], right / gauge[:, None], 0.0)
-    return left * gauge, right, turn_a @ back.T / gauge, gauge[:, None] * (mix.T @ turn_b)
+    return left * gauge, right, map_a @ back.T / gauge, gauge[:, None] * (mix.T @ map_b)

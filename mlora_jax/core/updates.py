@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core.hierarchy import RankHierarchy
-from mlora_jax.core.product import path_names
+from mlora_jax.core.rank_axes import GATE, leaf_name
 from mlora_jax.core.rows import find_row
 
 Tree = Any
@@ -58,7 +58,7 @@ def soft_threshold_gates(adapter: Tree, *, threshold: float) -> Tree:
     """
 
     def shrink(path, leaf):
-        if path_names(path)[-1] != "gate":
+        if leaf_name(path) != GATE:
             return leaf
         return jnp.sign(leaf) * jnp.maximum(jnp.abs(leaf) - threshold, 0.0)
 

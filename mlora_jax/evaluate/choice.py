@@ -8,12 +8,11 @@ import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.core.hierarchy import check_rank
-from mlora_jax.core.product import path_names
+from mlora_jax.core.rank_axes import adapter_layers, leading_axes, parameters_per_rank
 from mlora_jax.evaluate.curve import Evaluator, RankCurve
 from mlora_jax.evaluate.rank_search import Ranks, SearchScores, exchange, remove
 from mlora_jax.evaluate.statistics import Comparison, Interval, bootstrap_aurac, compare
@@ -218,7 +217,7 @@ def layer_profiles(
     used = {rank for rows in ranks.values() for rank in rows}
     by_rank = {rank: np.asarray(readout_profile(hierarchy, readout, rank)) for rank in used}
     found = {}
-    for path, (leading, _, _) in modules.items():
+    for path, (leading, _) in modules.items():
         if len(ranks[path]) != math.prod(leading):
             raise ValueError(f"{path} has {math.prod(leading)} layers, got the ranks {tuple(ranks[path])}")
         rows = [by_rank[rank] for rank in ranks[path]]
@@ -227,20 +226,25 @@ def layer_profiles(
 
 
 def adapter_parameters(adapter, ranks: Mapping[str, Sequence[int]] | int) -> int:
-    """Parameters of an adapter cut to a rank per layer, or to one rank: the sum of r (D + F)."""
+    """Parameters of an adapter cut to a rank per layer, or to one rank.
+
+    That is the sum of r (D + F), or of r (D + F + 1) with gates.
+
+    Args:
+      adapter: tree of an adapter's leaves.
+      ranks: as `Allocation.ranks`, or one rank for all layers.
+    """
     modules = _modules(adapter)
     if not isinstance(ranks, Mapping):
-        ranks = {path: (ranks,) * math.prod(leading) for path, (leading, _, _) in modules.items()}
-    return sum(sum(ranks[path]) * (wide + deep) for path, (_, wide, deep) in modules.items())
+        ranks = {path: (ranks,) * math.prod(leading) for path, (leading, _) in modules.items()}
+    return sum(sum(ranks[path]) * width for path, (_, width) in modules.items())
 
 
-def _modules(adapter) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """Path -> (leading axes, D, F) of every adapted layer."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
-        *parent, role = path_names(path)
-        shapes.setdefault(".".join(parent), {})[role] = leaf.shape
-    return {path: (both["a"][:-2], both["a"][-2], both["b"][-1]) for path, both in shapes.items()}
+def _modules(adapter) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Path -> (leading axes, trained numbers of one rank of one of the module's layers)."""
+    return {
+        path: (leading_axes(leaves), parameters_per_rank(leaves)) for path, leaves in adapter_layers(adapter).items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +254,7 @@ class _Groups:
     Attributes:
       members: per group the (path, layer) that share its rank.
       layers: path -> L.
-      widths: path -> D + F.
+      widths: path -> parameters of one rank of a layer: D + F, and one more with a gate.
     """
 
     members: tuple[tuple[tuple[str, int], ...], ...]
@@ -260,12 +264,12 @@ class _Groups:
     @classmethod
     def of(cls, adapter, group: Callable[[str, int], Hashable] | None) -> _Groups:
         modules = _modules(adapter)
-        layers = {path: math.prod(leading) for path, (leading, _, _) in modules.items()}
+        layers = {path: math.prod(leading) for path, (leading, _) in modules.items()}
         members: dict[Hashable, list[tuple[str, int]]] = {}
         for path, count in layers.items():
             for layer in range(count):
                 members.setdefault(group(path, layer) if group else (path, layer), []).append((path, layer))
-        widths = {path: wide + deep for path, (_, wide, deep) in modules.items()}
+        widths = {path: width for path, (_, width) in modules.items()}
         return cls(tuple(map(tuple, members.values())), layers, widths)
 
     def costs(self, *, in_ranks: bool = False) -> tuple[int, ...]:

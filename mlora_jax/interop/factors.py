@@ -11,7 +11,8 @@ import numpy as np
 
 from mlora_jax.core import RankHierarchy, Reading, get_readout, read_out
 from mlora_jax.core.hierarchy import check_rank
-from mlora_jax.core.product import path_names
+from mlora_jax.core.product import without_gate
+from mlora_jax.core.rank_axes import FACTORS, adapter_layers, leading_axes, rank_of
 
 # One rank for all, or path of a module -> a rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
 RankOrRanks = int | Mapping[str, Sequence[int]]
@@ -46,12 +47,12 @@ def layer_factors(
     """The function of a read-out as plain factors.
 
     Args:
-      adapter: tree of factors a [..., D, R] and b [..., R, F].
+      adapter: tree of an adapter's leaves; a gate is multiplied into b.
       hierarchy: S, scales and weights, with the same R.
-      rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
-      readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
+      rank: the read-out's rank, 0..R; or ranks per layer for every module of the adapter.
+      readout: a key of `mlora_jax.core.READOUTS` that takes the adapter alone, or one whose profiles are given.
       trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.readout_files.read_profiles`.
+      profiles: rank -> p [R], as `mlora_jax.training.readout_files.read_profiles` gives them; "calibrated" needs them.
 
     Returns:
       (path, layer) -> factors, in the order of the adapter; the layer is None where nothing is stacked. A layer of rank
@@ -63,21 +64,24 @@ def layer_factors(
     """
     if (get_readout(readout).stored == "profiles") != (profiles is not None):
         raise ValueError(f"fitted profiles belong to a read-out that is stored as profiles; got {readout!r}")
-    factors = by_path(adapter)
+    factors = _plain_factors(adapter)
     for path, pair in factors.items():
-        if pair["a"].shape[-1] != hierarchy.max_rank:
-            raise ValueError(f"{path} has rank {pair['a'].shape[-1]}, but the hierarchy's R is {hierarchy.max_rank}")
+        for name, factor in pair.items():
+            if rank_of(name, factor) != hierarchy.max_rank:
+                r = rank_of(name, factor)
+                raise ValueError(f"{path} has rank {r}, but the hierarchy's R is {hierarchy.max_rank}")
     ranks = _ranks_of_layers(factors, hierarchy, rank)
     if profiles is None:
         reading = read_out(adapter, hierarchy, readout, trained_profile=trained_profile)
     else:
         reading = Reading(adapter, hierarchy, readout, profiles)
-    factors = by_path(reading.adapter)
+    factors = _plain_factors(reading.adapter)
     p_of = {r: np.asarray(reading.profile(r)) for r in {r for rows in ranks.values() for r in rows}}
     found = {}
     for path, pair in factors.items():
-        wide = np.promote_types(pair["a"].dtype, np.float32)
-        a, b = (np.asarray(pair[name]).astype(wide) for name in ("a", "b"))
+        a, b = (np.asarray(pair[name]) for name in FACTORS)
+        wide = np.promote_types(a.dtype, np.float32)
+        a, b = a.astype(wide), b.astype(wide)
         stacked = a.ndim > 2
         rows = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), ranks[path], strict=True)
         for layer, (left, right, r) in enumerate(rows):
@@ -87,23 +91,13 @@ def layer_factors(
     return found
 
 
-def by_path(adapter) -> dict[str, dict[str, Any]]:
-    """Dotted path of a module -> {"a": [..., D, R], "b": [..., R, F]}.
-
-    Raises:
-      ValueError: the tree holds no factors, or something else.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
-        *parent, role = path_names(path)
-        found.setdefault(".".join(parent), {})[role] = leaf
-    if not found or any(set(pair) != {"a", "b"} for pair in found.values()):
-        raise ValueError("this tree is no adapter: pass the third value of split(model)")
-    return found
+def _plain_factors(adapter) -> dict[str, dict[str, Any]]:
+    """Dotted path of a layer -> its factors, a gate multiplied into B."""
+    return {path: without_gate(leaves) for path, leaves in adapter_layers(adapter).items()}
 
 
 def _ranks_of_layers(factors: Mapping, hierarchy: RankHierarchy, rank: RankOrRanks) -> dict[str, tuple[int, ...]]:
-    layers = {path: math.prod(pair["a"].shape[:-2]) for path, pair in factors.items()}
+    layers = {path: math.prod(leading_axes(pair)) for path, pair in factors.items()}
     ranks = rank if isinstance(rank, Mapping) else {path: (rank,) * count for path, count in layers.items()}
     if set(ranks) != set(layers):
         raise ValueError(f"ranks must name the modules {', '.join(sorted(layers))}; got {', '.join(sorted(ranks))}")

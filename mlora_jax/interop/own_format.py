@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from mlora_jax.core import RankHierarchy, truncate
-from mlora_jax.interop.factors import RankOrRanks, by_path, layer_factors
+from mlora_jax.core.product import without_gate
+from mlora_jax.core.rank_axes import FACTORS, adapter_layers, leading_axes
+from mlora_jax.interop.factors import RankOrRanks, layer_factors
 from mlora_jax.interop.folder import check_free, new_folder, write_record
 from mlora_jax.training.adapter_file import save_adapter
 
@@ -32,6 +34,7 @@ def export_adapter(
 
     By prefix the factors are cut and keep their hierarchy, so every smaller rank reads out as before. Other read-outs,
     and ranks per layer, get their scale put into B and scaling "none": the function at the exported rank is the same.
+    Gates are multiplied into B, so the exported adapter has none.
 
     Args:
       path: the folder.
@@ -51,10 +54,11 @@ def export_adapter(
     if not found:
         raise ValueError("every layer has rank 0, which is the base model itself: there is no adapter to write")
     r = max(each.rank for each in found.values())
+    layers = {layer: without_gate(leaves) for layer, leaves in adapter_layers(adapter).items()}
     if readout == "prefix" and not isinstance(rank, Mapping):
-        smaller, kept = truncate(by_path(adapter), rank), hierarchy.truncate(rank)
+        smaller, kept = truncate(layers, rank), hierarchy.truncate(rank)
     else:
-        smaller, kept = _padded(by_path(adapter), found, r), RankHierarchy(hierarchy.truncate(r).ranks, max_rank=r)
+        smaller, kept = _padded(layers, found, r), RankHierarchy(hierarchy.truncate(r).ranks, max_rank=r)
     with new_folder(path) as folder:
         save_adapter(folder, smaller, kept, {**(description or {}), "base_model": str(base_model)})
         write_record(folder, hierarchy, rank, readout, description)
@@ -65,12 +69,12 @@ def _padded(factors: Mapping, found: Mapping, rank: int) -> dict[str, dict[str, 
     """The layers in stacks again, all of one rank."""
     stacks = {}
     for path, pair in factors.items():
-        (*leading, features_in, _), features_out = pair["a"].shape, pair["b"].shape[-1]
-        dtype = np.promote_types(pair["a"].dtype, np.float32)
-        a, b = np.zeros((*leading, features_in, rank), dtype), np.zeros((*leading, rank, features_out), dtype)
+        old_a, old_b = (pair[name] for name in FACTORS)
+        leading, dtype = leading_axes(pair), np.promote_types(old_a.dtype, np.float32)
+        a, b = np.zeros((*leading, old_a.shape[-2], rank), dtype), np.zeros((*leading, rank, old_b.shape[-1]), dtype)
         for (name, layer), each in found.items():
             if name == path:
                 at = ... if layer is None else layer
                 a[at][:, : each.rank], b[at][: each.rank] = each.a, each.b
-        stacks[path] = {"a": a, "b": b}
+        stacks[path] = dict(zip(FACTORS, (a, b), strict=True))
     return stacks

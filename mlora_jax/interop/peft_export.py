@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlora_jax.core import RankHierarchy
-from mlora_jax.interop.factors import LayerFactors, RankOrRanks, by_path, layer_factors
+from mlora_jax.core.rank_axes import adapter_layers, leading_axes
+from mlora_jax.interop.factors import LayerFactors, RankOrRanks, layer_factors
 from mlora_jax.interop.folder import check_free, new_folder, write_json, write_record
 from mlora_jax.interop.names import LINEAR_PATHS, module_name
 from mlora_jax.models.hub import hub_id
@@ -64,13 +65,14 @@ def export_peft(
 ) -> pathlib.Path:
     """Writes a read-out as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-    The scale is in B and ``lora_alpha = r``, so any scaling and read-out is exact. Ranks that differ between layers go
-    into `rank_pattern` and `alpha_pattern`; a layer of rank 0 is left out. `mlora_jax.json` beside them says which
-    read-out of which hierarchy it is. The folder appears whole or not at all; an earlier export there is replaced.
+    The scale and the gate are in B and ``lora_alpha = r``, so any scaling and read-out is exact. Ranks that differ
+    between layers go into `rank_pattern` and `alpha_pattern`; a layer of rank 0 is left out. `mlora_jax.json` beside
+    them says which read-out of which hierarchy it is. The folder appears whole or not at all; an earlier export there
+    is replaced.
 
     Args:
       path: the folder.
-      adapter: tree of factors of the decoder.
+      adapter: tree of an adapter's leaves on the decoder.
       hierarchy: S, scales and weights.
       rank: of the read-out, 1..R; or ranks per layer, 0..R, as `mlora_jax.evaluate.Allocation.ranks`.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
@@ -144,9 +146,9 @@ def _target_modules(found: Mapping[tuple[str, int | None], LayerFactors], adapte
     tails = Counter(path.rsplit(".", 1)[-1] for path in LINEAR_PATHS)
     counts = Counter(path for path, _ in found)
     names = []
-    for path, pair in by_path(adapter).items():
+    for path, leaves in adapter_layers(adapter).items():
         tail = path.rsplit(".", 1)[-1]
-        if counts[path] == math.prod(pair["a"].shape[:-2]) and tails[tail] == 1:
+        if counts[path] == math.prod(leading_axes(leaves)) and tails[tail] == 1:
             names.append(tail)
         else:
             names += [module_name(*key) for key in found if key[0] == path]

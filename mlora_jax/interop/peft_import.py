@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from mlora_jax.adapters import AdaptedLinear, adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, powers_of_two
 from mlora_jax.core.hierarchy import check_rank
-from mlora_jax.interop.factors import LayerFactors, by_path
+from mlora_jax.core.product import times_gate
+from mlora_jax.core.rank_axes import FACTORS, adapter_layers
+from mlora_jax.interop.factors import LayerFactors
 from mlora_jax.interop.folder import read_record
 from mlora_jax.interop.names import KERNEL, LINEAR_PATHS, module_name
 from mlora_jax.interop.peft_export import PEFT_CONFIG, PEFT_TENSORS, PREFIX
@@ -117,7 +119,7 @@ def start_from_peft(path: str | os.PathLike, model: nnx.Module, trained_profile:
     layers = _linear_layers(model)
     found = _read_layers(pathlib.Path(path).expanduser(), layers, model)
     adapter = split(model)[2]
-    adapted = by_path(adapter)
+    adapted = adapter_layers(adapter)
     missing = sorted({layers[name].path for name in found} - set(adapted))
     if missing:
         raise ValueError(f"{path} has factors for {', '.join(missing)}, which the targets leave out: add them")
@@ -304,16 +306,19 @@ def _without_dead_columns(a: np.ndarray, b: np.ndarray) -> LayerFactors:
 
 
 def _filled(adapter, found: Mapping[_Layer, LayerFactors], p: jax.Array):
-    """The tree with these factors in it, B divided by the profile under which they shall have their function."""
-    p = np.asarray(p)
-    stacks = {path: {name: np.array(leaf) for name, leaf in pair.items()} for path, pair in by_path(adapter).items()}
+    """The tree with these factors in it, B divided by the profile and the gate under which they have their function."""
+    layers = adapter_layers(adapter)
+    stacks = {path: {name: np.array(leaf) for name, leaf in leaves.items()} for path, leaves in layers.items()}
     for (path, layer, *_), (a, b) in found.items():
         r, at = a.shape[1], ... if layer is None else layer
-        silent = p[:r, None] == 0
+        left, right = (stacks[path][name][at] for name in FACTORS)
+        gate_and_p = times_gate(np.asarray(p), stacks[path])  # [R], or [..., R] with a gate
+        scales = gate_and_p if gate_and_p.ndim == 1 else gate_and_p[at]
+        silent = scales[:r, None] == 0
         if (silent & (b != 0)).any():
-            raise ValueError(f"{path} has {r} columns, of which the profile {p.tolist()} uses only some")
-        stacks[path]["a"][at][:, :r] = a
-        stacks[path]["b"][at][:r] = b / np.where(silent, 1.0, p[:r, None])
+            raise ValueError(f"{path} has {r} columns, of which the profile {scales.tolist()} uses only some")
+        left[:, :r] = a
+        right[:r] = b / np.where(silent, 1.0, scales[:r, None])
     paths = {}
     for path, leaf in nnx.to_flat_state(adapter):
         *parent, role = map(str, path)

@@ -16,26 +16,40 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlora_jax.core.product import path_names
+from mlora_jax.core.rank_axes import FACTORS, RANK_AXES, path_names
 
 _BEGIN = r"(q|k|v|gate|up)_proj"
 _END = r"(o|down)_proj"
 _BOTH = ("tensor", "fsdp")
-# A path's tail, and what its array's last axes are cut along. What no rule names is on every device.
+# The tail of a layer's path; what the inputs of its adapter, D of A, are cut along; what the outputs, F of B, are.
+_FEATURES: tuple[tuple[str, tuple], ...] = (
+    (_BEGIN, ("fsdp", _BOTH)),
+    (_END, (_BOTH, "fsdp")),
+    (r"embed_tokens", (_BOTH, "fsdp")),
+    (r"lm_head", ("fsdp", _BOTH)),
+)
+
+
+def _beside_rank(factor: str, features) -> tuple:
+    """The entries of a factor's last two axes: the rank axis is whole, the other one is cut along `features`."""
+    entries = [features, features]
+    entries[RANK_AXES[factor]] = None
+    return tuple(entries)
+
+
+# A path's tail, and what its array's last axes are cut along. What no rule names is on every device: norms, profiles
+# and gates among others.
 RULES: tuple[tuple[str, tuple], ...] = (
     (rf"{_BEGIN}(\.base)?\.kernel.*", ("fsdp", "tensor")),  # [D, F]
     (rf"{_END}(\.base)?\.kernel.*", ("tensor", "fsdp")),  # [F, D]
     (rf"{_BEGIN}(\.base)?\.bias", ("tensor",)),
-    (rf"{_BEGIN}\.a", ("fsdp", None)),  # [D, R]
-    (rf"{_BEGIN}\.b", (None, _BOTH)),  # [R, F]
-    (rf"{_END}\.a", (_BOTH, None)),
-    (rf"{_END}\.b", (None, "fsdp")),
     (r"embed_tokens(\.base)?\.embedding", ("tensor", "fsdp")),  # [V, D]
-    (r"embed_tokens\.a", (_BOTH, None)),
-    (r"embed_tokens\.b", (None, "fsdp")),
     (r"lm_head(\.base)?\.kernel", ("fsdp", "tensor")),  # [D, V]
-    (r"lm_head\.a", ("fsdp", None)),
-    (r"lm_head\.b", (None, _BOTH)),
+    *(
+        (rf"{layer}\.{factor}", _beside_rank(factor, features))
+        for layer, both in _FEATURES
+        for factor, features in zip(FACTORS, both, strict=True)
+    ),
 )
 _COMPILED = tuple((re.compile(rf"(?:.*\.)?{pattern}"), axes) for pattern, axes in RULES)
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.adapters import InputGram, set_profile, split, watch_inputs
 from mlora_jax.core import RankHierarchy
-from mlora_jax.core.product import by_parent, path_names
+from mlora_jax.core.rank_axes import by_parent, path_names
 from mlora_jax.interop import start_from_peft
 from mlora_jax.parallel.arrays import on_one_device, put_replicated, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import ROWS, shards_of

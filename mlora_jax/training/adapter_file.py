@@ -1,4 +1,4 @@
-"""Adapters on disk: the factors as safetensors, what they mean as JSON beside them."""
+"""Adapters on disk: the leaves (A, B and perhaps a gate) as safetensors, what they mean as JSON beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy, get_policy
-from mlora_jax.core.product import path_names
+from mlora_jax.core.rank_axes import adapter_layers, has_gate, leaf_ranks, path_names
 from mlora_jax.models.hugging_face import write_aside
 
 FORMAT = 1
@@ -27,20 +27,19 @@ def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[st
     """Writes an adapter; a reader never sees half of it.
 
     Args:
-      folder: made if it is not there.
-      adapter: tree of factors.
-      hierarchy: S, scaling, weights and R of the adapter.
-      description: further JSON values, such as method, seed and base model.
+      folder: the folder to write into, which is made if it is not there.
+      adapter: tree of an adapter's leaves.
+      hierarchy: the adapter's S, scaling, weights and R.
+      description: further JSON values, such as the method, the seed and the base model.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: factors of another rank than the hierarchy's R. Nothing is written.
+      ValueError: a leaf has another rank than the hierarchy's R, or the tree is no adapter. Nothing is written.
     """
     folder = pathlib.Path(folder)
-    for name, leaf in _named_leaves(adapter):
-        rank = leaf.shape[-1 if name.rsplit(".", 1)[-1] == "a" else -2]
+    for name, rank in leaf_ranks(adapter).items():
         if rank != hierarchy.max_rank:
             raise ValueError(
                 f"{name} has rank {rank}, but the hierarchy's R is {hierarchy.max_rank}; "
@@ -67,8 +66,9 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     """Reads what `save_adapter` wrote.
 
     Args:
-      folder: of the adapter.
-      template: the adapter tree of a model adapted with the same rank and targets; gives structure and shapes.
+      folder: the adapter's folder.
+      template: the adapter tree of a model adapted with the same rank, targets and gates. It gives the structure and
+        the shapes.
 
     Returns:
       (adapter, hierarchy, description).
@@ -100,10 +100,11 @@ def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarch
     """Reads what `save_adapter` wrote without the model that it belongs to.
 
     Args:
-      folder: of the adapter.
+      folder: the adapter's folder.
 
     Returns:
-      (adapter as {path: {"a": [..., D, R], "b": [..., R, F]}}, hierarchy, description).
+      (adapter, hierarchy, description). The adapter is {path: {"a": [..., D, R], "b": [..., R, F]}}, with "gate"
+      [..., R] in the layers that have one.
 
     Raises:
       FileNotFoundError: one of the two files is not there.
@@ -114,10 +115,13 @@ def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarch
     for name, tensor in _read_tensors(folder).items():
         path, _, role = name.rpartition(".")
         adapter.setdefault(path, {})[role] = tensor
-    for path, pair in adapter.items():
-        ranks = pair["a"].shape[-1:] + pair["b"].shape[-2:-1] if set(pair) == {"a", "b"} else ()
-        if ranks != (record["rank"],) * 2 or pair["a"].shape[:-2] != pair["b"].shape[:-2]:
-            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in pair.items())
+    for path, leaves in adapter.items():
+        try:
+            fits = set(leaf_ranks(adapter_layers({path: leaves})).values()) == {record["rank"]}
+        except ValueError:
+            fits = False
+        if not fits:
+            shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in leaves.items())
             raise ValueError(f"{folder / TENSORS} holds no factors of rank {record['rank']} for {path}, but {shapes}")
     return adapter, _hierarchy(record), record
 
@@ -147,7 +151,7 @@ def trained_profile(description: Mapping[str, Any], hierarchy: RankHierarchy) ->
 
     Args:
       description: JSON values of an adapter that a run wrote.
-      hierarchy: of the adapter.
+      hierarchy: the adapter's hierarchy.
     """
     method = (description.get("trial") or {}).get("method")
     policy = description["phases"][-1][0] if description.get("phases") else method
@@ -158,8 +162,8 @@ class AdaptedModel(NamedTuple):
     """A model in evaluation mode with an adapter from a folder.
 
     Attributes:
-      graphdef, base, adapter, profile: of `mlora_jax.split`.
-      hierarchy: S, scaling, weights and R of the adapter.
+      graphdef, base, adapter, profile: what `mlora_jax.split` returns.
+      hierarchy: the adapter's S, scaling, weights and R.
       description: further JSON values.
     """
 
@@ -175,19 +179,30 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
     """Adapts the layers of a model that an adapter's folder has factors for, and reads them.
 
     Args:
-      folder: of the adapter.
-      model: the base model; left as it is.
+      folder: the adapter's folder.
+      model: the base model, which is left as it is.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have.
+      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have; gates in some
+        layers only.
     """
     record = read_description(folder)
+    leaves: dict[str, list[str]] = {}
     try:
         with safe_open(pathlib.Path(folder) / TENSORS, framework="numpy") as file:
-            layers = sorted({name.rpartition(".")[0] for name in file.keys()})
+            for tensor in sorted(file.keys()):
+                layer, _, name = tensor.rpartition(".")
+                leaves.setdefault(layer, []).append(name)
     except SafetensorError as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    adapted = adapt(model, record["rank"], [re.escape(layer) for layer in layers], key=jax.random.key(0))
+    gated = [layer for layer, names in leaves.items() if has_gate(names)]
+    if gated and len(gated) < len(leaves):
+        bare = ", ".join(sorted(set(leaves) - set(gated)))
+        raise ValueError(
+            f"{pathlib.Path(folder) / TENSORS} has a gate in {', '.join(gated)}, but none in {bare}: all layers have one or none"
+        )
+    targets = [re.escape(layer) for layer in sorted(leaves)]
+    adapted = adapt(model, record["rank"], targets, key=jax.random.key(0), gate=bool(gated))
     adapted.eval()
     graphdef, base, template, profile = split(adapted)
     adapter, hierarchy, description = load_adapter(folder, template)

@@ -43,6 +43,13 @@ def fake_adapter():
     return tree
 
 
+def test_a_gate_counts_one_parameter_per_rank():
+    plain, gated = ({"up": {"a": np.zeros((2, 5, 4)), "b": np.zeros((2, 4, 6))}} for _ in range(2))
+    gated["up"]["gate"] = np.zeros((2, 4))
+    for ranks, total in ((3, 6), ({"up": (1, 4)}, 5)):
+        assert adapter_parameters(plain, ranks) == total * 11 and adapter_parameters(gated, ranks) == total * 12
+
+
 def ranks_of(p):
     """(path, layer) -> rank, from a mapping of profiles."""
     found = {}

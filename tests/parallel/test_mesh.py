@@ -135,7 +135,7 @@ def test_pmap_cuts_rows_only():
 def test_no_rule_cuts_the_layers_and_factors_follow_their_kernel():
     targets = ("q_proj", "o_proj", "up_proj", "down_proj", "lm_head", "embed_tokens")
     model = Decoder(tiny_config(vocab_size=32, tie_word_embeddings=False), rngs=nnx.Rngs(0))
-    _, base, adapter, profile = split(adapt(model, 4, targets, key=jax.random.key(0)))
+    _, base, adapter, profile = split(adapt(model, 4, targets, key=jax.random.key(0), gate=True))
     found = {}
     for tree in (base, adapter, profile):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -152,6 +152,7 @@ def test_no_rule_cuts_the_layers_and_factors_follow_their_kernel():
     assert found["embed_tokens.base.embedding"] == P("tensor", "fsdp")
     assert found["lm_head.base.kernel"] == P("fsdp", "tensor") and found["lm_head.b"] == P(None, both)
     assert found["norm.weight"] == P(None) and found["layers.self_attn.q_proj.p"] == P(None, None)
+    assert found["layers.self_attn.q_proj.gate"] == P(None, None) and found["lm_head.gate"] == P(None)
 
 
 def test_a_state_follows_its_adapter_behind_the_trials():

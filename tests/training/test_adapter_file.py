@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy, truncate
 from mlora_jax.models import Decoder
-from mlora_jax.training.adapter_file import load_adapter, save_adapter
+from mlora_jax.training.adapter_file import load_adapted, load_adapter, read_adapter, save_adapter
 from tests.tiny import tiny_config
 
 HIERARCHY = RankHierarchy((1, 3, 5), "sqrt", weights=(1.0, 2.0, 0.5))
@@ -92,3 +92,35 @@ def test_another_format(adapter, folder):
     (folder / "adapter.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(ValueError, match="format 99; this version reads 1"):
         load_adapter(folder, adapter)
+
+
+@pytest.fixture
+def gated():
+    """(base model, adapter with gates that are not one)."""
+    model = Decoder(tiny_config(), rngs=nnx.Rngs(0))
+    return model, split(adapt(model, 5, ("v_proj", "up_proj"), key=jax.random.key(0), gate="normal"))[2]
+
+
+def test_gates_are_stored_and_restored(gated, tmp_path):
+    model, adapter = gated
+    save_adapter(tmp_path, adapter, HIERARCHY, {})
+    names = set(load_file(tmp_path / "adapter.safetensors"))
+    assert names == {f"layers.{m}.{f}" for m in ("self_attn.v_proj", "mlp.up_proj") for f in ("a", "b", "gate")}
+    loaded = load_adapted(tmp_path, model)
+    jax.tree.map(np.testing.assert_array_equal, loaded.adapter, adapter)
+    plain, hierarchy, _ = read_adapter(tmp_path)
+    assert hierarchy == HIERARCHY and set(plain["layers.mlp.up_proj"]) == {"a", "b", "gate"}
+    np.testing.assert_array_equal(plain["layers.mlp.up_proj"]["gate"], adapter["layers"]["mlp"]["up_proj"]["gate"])
+
+
+def test_gates_that_do_not_fit_are_named(gated, adapter, tmp_path):
+    model, with_gates = gated
+    save_adapter(tmp_path, with_gates, HIERARCHY, {})
+    with pytest.raises(ValueError, match=r"no place for: layers\.mlp\.up_proj\.gate, layers\.self_attn\.v_proj\.gate"):
+        load_adapter(tmp_path, adapter)
+    change_tensors(tmp_path, lambda tensors: tensors.update({"layers.mlp.up_proj.gate": np.ones((2, 4), np.float32)}))
+    with pytest.raises(ValueError, match=r"no factors of rank 5 for layers\.mlp\.up_proj, but .*gate \(2, 4\)"):
+        read_adapter(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.pop("layers.mlp.up_proj.gate"))
+    with pytest.raises(ValueError, match=r"has a gate in layers\.self_attn\.v_proj, but none in layers\.mlp\.up_proj"):
+        load_adapted(tmp_path, model)

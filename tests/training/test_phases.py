@@ -50,38 +50,38 @@ def gradients(delta_gradient, a, b, p):
     return delta_gradient @ np.swapaxes(b * p[:, None], -1, -2), np.swapaxes(a * p, -1, -2) @ delta_gradient
 
 
-def test_gradients_turn_into_those_of_the_new_factors():
+def test_gradients_become_those_of_the_new_factors():
     with jax.enable_x64(True):
         a, b, p = pair(0)
-        new, turns = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0))
+        new, maps = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0))
         delta = np.random.default_rng(1).normal(size=(L, D, F))
-        turned = map_gradients(tree(*gradients(delta, a, b, p)), turns)
+        mapped = map_gradients(tree(*gradients(delta, a, b, p)), maps)
         new_a, new_b = (np.asarray(new["layer"][name]) for name in "ab")
     for name, expected in zip("ab", gradients(delta, new_a, new_b, np.ones(R)), strict=True):
-        np.testing.assert_allclose(turned["layer"][name], expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(mapped["layer"][name], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_squares_turn_as_if_columns_were_uncorrelated():
+def test_squares_follow_as_if_columns_were_uncorrelated():
     with jax.enable_x64(True):
         a, b, p = pair(0)
-        turns = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0)).turns
-        # Gradients of A whose columns are independent draws of known variances: what the turned ones' squares become.
+        maps = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0)).gradient_maps
+        # Gradients of A whose columns are independent draws of known variances: what the mapped ones' squares become.
         variances = np.array([1.0, 4.0, 0.25, 2.0, 9.0])
         rng = np.random.default_rng(2)
         draws = rng.normal(size=(4000, D, R)) * np.sqrt(variances)
-        turn = np.asarray(turns["layer"]["a"])[0]
-        measured = np.mean((draws @ turn) ** 2, axis=(0, 1))
+        matrix = np.asarray(maps["layer"]["a"])[0]
+        measured = np.mean((draws @ matrix) ** 2, axis=(0, 1))
         squares = tree(np.broadcast_to(variances, (L, D, R)), np.zeros((L, R, F)))
-        turned = map_gradients(squares, turns, squared=True)["layer"]["a"][0, 0]
-    np.testing.assert_allclose(turned, measured, rtol=0.05)
+        mapped = map_gradients(squares, maps, squared=True)["layer"]["a"][0, 0]
+    np.testing.assert_allclose(mapped, measured, rtol=0.05)
 
 
 def test_columns_that_do_not_exist_have_no_moments():
     a, b, p = pair(0, "float32")
     b = b.copy()
     b[:, 3:] = 0.0
-    new, turns = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0))
-    assert not np.any(np.asarray(turns["layer"]["a"])[..., 3:]) and not np.any(np.asarray(turns["layer"]["b"])[:, 3:])
+    new, maps = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0))
+    assert not np.any(np.asarray(maps["layer"]["a"])[..., 3:]) and not np.any(np.asarray(maps["layer"]["b"])[:, 3:])
     assert not np.any(new["layer"]["b"][:, 3:]) and np.all(np.any(np.asarray(new["layer"]["a"]) != 0, axis=1))
 
 
@@ -123,9 +123,32 @@ def test_what_becomes_of_the_optimizer():
     old, new = adam(before), adam(rotated)
     functions = jnp.stack([jnp.asarray(pair(seed, "float32")[2]) for seed in range(2)])
     profiles = {"layer": {"p": jnp.broadcast_to(functions[:, None], (2, L, R))}}
-    turns = squeeze_factors(before.adapter, profiles, key=jax.random.key(0)).turns["layer"]
-    np.testing.assert_allclose(new.mu["layer"]["a"], old.mu["layer"]["a"] @ turns["a"], rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(new.nu["layer"]["b"], turns["b"] ** 2 @ old.nu["layer"]["b"], rtol=1e-3, atol=1e-6)
+    maps = squeeze_factors(before.adapter, profiles, key=jax.random.key(0)).gradient_maps["layer"]
+    np.testing.assert_allclose(new.mu["layer"]["a"], old.mu["layer"]["a"] @ maps["a"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(new.nu["layer"]["b"], maps["b"] ** 2 @ old.nu["layer"]["b"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("carry", ["reset", "rotate"])
+def test_the_moments_of_a_gate_become_zero(carry):
+    a, b, p = pair(0, "float32")
+    gate = np.random.default_rng(1).uniform(0.5, 2, (L, R)).astype(np.float32)
+    adapter = {"layer": tree(a, b)["layer"] | {"gate": jnp.asarray(gate)}}
+    state = init_state(adapter, OPTIMIZER)
+    _, optimizer = OPTIMIZER.update(adapter, state.optimizer, adapter)
+    before = jax.tree.map(lambda leaf: leaf[None], state._replace(optimizer=optimizer))
+    keys = jnp.stack([jax.random.key(0)])
+    after = squeeze_trials(OPTIMIZER, carry, profile_of_a_model(), before, jnp.asarray(p)[None], keys)
+    new = jax.tree.map(lambda leaf: np.asarray(leaf[0]), after.adapter)["layer"]
+    np.testing.assert_array_equal(new["gate"], np.ones((L, R)))
+    np.testing.assert_allclose(new["a"] @ new["b"], (a * (p * gate)[:, None]) @ b, rtol=1e-4, atol=1e-4)
+    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
+    old, adam = (
+        next(node for node in jax.tree.leaves(each.optimizer, is_leaf=is_adam) if is_adam(node))
+        for each in (before, after)
+    )
+    for moments, moments_before in ((adam.mu, old.mu), (adam.nu, old.nu)):
+        assert np.any(moments_before["layer"]["gate"]) and not np.any(moments["layer"]["gate"])
+        assert np.any(moments["layer"]["a"]) == (carry == "rotate")
 
 
 def phases_of(method, steps=100, **trials):
@@ -169,14 +192,14 @@ def test_grams_order_by_what_the_inputs_make_of_each_direction():
         a, b, p = pair(3)
         inputs = rng.normal(size=(L, 200, D)) * np.logspace(0, -2, D)
         grams = {"layer": {"gram": jnp.asarray(np.swapaxes(inputs @ (a * p), -1, -2) @ (inputs @ (a * p)))}}
-        new, turns = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0), grams=grams)
+        new, maps = squeeze_factors(tree(a, b), profile_tree(p), key=jax.random.key(0), grams=grams)
         new_a, new_b = (np.asarray(new["layer"][name]) for name in "ab")
         delta = rng.normal(size=(L, D, F))
-        turned = map_gradients(tree(*gradients(delta, a, b, p)), turns)["layer"]
+        mapped = map_gradients(tree(*gradients(delta, a, b, p)), maps)["layer"]
     np.testing.assert_allclose(new_a @ new_b, (a * p) @ b, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(new_a, axis=1), np.linalg.norm(new_b, axis=2), rtol=1e-9)
     for name, expected in zip("ab", gradients(delta, new_a, new_b, np.ones(R)), strict=True):
-        np.testing.assert_allclose(turned[name], expected, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(mapped[name], expected, rtol=1e-7, atol=1e-7)
     exact = inputs @ ((a * p) @ b)
     tails = np.sqrt(np.cumsum(np.linalg.svd(exact, compute_uv=False)[:, ::-1] ** 2, axis=-1)[:, ::-1])  # [L, F]
     for r in range(1, R):

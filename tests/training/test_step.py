@@ -226,3 +226,24 @@ def test_trials_under_vmap_equal_trials_alone():
             together(base, profile, state, batch, draw, Schedule(jnp.array(rates), 0, 10), keys)
         )
     assert difference(stack(alone), state.adapter) < 1e-5
+
+
+def test_a_gate_is_trained_with_the_factors_and_masked_with_them():
+    """On stacked layers and on the head, whose profiles follow the answers, with a profile per example."""
+    model = Decoder(tiny_config(tie_word_embeddings=False), rngs=nnx.Rngs(0))
+    model = adapt(model, 6, ("up_proj", "lm_head"), key=jax.random.key(0), gate=True)
+    graphdef, base, adapter, profile = split(model)
+    optimizer = make_optimizer(**ADAMW)
+    state = init_state(jax.tree.map(lambda leaf: leaf + 0.1, adapter), optimizer)
+    before = jax.tree.map(np.asarray, state.adapter)
+    mask = jnp.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    draw = Draw(jnp.stack([HIERARCHY.prefix(6)] * 8)[None, None], mask, jnp.ones(1))
+    step = compile_step(graphdef, optimizer, chunk=8)
+    state, metrics = take(step, base, profile, state, draw=draw)
+    assert metrics["finite"]
+    for layer in (("layers", "mlp", "up_proj"), ("lm_head",)):
+        new, old = state.adapter, before
+        for name in layer:
+            new, old = new[name], old[name]
+        moved = np.asarray(new["gate"][...]) != np.asarray(old["gate"][...])
+        np.testing.assert_array_equal(moved, np.broadcast_to(np.asarray(mask) > 0, moved.shape))
