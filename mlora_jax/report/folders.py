@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mlora_jax.config import CHANGEABLE, resolve
+from mlora_jax.config import CHANGEABLE, resolve_stored
 from mlora_jax.training.records import read_json_lines
 from mlora_jax.trials import expand_trials
 
@@ -147,7 +147,7 @@ class RunRecords:
         """The trials of the config; empty if it does not say."""
         if not self.config.get("trials"):
             return []
-        return [Trial.of(dataclasses.asdict(trial)) for trial in expand_trials(resolve(self.config))]
+        return [Trial.of(dataclasses.asdict(trial)) for trial in expand_trials(resolve_stored(self.config))]
 
     @property
     def done(self) -> set[Trial]:

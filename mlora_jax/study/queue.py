@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mlora_jax.core import aurac
 from mlora_jax.run.folder import read_curves
 from mlora_jax.run.train import train
+from mlora_jax.study.keys import without_study
 from mlora_jax.study.rivals import Rival, rivals_of
 from mlora_jax.trials import Trial
 
@@ -99,7 +100,7 @@ def run_cell(
     for rival in rivals:
         known = readouts.setdefault(rival.method, [])
         known += [rival.readout] if rival.readout not in known else []
-    values = config.to_dict()
+    values = without_study(config).to_dict()
     values["evaluation"]["readouts"] |= {method: tuple(known) for method, known in readouts.items()}
     while True:
         curves = read_curves(workdir)
