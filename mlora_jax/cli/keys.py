@@ -39,18 +39,26 @@ def text() -> str:
     return HEAD + keys_page(GROUPS)
 
 
+def write(path: str | None) -> None:
+    """Writes the page to a file, or prints it where no path is given."""
+    if path:
+        pathlib.Path(path).write_text(text(), encoding="utf-8")
+    else:
+        print(text(), end="")
+
+
 def main() -> None:
     """Parses the command line and writes the page."""
-    app.run(_write)
+    try:
+        app.run(_write)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def _write(arguments: list[str]) -> None:
     if len(arguments) > 1:
-        raise SystemExit(f"error: what is {' '.join(arguments[1:])!r}? Options begin with --")
-    if OUT.value:
-        pathlib.Path(OUT.value).write_text(text(), encoding="utf-8")
-    else:
-        print(text(), end="")
+        raise ValueError(f"what is {' '.join(arguments[1:])!r}? Options begin with --")
+    write(OUT.value)
 
 
 if __name__ == "__main__":

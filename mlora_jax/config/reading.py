@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -30,12 +30,7 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
         allowed: outside its range, none of the choices, or one that does not go with the others.
     """
     given = config.to_dict() if isinstance(config, ConfigDict) else config
-    for name, command in ELSEWHERE.items():
-        if name in given and name not in groups:
-            raise ValueError(
-                f"unknown config key config.{name}: only {command} reads it, from the config file of a cell. "
-                f"Keys of config: {', '.join(KEYS.keys)}"
-            )
+    _check_elsewhere(name for name in given if name not in groups)
     table = Group(doc=KEYS.doc, keys={**KEYS.keys, **groups})
     values = table.read(given, "config")
     values["trials"]["list"] = read_entries(values["trials"]["list"])
@@ -88,6 +83,15 @@ def _changed(group: Group, old: Mapping[str, Any], new: Mapping[str, Any], path:
     return found
 
 
+def _check_elsewhere(names: Iterable[str]) -> None:
+    for name in names:
+        if name in ELSEWHERE:
+            raise ValueError(
+                f"unknown config key config.{name}: only {ELSEWHERE[name]} reads it, from the config file of a cell. "
+                f"Keys of config: {', '.join(KEYS.keys)}"
+            )
+
+
 def check_key(name: str) -> None:
     """Raises ValueError if a dotted name begins with "config." and is no key of a config; names the nearest one.
 
@@ -97,9 +101,12 @@ def check_key(name: str) -> None:
     ValueError: unknown config key config.train.epoch; did you mean config.train.epochs? Keys of config.train: ...
     """
     first, *keys = name.split(".")
+    if first != "config":
+        return
+    _check_elsewhere(keys[:1])
     item: Group | Key = KEYS
     path = "config"
-    for key in keys if first == "config" else ():
+    for key in keys:
         if isinstance(item, Key):
             raise ValueError(f"{path} is a value and has no key {key!r}")
         item.check_names((key,), path)
