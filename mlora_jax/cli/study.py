@@ -2,8 +2,8 @@
 
 MODELS holds the models' folders and DATA those of the raw data, under the names that the cells' configs give them
 (configs/study_*.py). The study is a queue: stopped by a signal or by the end of its hours, the same command goes on
-where it was. Every cell has a folder of its name in DIR; tables and figures of all are written at every end, as far as
-it has come.
+where it was. The group `study` of a cell's config says what is trained; docs/config.md lists its keys. Every cell has a
+folder of its name in DIR; tables and figures of all are written at every end, as far as it has come.
 """
 
 import math

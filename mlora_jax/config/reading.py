@@ -95,7 +95,7 @@ def _check_elsewhere(names: Iterable[str]) -> None:
 def check_key(name: str) -> None:
     """Raises ValueError if a dotted name begins with "config." and is no key of a config; names the nearest one.
 
-    >>> check_key("config.train.epoch")
+    >>> check_key("config.train.epoch")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     ValueError: unknown config key config.train.epoch; did you mean config.train.epochs? Keys of config.train: ...
