@@ -76,8 +76,9 @@ def _changed(group: Group, old: Mapping[str, Any], new: Mapping[str, Any], path:
         added = key not in old and key not in group.keys  # a name of one's own that the run begins to use
         if name in CHANGEABLE or before == after or added:
             continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _changed(group.keys[key], before, after, f"{name}.")
+        inner = group.keys.get(key)
+        if isinstance(inner, Group) and isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _changed(inner, before, after, f"{name}.")
         else:
             found.append(f"config.{name} was {before!r} and is {after!r}")
     return found

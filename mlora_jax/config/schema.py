@@ -103,8 +103,8 @@ class Key:
             self.check(value)
 
     def _in_bounds(self, value: Any) -> bool:
-        if self.low is self.high is self.above is None:
-            return True
+        if not self.bounds:
+            return True  # the value may be no number at all
         low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
         return low <= value <= high and not math.isinf(value) and (self.above is None or value > self.above)
 
@@ -114,7 +114,8 @@ class Key:
         words = [] if self.above is None else ["positive" if self.above == 0 else f"above {self.above}"]
         words += [] if self.low is None else [f"at least {self.low}"]
         words += [] if self.high is None else [f"at most {self.high}"]
-        if words and self.high is None and float in (self.kind, self.kind is tuple and self.entry_kind):
+        number = self.entry_kind if self.kind is tuple else self.kind
+        if words and self.high is None and number is float:
             words.append("finite")
         return " and ".join(words)
 
@@ -186,8 +187,14 @@ class Group:
                 yield from item.changeable_names(f"{path}{name}.")
 
     def at(self, key: str) -> Key | Group:
-        """The declaration of a key that `check_names` accepts."""
-        return self.keys[key] if key in self.keys else self.names
+        """The declaration of a key.
+
+        Raises:
+          KeyError: the group has no such key, which `check_names` tells a user about.
+        """
+        if key not in self.keys and self.names is not None:
+            return self.names
+        return self.keys[key]
 
     def check_names(self, given: Iterable[str], path: str) -> None:
         """Raises ValueError for the first name that is no key; the message names the nearest key and all of them."""

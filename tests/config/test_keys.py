@@ -5,6 +5,11 @@ import math
 import pytest
 
 from mlora_jax.config import CHANGEABLE, DEFAULTS, KEYS, NAMED, Group, Key, changed_keys, check_key, resolve
+from mlora_jax.core import METHODS
+from mlora_jax.data.pipeline import MAX_SEED
+from mlora_jax.data.tokenize import OVERFLOW
+from mlora_jax.models.quantized import FORMATS
+from mlora_jax.report import SPLITS
 from mlora_jax.study.keys import STUDY, resolve_cell
 
 LEAVES = {**dict(KEYS.leaves()), **dict(STUDY.leaves("study."))}
@@ -182,6 +187,15 @@ def test_a_begun_run_may_change_what_the_table_says(name):
     key = LEAVES[name]
     old, new = nested({name: "before"}), nested({name: "after"})
     assert changed_keys(old, new) == [] if key.changeable else [f"config.{name} was 'before' and is 'after'"]
+
+
+def test_the_table_allows_what_the_code_behind_it_takes():
+    """The table may not import those parts of the package, so it says their names again."""
+    assert set(LEAVES["data.overflow"].choices) == set(OVERFLOW)
+    assert set(LEAVES["model.quantization"].choices) == {"", *FORMATS}
+    assert set(LEAVES["report.choose_on"].choices) == set(SPLITS)
+    assert LEAVES["trials.seed"].high == MAX_SEED - 1
+    assert DEFAULTS["evaluation"]["readouts"].keys() == METHODS.keys()
 
 
 def test_what_a_begun_run_may_change():
