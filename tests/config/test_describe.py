@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
-from mlora_jax.cli import keys
 from mlora_jax.cli.config_flags import read_config, run_with_config
+from mlora_jax.cli.keys_page import text, write
 from mlora_jax.config import KEYS, help_text
 from mlora_jax.study.keys import STUDY
 
@@ -13,7 +13,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs/config.md"
 
 
 def test_the_page_is_that_of_the_table():
-    assert PAGE.read_text(encoding="utf-8") == keys.text(), "run python -m experiments.keys --out docs/config.md"
+    assert PAGE.read_text(encoding="utf-8") == text(), "run python -m experiments.keys --out docs/config.md"
 
 
 def test_the_page_has_every_key():
@@ -38,12 +38,12 @@ def test_the_page_has_every_key():
 
 
 def test_help_has_every_key_and_the_values_of_the_config():
-    text = " ".join(help_text(KEYS.keys, read_config("quickstart").to_dict()).split())
+    shown = " ".join(help_text(KEYS.keys, read_config("quickstart").to_dict()).split())
     for name, key in KEYS.leaves():
-        assert f"--config.{name}: " in text, name
-        assert " ".join(key.doc.split()) in text, name
-    assert "[an integer, at least 1; default 3; this config 2]" in text  # train.epochs
-    assert "default 1; may change in a begun run]" in text
+        assert f"--config.{name}: " in shown, name
+        assert " ".join(key.doc.split()) in shown, name
+    assert "[an integer, at least 1; default 3; this config 2]" in shown  # train.epochs
+    assert "default 1; may change in a begun run]" in shown
     assert all(len(line) <= 100 for line in help_text(KEYS.keys).splitlines())
 
 
@@ -59,7 +59,7 @@ def test_help_is_printed_with_and_without_a_config(arguments, monkeypatch, capsy
 
 
 def test_the_command_writes_the_page(tmp_path, capsys):
-    keys.write(None)
-    assert capsys.readouterr().out == keys.text()
-    keys.write(str(tmp_path / "config.md"))
-    assert (tmp_path / "config.md").read_text(encoding="utf-8") == keys.text()
+    write(None)
+    assert capsys.readouterr().out == text()
+    write(str(tmp_path / "config.md"))
+    assert (tmp_path / "config.md").read_text(encoding="utf-8") == text()
