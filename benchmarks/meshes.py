@@ -63,9 +63,11 @@ def run(mesh_options: dict, method: str, steps: int):
     from mlora_jax.parallel.arrays import put_weights
     from mlora_jax.parallel.mesh import make_mesh
     from mlora_jax.parallel.rules import Placement
+    from mlora_jax.training.draws import compile_draws
     from mlora_jax.training.grid import bytes_on_device
-    from mlora_jax.training.loop import TrialsStep, compile_draws, stack_trees, trial_keys
     from mlora_jax.training.step import Schedule, init_state, make_optimizer
+    from mlora_jax.training.trial_trees import stack_trees, trial_keys
+    from mlora_jax.training.trials_step import TrialsStep
 
     sizes = {"trial": 1, "data": 1, "fsdp": 1, "tensor": 1} | {k: v for k, v in mesh_options.items() if k != "engine"}
     mesh = make_mesh(sizes) if mesh_options else None

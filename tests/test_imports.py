@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "training": {"core", "adapters", "trials", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "trials", "config", "training.records"},
+    "report": {"core", "trials", "config", "training.curve_records"},
     "run": BELOW_RUN,
     "compile_report": BELOW_EVALUATE | {"evaluate"},
     "cost": BELOW_RUN | {"compile_report", "run"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
 DOCTESTED = (
     *("adapters", "compile_report", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report"),
-    "training",
+    *("training", "trials"),
 )
 
 
@@ -131,6 +131,26 @@ def test_every_folder_of_the_package_is_a_package():
     # setuptools leaves a folder without __init__.py out of the wheel.
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     assert not [folder.name for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+# The convention of TensorFlow Datasets: the class of a data set is called Builder, and its module names it.
+SHARED_CLASS_NAMES = {"Builder"}
+
+
+def classes_of(sources) -> dict[str, list[str]]:
+    """Name of a class -> the modules that define one of that name, at the top level or inside something."""
+    found: dict[str, list[str]] = {}
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module_name(path))
+    return found
+
+
+def test_no_two_classes_have_one_name():
+    found = classes_of(PACKAGE.rglob("*.py"))
+    assert len(found) > 80 and len(found["Builder"]) > 1
+    assert not {name: where for name, where in found.items() if len(where) > 1 and name not in SHARED_CLASS_NAMES}
 
 
 CORE_ALONE = """

@@ -140,10 +140,12 @@ class AdaptedLinear(AdaptedLayer):
 
     Attributes:
       gram: InputGram if `watch_inputs` was called, else None.
+      watches_inputs: whether the gram is that of the inputs rather than of what B is given.
       folds: whether `fold_where_cheaper` was called.
     """
 
     gram: InputGram | None = None
+    watches_inputs: bool = False
     folds: bool = False
 
     @staticmethod
@@ -184,7 +186,12 @@ class AdaptedLinear(AdaptedLayer):
         return exact and beside > features_in * features_out * (rank + 1)
 
     def _watch(self, x: jax.Array) -> None:
-        hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self.p[...])  # [..., R]
+        if self.watches_inputs:
+            counts = jnp.any(self.p[...] != 0, axis=-1)  # a token whose profile is zero is left out
+            counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
+            hidden = x * counts.astype(x.dtype)  # [..., D]
+        else:
+            hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self.p[...])  # [..., R]
         hidden = hidden.reshape(-1, hidden.shape[-1]).astype(self.gram[...].dtype)
         self.gram[...] += jnp.matmul(hidden.T, hidden, precision="highest")
 

@@ -99,7 +99,7 @@ def fold_where_cheaper(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def watch_inputs(model: nnx.Module) -> nnx.Module:
+def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
     """Lets every adapted `nnx.Linear` sum up ``H^T H`` of what its B is given, ``H = (x A) * p``, in an `InputGram`.
 
     `split(model, mutable=InputGram)` then gives a fifth tree, which `mlora_jax.core.squeeze` takes as its `grams`. A
@@ -107,14 +107,16 @@ def watch_inputs(model: nnx.Module) -> nnx.Module:
 
     Args:
       model: an adapted model; changed in place.
+      inputs: whether it is ``X^T X`` [..., D, D] of the layer's inputs that is summed up instead.
 
     Returns:
       The model.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, AdaptedLinear):
-            *stack, rank = module.p.shape
-            module.gram = InputGram(jnp.zeros((*stack, rank, rank), module.p.dtype))
+            *stack, features, rank = module.a.shape
+            size = features if inputs else rank
+            module.gram, module.watches_inputs = InputGram(jnp.zeros((*stack, size, size), module.p.dtype)), inputs
     return model
 
 

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from mlora_jax.config import READOUT_NAMES
+from mlora_jax.core import READOUTS
 
 TRIAL = flags.DEFINE_string("trial", None, "Name of the trial: that of its folder in the run's adapters.")
-READOUT = flags.DEFINE_enum("readout", "prefix", list(READOUT_NAMES), "How the adapter is read out.")
+READOUT = flags.DEFINE_enum("readout", "prefix", list(READOUTS), "How the adapter is read out.")

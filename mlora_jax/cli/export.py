@@ -21,11 +21,12 @@ from mlora_jax.cli import adapter_flags, deploy_flags
 from mlora_jax.cli.adapter_flags import READOUT, TRIAL
 from mlora_jax.cli.deploy_flags import MODEL, OUTPUT, RANK, base_folder, base_name, chosen_ranks, find_adapter
 from mlora_jax.core.hierarchy import check_rank
+from mlora_jax.core.readouts import fitted_profile
 from mlora_jax.interop import RANKS_FOR as ACCEPTED
 from mlora_jax.interop import accepted_rank, export_adapter, export_merged, export_peft
 from mlora_jax.models.hub import hub_id
 from mlora_jax.training.adapter_file import read_adapter, read_description, trained_profile
-from mlora_jax.training.fitted import find_readout, fitted
+from mlora_jax.training.readout_files import find_readout
 
 FORMS = ("peft", "hf", "safetensors")
 
@@ -62,7 +63,7 @@ def _run(arguments: Sequence[str]) -> None:
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
     options = {
-        "readout": found.readout,
+        "readout": found.name,
         "trained_profile": trained_profile(description, hierarchy),
         "profiles": found.profiles,
         "description": {
@@ -70,7 +71,7 @@ def _run(arguments: Sequence[str]) -> None:
         },
     }
     for rank in ranks if found.profiles else ():
-        fitted(found.profiles, rank)  # before anything is written
+        fitted_profile(found.profiles, rank)  # before anything is written
     chosen = {rank: _allocation(ALLOCATION.value, rank) if ALLOCATION.value else rank for rank in ranks}
     for rank, target in _targets(given, folder, ranks).items():
         print(_WRITERS[TO.value](target, folder, description, adapter, hierarchy, chosen[rank], options))

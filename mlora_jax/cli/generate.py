@@ -133,9 +133,9 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     import numpy as np
 
     from mlora_jax.core.hierarchy import check_rank
-    from mlora_jax.evaluate import Generator, StopStrings, read_out
+    from mlora_jax.evaluate import Generator, StopStrings
     from mlora_jax.training.adapter_file import load_adapted, read_description, trained_profile
-    from mlora_jax.training.fitted import find_readout
+    from mlora_jax.training.readout_files import find_readout
 
     description = read_description(folder)
     for rank in ranks:
@@ -146,8 +146,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     encoded = _encode(prompts, tokenizer, context)
     graphdef, base, adapter, profile, hierarchy, _ = load_adapted(found.folder, model)
     ends = StopStrings(tokenizer, STOP.value)
-    function = trained_profile(description, hierarchy)
-    adapter, hierarchy, readout = read_out(adapter, profile, hierarchy, found.readout, function)
+    reading = found.read(adapter, hierarchy, trained_profile(description, hierarchy))
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
     generator = Generator(
@@ -161,9 +160,9 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     )
     asked = [(number, rank) for number in range(len(prompts)) for rank in ranks]
     answers = generator.generate(
-        adapter,
+        reading.adapter,
         [encoded[number] for number, _ in asked],
-        np.stack([found.profile(hierarchy, readout, rank) for _, rank in asked]),
+        np.stack([reading.profile(rank) for _, rank in asked]),
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,

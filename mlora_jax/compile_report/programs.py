@@ -19,9 +19,10 @@ from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
 from mlora_jax.parallel.mesh import EVALUATED, make_mesh
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
-from mlora_jax.training.loop import TrialsStep, stack_trees, trial_keys
 from mlora_jax.training.phases import TrialPhases
 from mlora_jax.training.step import Schedule, init_state, make_optimizer
+from mlora_jax.training.trial_trees import stack_trees, trial_keys
+from mlora_jax.training.trials_step import TrialsStep
 from mlora_jax.trials import Trial, expand_trials
 
 OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
@@ -143,7 +144,7 @@ class Programs:
         with sized.unlocked():
             sized.train.batch_size, sized.train.accumulation = batch, accumulation
         trial = self._trial()
-        draws = TrialPhases(sized, 1000).draws_in(0, [trial], stack_trees([trial_keys(0)]))
+        draws = TrialPhases(sized, 1000).draws([trial], 0, stack_trees([trial_keys(0)]))
         draw = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((trials, *leaf.shape[1:]), leaf.dtype), jax.eval_shape(draws, 0)
         )

@@ -2,7 +2,6 @@
 
 from mlora_jax.config.describe import help_text, keys_page
 from mlora_jax.config.keys import CHANGEABLE, DEFAULTS, ELSEWHERE, KEYS, NAMED
-from mlora_jax.config.keys_of_results import FACTOR_READOUTS, READOUT_NAMES
 from mlora_jax.config.keys_of_trials import DTYPES, MAX_SEED, OVERFLOWS, QUANTIZATIONS
 from mlora_jax.config.methods import further_methods
 from mlora_jax.config.reading import changed_keys, check_key, resolve, resolve_stored
@@ -14,13 +13,11 @@ __all__ = [
     "DEFAULTS",
     "DTYPES",
     "ELSEWHERE",
-    "FACTOR_READOUTS",
     "KEYS",
     "MAX_SEED",
     "NAMED",
     "OVERFLOWS",
     "QUANTIZATIONS",
-    "READOUT_NAMES",
     "Group",
     "Key",
     "changed_keys",

@@ -6,8 +6,6 @@ from mlora_jax.config.schema import Group, Key
 from mlora_jax.config.tasks import harness_tasks
 from mlora_jax.core import METHODS, READOUTS
 
-FACTOR_READOUTS = (*READOUTS, "squeeze")  # those that need nothing but the adapter
-READOUT_NAMES = (*FACTOR_READOUTS, "squeeze_inputs", "calibrated")
 # Method -> its default read-outs, of the methods that have others than ("prefix",).
 DEFAULT_READOUTS = {"lora": ("prefix", "squeeze"), "matryoshka": ("prefix", "nested", "masked")}
 
@@ -43,7 +41,7 @@ CALIBRATION = Group(
 
 _READOUTS = Key(
     default=("prefix",),
-    choices=READOUT_NAMES,
+    choices=tuple(READOUTS),
     distinct=True,
     doc="Adapters of the method of this name are read out in these ways.",
 )

@@ -1,8 +1,9 @@
 """The mathematics of nested low-rank adapters: pure functions on arrays. Imports jax and numpy only."""
 
+from mlora_jax.core.actions import ACTIONS, Action, ActionInput, ActionOutput, get_action
 from mlora_jax.core.aurac import AXES, CurveSummary, aurac, summarize
-from mlora_jax.core.hierarchy import READOUTS, SCALINGS, RankHierarchy, powers_of_two, readout_profile
-from mlora_jax.core.methods import CARRIES, METHODS, Method, Phase, get_method
+from mlora_jax.core.hierarchy import SCALINGS, RankHierarchy, powers_of_two
+from mlora_jax.core.methods import METHODS, Method, Phase, get_method
 from mlora_jax.core.policies import POLICIES, Draw, Policy, draw_step, get_policy
 from mlora_jax.core.product import (
     INITIALIZERS,
@@ -11,30 +12,43 @@ from mlora_jax.core.product import (
     p_scaled_product,
     truncate,
 )
+from mlora_jax.core.readouts import READOUTS, Reading, ReadOut, get_readout, read_out, readout_profile
 from mlora_jax.core.squeeze import squeeze
+from mlora_jax.core.updates import UPDATES, Update, get_update
 
 __all__ = [
+    "ACTIONS",
     "AXES",
-    "CARRIES",
     "INITIALIZERS",
     "METHODS",
     "POLICIES",
     "READOUTS",
     "SCALINGS",
+    "UPDATES",
+    "Action",
+    "ActionInput",
+    "ActionOutput",
     "CurveSummary",
     "Draw",
     "Method",
     "Phase",
     "Policy",
     "RankHierarchy",
+    "ReadOut",
+    "Reading",
+    "Update",
     "aurac",
     "draw_step",
     "fold",
+    "get_action",
     "get_method",
     "get_policy",
+    "get_readout",
+    "get_update",
     "initialize_factors",
     "p_scaled_product",
     "powers_of_two",
+    "read_out",
     "readout_profile",
     "squeeze",
     "summarize",

@@ -214,28 +214,6 @@ class RankHierarchy:
         return total
 
 
-# The named read-outs: which profile serves rank r after training.
-READOUTS: dict[str, Callable[[RankHierarchy, int], jax.Array]] = {
-    "prefix": RankHierarchy.prefix,
-    "nested": RankHierarchy.nested,
-    "masked": RankHierarchy.masked,
-}
-
-
-def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Array:
-    """The profile [R] of a named read-out at a rank in 0..R.
-
-    Raises:
-      ValueError: an unknown read-out, or a rank outside 0..R.
-
-    >>> readout_profile(RankHierarchy((1, 2)), "masked", 1).tolist()
-    [2.0, 0.0]
-    """
-    if readout not in READOUTS:
-        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(READOUTS)}")
-    return READOUTS[readout](hierarchy, rank)
-
-
 def _profile(values: np.ndarray) -> jax.Array:
     # jax's default float: float64 profiles under jax_enable_x64, so that 1/sqrt(r) carries no float32 rounding there.
     return jnp.asarray(values, dtype=float)

@@ -1,20 +1,23 @@
-"""Training methods: policies one after the other, with a squeeze between them."""
+"""Training methods: phases, each a policy with what happens before it and behind its optimizer."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import jax
 
+from mlora_jax.core.actions import get_action
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.policies import POLICIES, Policy, get_policy
+from mlora_jax.core.rows import find_row
+from mlora_jax.core.updates import Update, get_update
 
-# What becomes of the optimizer's moments, and of the learning rate, where the factors are squeezed.
-CARRIES = ("reset", "rotate", "restart")
+# Over what the learning rate decays: once over the whole run, or anew over every phase (warm restarts, arXiv
+# 1608.03983).
+SCHEDULES = ("run", "phase")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,64 +25,80 @@ class Phase:
     """A part of a training run.
 
     Attributes:
-      policy: a key of `POLICIES`.
+      policy: which profiles its steps train with, a key of `POLICIES`.
       fraction: its share of the steps, above 0.
+      start: what happens to the adapter before its first step, a key of `ACTIONS`. Empty means for the first phase what
+        the experiment's config says (`adapter.init`, `adapter.start_from`), and for a later one nothing.
+      update: what happens to Adam's update, a key of `UPDATES`.
     """
 
     policy: str
     fraction: float
+    start: str = ""
+    update: str = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """How an adapter is trained: one policy, or several in turn.
-
-    Between two phases the factors are squeezed (`mlora_jax.squeeze`): the function that the ending phase trains at full
-    rank stays, and its columns come in the order of their worth. Its scale is inside the factors from then on, so later
-    phases use a scaling of none.
+    """How an adapter is trained: one phase, or several one after the other.
 
     Attributes:
       phases: at least one; their fractions sum to 1.
       summary: one line for tables and errors.
-      carry: of `CARRIES`; "rotate" takes the optimizer's moments along with the factors, "reset" starts them anew, and
-        "restart" the learning rate too: it falls to zero in every phase (warm restarts, arXiv 1608.03983).
+      schedule: over what the learning rate decays, of `SCHEDULES`.
+      gate: whether every adapted layer has a gate, a trained vector that multiplies its profile.
 
     Raises:
-      ValueError: no phase, an unknown policy, fractions that do not sum to 1, an unknown carry.
+      ValueError: no phase; an unknown policy, action or update; an action in a place where it cannot stand; an update
+        of gates without gates; fractions that do not sum to 1; an unknown schedule.
 
-    >>> Method(phases=(Phase("lora", 0.7), Phase("per_example", 0.3)), summary="").starts(100)
+    >>> Method(phases=(Phase("lora", 0.7), Phase("per_example", 0.3, "squeeze")), summary="").starts(100)
     (0, 70)
     """
 
     phases: tuple[Phase, ...]
     summary: str
-    carry: str = "reset"
+    schedule: str = "run"
+    gate: bool = False
 
     def __post_init__(self):
         if not self.phases:
             raise ValueError("a method needs at least one phase")
-        for phase in self.phases:
+        for number, phase in enumerate(self.phases):
             get_policy(phase.policy)
+            if phase.start:
+                get_action(phase.start, "later" if number else "first")
+            if get_update(phase.update).needs_gate and not self.gate:
+                raise ValueError(f"the update {phase.update!r} acts on gates, and the method has none: set gate=True")
         fractions = [phase.fraction for phase in self.phases]
         if not all(0 < fraction <= 1 for fraction in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
             raise ValueError(f"the fractions of a method's phases must be above 0 and sum to 1, got {fractions}")
-        if self.carry not in CARRIES:
-            raise ValueError(f"unknown carry {self.carry!r}; known: {', '.join(CARRIES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """One per phase."""
+        """The policy of every phase."""
         return tuple(get_policy(phase.policy) for phase in self.phases)
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The update rule of every phase."""
+        return tuple(get_update(phase.update) for phase in self.phases)
 
     @property
     def uses_weights(self) -> bool:
         """Whether training depends on the hierarchy's weights w_r."""
         return any(policy.uses_weights for policy in self.policies)
 
-    @property
-    def trained_profile(self) -> Callable[[RankHierarchy], jax.Array]:
-        """`Policy.trained_profile` of the last phase."""
-        return self.policies[-1].trained_profile
+    def trained_profile(self, hierarchy: RankHierarchy, phase: int = -1) -> jax.Array:
+        """The profile [R] of the function that a phase trains at full rank, by default the last one.
+
+        Args:
+          hierarchy: that of the phase, see `hierarchy`.
+          phase: the index of the phase.
+        """
+        return self.policies[phase].trained_profile(hierarchy)
 
     def starts(self, steps: int) -> tuple[int, ...]:
         """The number of finished steps at which each phase begins.
@@ -102,20 +121,20 @@ class Method:
     def anneals_from(self, steps: int) -> tuple[int, ...]:
         """The number of finished steps at which the learning rate is at its peak and begins to fall to zero.
 
-        >>> both = Phase("lora", 0.7), Phase("per_example", 0.3)
-        >>> [Method(phases=both, summary="", carry=carry).anneals_from(100) for carry in ("reset", "restart")]
+        >>> both = Phase("lora", 0.7), Phase("per_example", 0.3, "squeeze")
+        >>> [Method(phases=both, summary="", schedule=each).anneals_from(100) for each in SCHEDULES]
         [(0,), (0, 70)]
         """
-        return self.starts(steps) if self.carry == "restart" else (0,)
+        return self.starts(steps) if self.schedule == "phase" else (0,)
 
     def hierarchy(self, hierarchy: RankHierarchy, phase: int = -1) -> RankHierarchy:
-        """S, scales and weights in a phase, of a trial that starts with `hierarchy`; by default at the end."""
-        if phase % len(self.phases) == 0:
-            return hierarchy
-        return dataclasses.replace(hierarchy, scaling="none")
+        """The ranks, scales and weights in a phase, by default the last, of a trial that starts with `hierarchy`."""
+        for each in self.phases[: phase % len(self.phases) + 1]:
+            hierarchy = get_action(each.start or "none").hierarchy(hierarchy)
+        return hierarchy
 
     def cost(self, hierarchy: RankHierarchy) -> float:
-        """Forward and backward passes relative to LoRA over the whole run; squeezing is not counted."""
+        """Forward and backward passes relative to LoRA over the whole run; actions are not counted."""
         counts = [policy.count(self.hierarchy(hierarchy, at)) for at, policy in enumerate(self.policies)]
         return sum(phase.fraction * count for phase, count in zip(self.phases, counts, strict=True))
 
@@ -129,16 +148,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         **{name: _one_phase(name) for name in POLICIES},
         "renest": Method(
-            phases=(Phase("lora", 0.7), Phase("per_example", 0.3)),
+            phases=(Phase("lora", 0.7), Phase("per_example", 0.3, "squeeze")),
             summary="LoRA, squeezed after 70 % of the steps, then a prefix for each example",
         ),
         "renest_30_rotated": Method(
-            phases=(Phase("lora", 0.3), Phase("per_example", 0.7)),
+            phases=(Phase("lora", 0.3), Phase("per_example", 0.7, "squeeze_rotated")),
             summary="renest, squeezed after 30 % of the steps, the optimizer's moments taken along",
-            carry="rotate",
         ),
         "renest_sandwich": Method(
-            phases=(Phase("lora", 0.5), Phase("sandwich", 0.5)),
+            phases=(Phase("lora", 0.5), Phase("sandwich", 0.5, "squeeze")),
             summary="LoRA, squeezed after half of the steps, then the sandwich rule",
         ),
     }
@@ -155,9 +173,4 @@ def get_method(name: str, further: Mapping[str, Method] = MappingProxyType({})) 
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.
     """
-    known = {**METHODS, **further}
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown method {name!r}{hint} Known methods: {', '.join(known)}")
-    return known[name]
+    return find_row({**METHODS, **further}, name, "method")

@@ -9,29 +9,41 @@ a profile.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core.hierarchy import RankHierarchy
+from mlora_jax.core.rows import find_row
+from mlora_jax.core.updates import UPDATES, Update
 
 
-class Draw(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("profiles", "update_mask", "column_rates", "loss_weights"),
+    meta_fields=("per_example",),
+)
+@dataclasses.dataclass(frozen=True)
+class Draw:
     """What one step trains with. The step's loss is the weighted mean of its losses under the N profiles.
 
     Attributes:
       profiles: [N, E, R] rank profiles; [M, N, E, R] from `draw_step`, one row per micro-batch.
-      update_mask: [R], 1 where column i of A and row i of B may move, else 0.
+      update_mask: [R], 1 where column i of A and row i of B have a gradient, else 0.
+      column_rates: [R], a factor on Adam's update of column i of A and row i of B; 0 where `update_mask` is.
       loss_weights: [N], the share of each profile's loss in the step's; they sum to 1.
+      per_example: whether every example has a profile of its own: E is the number of examples, and otherwise 1. It is
+        static, so a compiled step never guesses it from a shape.
     """
 
     profiles: jax.Array
     update_mask: jax.Array
+    column_rates: jax.Array
     loss_weights: jax.Array
+    per_example: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +75,8 @@ def _largest_prefix(hierarchy: RankHierarchy) -> jax.Array:
 
 def _all_columns(hierarchy: RankHierarchy, profiles: jax.Array) -> Draw:
     """Profiles [N, R] for all examples alike, of equal weight."""
-    count = len(profiles)
-    return Draw(profiles[:, None], jnp.ones_like(profiles[0]), jnp.full(count, 1.0 / count, profiles.dtype))
+    count, ones = len(profiles), jnp.ones_like(profiles[0])
+    return Draw(profiles[:, None], ones, ones, jnp.full(count, 1.0 / count, profiles.dtype))
 
 
 def _lora(hierarchy, key):
@@ -91,7 +103,7 @@ def _dylora_frozen(hierarchy, key):
     rank = _any_rank(hierarchy, key)
     profile = hierarchy.prefix_at(rank)
     only_last = (jnp.arange(1, hierarchy.max_rank + 1) == rank).astype(profile.dtype)
-    return _all_columns(hierarchy, profile[None])._replace(update_mask=only_last)
+    return dataclasses.replace(_all_columns(hierarchy, profile[None]), update_mask=only_last)
 
 
 def _matryoshka_exact(hierarchy, key):
@@ -99,7 +111,7 @@ def _matryoshka_exact(hierarchy, key):
     if hierarchy.weights is None:
         return draw
     weights = np.array(hierarchy.weights)
-    return draw._replace(loss_weights=jnp.asarray(weights / weights.sum(), float))
+    return dataclasses.replace(draw, loss_weights=jnp.asarray(weights / weights.sum(), float))
 
 
 def _sandwich(hierarchy, key):
@@ -111,7 +123,8 @@ def _sandwich(hierarchy, key):
 
 def _per_example(hierarchy, key, examples):
     profiles = jax.vmap(hierarchy.prefix_at)(hierarchy.stratified_ranks(key, examples))  # [E, R]
-    return Draw(profiles[None], jnp.ones_like(profiles[0]), jnp.ones(1, profiles.dtype))
+    ones = jnp.ones_like(profiles[0])
+    return Draw(profiles[None], ones, ones, jnp.ones(1, profiles.dtype), per_example=True)
 
 
 # Adding a policy is adding a row. Sources: LoRA arXiv 2106.09685; DyLoRA arXiv 2210.07558, whose original code draws
@@ -162,15 +175,18 @@ def get_policy(name: str) -> Policy:
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.
     """
-    if name not in POLICIES:
-        near = difflib.get_close_matches(str(name), POLICIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown policy {name!r}{hint} Known policies: {', '.join(POLICIES)}")
-    return POLICIES[name]
+    return find_row(POLICIES, name, "policy")
 
 
 def draw_step(
-    policy: Policy, hierarchy: RankHierarchy, key: jax.Array, step, *, accumulation: int, examples: int = 1
+    policy: Policy,
+    hierarchy: RankHierarchy,
+    key: jax.Array,
+    step: int | jax.Array,
+    *,
+    accumulation: int,
+    examples: int = 1,
+    update: Update = UPDATES["none"],
 ) -> Draw:
     """The draw of one optimizer step.
 
@@ -181,10 +197,11 @@ def draw_step(
       step: int32 scalar, may be traced.
       accumulation: M, the number of micro-batches in the step.
       examples: B, the examples of a micro-batch; only a policy that draws for every example needs it.
+      update: the rule whose rates of columns the draw carries, a row of `UPDATES`.
 
     Returns:
-      Draw with profiles [M, N, E, R], update_mask [R] and loss_weights [N]; E is B for a policy that draws for every
-      example, else 1.
+      Draw with profiles [M, N, E, R], update_mask [R], column_rates [R] and loss_weights [N]; E is B for a policy that
+      draws for every example, else 1.
 
     >>> hierarchy = RankHierarchy((1, 2))
     >>> draw_step(get_policy("matryoshka_exact"), hierarchy, jax.random.key(0), 0, accumulation=3).profiles.shape
@@ -192,15 +209,22 @@ def draw_step(
     >>> draw_step(get_policy("per_example"), hierarchy, jax.random.key(0), 0, accumulation=3, examples=4).profiles.shape
     (3, 1, 4, 2)
     """
-    step_key = jax.random.fold_in(key, step)
+    draw = _draw_profiles(policy, hierarchy, jax.random.fold_in(key, step), accumulation, examples)
+    rates = update.column_rates(hierarchy).astype(draw.update_mask.dtype)
+    return dataclasses.replace(draw, column_rates=draw.update_mask * rates)
+
+
+def _draw_profiles(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, accumulation: int, examples: int) -> Draw:
     if policy.every == "example":
-        draw = policy.draw(hierarchy, step_key, accumulation * examples)
+        draw = policy.draw(hierarchy, key, accumulation * examples)
         count, _, rank = draw.profiles.shape
         profiles = draw.profiles.reshape(count, accumulation, examples, rank).swapaxes(0, 1)
-        return draw._replace(profiles=profiles)
+        return dataclasses.replace(draw, profiles=profiles)
     if policy.every == "step":
-        draw = policy.draw(hierarchy, step_key)
-        return draw._replace(profiles=jnp.broadcast_to(draw.profiles, (accumulation, *draw.profiles.shape)))
-    keys = jax.vmap(lambda m: jax.random.fold_in(step_key, m))(jnp.arange(accumulation))
+        draw = policy.draw(hierarchy, key)
+        profiles = jnp.broadcast_to(draw.profiles, (accumulation, *draw.profiles.shape))
+        return dataclasses.replace(draw, profiles=profiles)
+    keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(accumulation))
     draws = jax.vmap(lambda k: policy.draw(hierarchy, k))(keys)
-    return Draw(draws.profiles, draws.update_mask[0], draws.loss_weights[0])
+    first = jax.tree.map(lambda leaf: leaf[0], draws)  # the mask and the weights are the same in every micro-batch
+    return dataclasses.replace(first, profiles=draws.profiles)

@@ -103,6 +103,27 @@ def squeeze_factors(
     return Squeezed(pick(0), pick(2))
 
 
+def profile_like(adapter: Tree, p: jax.Array) -> Tree:
+    """One profile for all layers, as a tree of profiles beside the pairs of an adapter.
+
+    Args:
+      adapter: tree of factors.
+      p: [R], or [K, R] for an adapter with K trials in front.
+
+    Returns:
+      Nested dicts with ``p`` [..., R] where the adapter has a pair, in the dtype of its A.
+    """
+    tree: dict = {}
+    for parent, pair in by_parent(adapter).items():
+        node = tree
+        for name in parent:
+            node = node.setdefault(name, {})
+        *leading, _, rank = pair["a"].shape
+        own = p.reshape(*p.shape[:-1], *(1,) * (len(leading) + 1 - p.ndim), rank)
+        node["p"] = jnp.broadcast_to(own, (*leading, rank)).astype(pair["a"].dtype)
+    return tree
+
+
 def map_gradients(tree: Tree, turns: Tree, *, squared: bool = False) -> Tree:
     """Gradients of the old factors, or averages of them, as gradients of the new ones.
 

@@ -19,7 +19,7 @@ from mlora_jax.data import find_task, load_task
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.run.inputs import model_folder
 from mlora_jax.training.phases import TrialPhases
-from mlora_jax.trials import Trial, expand_trials
+from mlora_jax.trials import Trial, expand_trials, readouts_of
 
 # English with numbers under a vocabulary of 128k; smaller vocabularies need more tokens.
 CHARACTERS_PER_TOKEN = 3.5
@@ -174,7 +174,7 @@ def estimate(config: ConfigDict | dict) -> Estimate:
         adapter_bytes=sum(4 * adapters[trial.rank] for trial in trials),
         trial_bytes=4 * 4 * max(adapters.values()),
         training_operations=sum(each[trial.rank] * cost for trial, cost in zip(trials, passes, strict=True)),
-        curves=len(evaluated) * sum(len(_readouts(config, trial)) for trial in trials),
+        curves=len(evaluated) * sum(len(readouts_of(config, trial)) for trial in trials),
         own_operations=(points + 1) * own * _per_token(shape, length, head=generates),
         tasks=tasks,
         task_operations=tasks.tokens * _per_token(shape, 1024),
@@ -188,7 +188,7 @@ def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
       config: resolved.
       trials: of it.
     """
-    curves = sum(len(_readouts(config, trial)) for trial in trials)
+    curves = sum(len(readouts_of(config, trial)) for trial in trials)
     points = _points(config, trials) + 1  # and the base
     asked = harness_tasks(config.evaluation.tasks)
     requests, tokens = 0, 0.0
@@ -206,14 +206,10 @@ def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
     return Requests(curves * len(asked), requests, round(tokens), unknown)
 
 
-def _readouts(config: ConfigDict, trial: Trial) -> tuple[str, ...]:
-    return config.evaluation.readouts.get(trial.method, ("prefix",))
-
-
 def _points(config: ConfigDict, trials: Iterable[Trial]) -> int:
     """Ranks of all curves on one set of rows."""
     ranks = config.adapter.ranks
-    return sum(len(_readouts(config, trial)) * len(trial.hierarchy(ranks).ranks) for trial in trials)
+    return sum(len(readouts_of(config, trial)) * len(trial.hierarchy(ranks).ranks) for trial in trials)
 
 
 def _shape(path: str) -> DecoderConfig:

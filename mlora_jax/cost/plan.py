@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 from mlora_jax.config import resolve
 from mlora_jax.cost.estimate import Requests, task_requests
 from mlora_jax.data import batch_shape
+from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
+from mlora_jax.run.sizing import plan_batches, time_steps
 from mlora_jax.training.grid import TrialBatch
 from mlora_jax.training.phases import PhaseShape
-from mlora_jax.trials import Trial, expand_trials
+from mlora_jax.trials import Trial, expand_trials, readouts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +102,12 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
     """
     config = resolve(config)
     trials, experiment = expand_trials(config), Experiment.load(config)
-    cuts = experiment.plan(trials)
+    cuts = plan_batches(experiment, trials)
     groups: dict[tuple, list[TrialBatch]] = collections.defaultdict(list)
     for number, (members, slots) in enumerate(cuts):
-        kind = (members[0].rank, experiment.phases.shape(members[0]), slots)
+        kind = (experiment.form(members[0]), experiment.phases.shape(members[0]), slots)
         groups[kind].append(TrialBatch(f"batch-{number:04d}", members, slots))
-    per_rank = {trial.rank: jax.tree.leaves(experiment.adapted(trial.rank).adapter) for trial in trials}
+    leaves = {experiment.form(trial): jax.tree.leaves(experiment.adapted_for(trial).adapter) for trial in trials}
     timed = functools.cache(functools.partial(_time_evaluation, experiment))
     curves, evaluation_seconds = _evaluation(experiment, trials, timed)
     validations, validation_seconds = _validation(experiment, trials, timed)
@@ -113,7 +115,7 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
         trials=len(trials),
         steps=experiment.steps,
         groups=tuple(_group(experiment, *kind, batches, timed_steps) for kind, batches in groups.items()),
-        adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in per_rank[trial.rank]),
+        adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in leaves[experiment.form(trial)]),
         curves=curves,
         evaluation_seconds=evaluation_seconds,
         tasks=task_requests(config, trials),
@@ -123,7 +125,7 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
 
 
 def _group(
-    experiment: Experiment, rank: int, phases: tuple[PhaseShape, ...], slots: int, batches, timed_steps: int
+    experiment: Experiment, form: AdapterForm, phases: tuple[PhaseShape, ...], slots: int, batches, timed_steps: int
 ) -> GroupPlan:
     shapes: set[tuple] = set()
     tokens, positions = 0, np.zeros(len(phases), int)
@@ -131,14 +133,14 @@ def _group(
         found, real, computed = _shapes(experiment, batch, phases)
         shapes |= found
         tokens, positions = tokens + real, positions + computed
-    timings = [experiment.time_steps(batches[0].slotted, timed_steps, phase) for phase in range(len(phases))]
-    compile_seconds = experiment.adapted(rank).step.compile_seconds
+    timings = [time_steps(experiment, batches[0].slotted, timed_steps, phase) for phase in range(len(phases))]
+    compile_seconds = experiment.adapted(*form).step.compile_seconds
     steps = np.diff([0, *(phase.end for phase in phases)])
     profiles = [phase.profiles for phase in phases]
     seconds = [timing.seconds for timing in timings]
     training = sum(many / timing.tokens * timing.seconds for many, timing in zip(positions, timings, strict=True))
     return GroupPlan(
-        rank=rank,
+        rank=form.rank,
         profiles=float(np.average(profiles, weights=steps)),
         trials=sum(len(batch.trials) for batch in batches),
         batches=len(batches),
@@ -163,7 +165,7 @@ def _shapes(
         own = [batch_shape(part, experiment.config.data.pad_multiple) for part in parts]
         shape = tuple(max(axis) for axis in zip(*own, strict=True))
         at = bisect.bisect_right([phase.end for phase in phases], step)
-        shapes.add((*shape, phases[at].profiles, phases[at].per_example))
+        shapes.add((*shape, phases[at].profiles, phases[at].per_example, phases[at].proximal))
         counts = [sum(len(example.tokens) for example in part) for part in parts]
         real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
         positions[at] += batch.slots * rows * shape[0]
@@ -174,7 +176,7 @@ def _evaluation(experiment: Experiment, trials: list[Trial], timed: Callable[[in
     """Curves at the end, and seconds for them and the base."""
     curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
     for trial in trials:
-        readouts = experiment.config.evaluation.readouts.get(trial.method, ("prefix",))
+        readouts = readouts_of(experiment.config, trial)
         for split in experiment.rows:
             curves += len(readouts)
             seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed(trial.rank, split)

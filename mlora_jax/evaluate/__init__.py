@@ -9,7 +9,7 @@ from mlora_jax.evaluate.choice import (
     layer_profiles,
     smallest_rank,
 )
-from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve, read_out
+from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.evaluate.exact_match import GenerationEvaluator, extract_answer
 from mlora_jax.evaluate.generation import Generator, StopStrings
 from mlora_jax.evaluate.likelihood import ChoiceEvaluator
@@ -41,6 +41,5 @@ __all__ = [
     "extract_answer",
     "layer_profiles",
     "rank_curve",
-    "read_out",
     "smallest_rank",
 ]

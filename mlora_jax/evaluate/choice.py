@@ -43,7 +43,7 @@ def smallest_rank(curve: RankCurve, within: float = 0.01) -> int:
     return next(r for r, accuracy in zip(curve.ranks, curve.accuracies, strict=True) if accuracy >= least)
 
 
-class Measured(NamedTuple):
+class Improvement(NamedTuple):
     """A better allocation than all before it: how many evaluations it took, its adapter parameters and its score."""
 
     evaluations: int
@@ -69,7 +69,7 @@ class Allocation:
     total_rank: int
     score: float
     evaluations: int
-    history: tuple[Measured, ...]
+    history: tuple[Improvement, ...]
 
 
 def allocate_ranks(
@@ -311,6 +311,6 @@ def _allocate(score, groups: _Groups, hierarchy, budget, costs, known, levels, s
             exchange(scores, remove(scores, (levels[-1],) * len(costs), levels), levels)
     ranks, parameters = groups.by_path(scores.best), groups.costs()
     cost = lambda best: sum(rank * each for rank, each in zip(best, parameters, strict=True))  # noqa: E731
-    history = tuple(Measured(spent, cost(best), value) for spent, best, value in scores.history)
+    history = tuple(Improvement(spent, cost(best), value) for spent, best, value in scores.history)
     total = sum(map(sum, ranks.values()))
     return Allocation(ranks, cost(scores.best), total, scores(scores.best), scores.spent, history)

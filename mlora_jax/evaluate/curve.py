@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from mlora_jax.adapters import set_profile
-from mlora_jax.core import RankHierarchy, readout_profile, squeeze, summarize
+from mlora_jax.core import RankHierarchy, read_out, summarize
 
 # Anything that gives per-item verdicts [items] (bool) of an adapter under a profile [R].
 Evaluator = Callable[[object, jax.Array], np.ndarray]
@@ -21,7 +21,7 @@ class RankCurve:
     """Accuracy at every rank.
 
     Attributes:
-      readout: "prefix", "nested", "masked" or "squeeze".
+      readout: a key of `mlora_jax.core.READOUTS`.
       ranks: S.
       accuracies: in 0..1, one per rank.
       standard_errors: of the accuracies over items, ``sqrt(a (1 - a) / (n - 1))`` (the harness's estimate).
@@ -64,9 +64,6 @@ class RankCurve:
         return cls(readout, tuple(ranks), accuracies, errors, verdicts.shape[1], **areas, verdicts=verdicts)
 
 
-_squeezed = jax.jit(lambda adapter, profile: squeeze(adapter, profile)[0])
-
-
 def accuracy_and_error(verdicts: np.ndarray) -> tuple[float, float]:
     """Mean of 0/1 verdicts [n] and the standard error of that mean (0 for one item)."""
     n, accuracy = len(verdicts), float(np.mean(verdicts))
@@ -98,29 +95,9 @@ def check_verdicts(verdicts, ranks: Sequence[int]) -> np.ndarray:
     return values.astype(bool)
 
 
-def read_out(
-    adapter, profile, hierarchy: RankHierarchy, readout: str, trained_profile: jax.Array | None = None
-) -> tuple[object, RankHierarchy, str]:
-    """What "squeeze" stands for: another adapter and hierarchy, read out by prefix; any other read-out is itself.
-
-    Args:
-      adapter, profile, hierarchy, readout, trained_profile: as `rank_curve`.
-
-    Returns:
-      (adapter, hierarchy, key of `READOUTS`).
-    """
-    if readout != "squeeze":
-        return adapter, hierarchy, readout
-    trained_profile = hierarchy.lora() if trained_profile is None else trained_profile
-    adapter = jax.block_until_ready(_squeezed(adapter, set_profile(profile, trained_profile)))
-    # The scale is in the factors now.
-    return adapter, RankHierarchy(hierarchy.ranks, max_rank=hierarchy.max_rank), "prefix"
-
-
 def rank_curve(
     evaluate: Evaluator,
-    adapter,
-    profile,
+    adapter: Any,
     hierarchy: RankHierarchy,
     *,
     readout: str = "prefix",
@@ -130,15 +107,14 @@ def rank_curve(
 
     Args:
       evaluate: (adapter, p [R]) -> verdicts [items].
-      adapter: trained tree.
-      profile: the adapter's profile tree; used by "squeeze" only.
-      hierarchy: S, scales and weights.
-      readout: a key of `READOUTS`, or "squeeze": prefixes of the singular value decomposition of the trained function.
-      trained_profile: the profile [R] that "squeeze" keeps; None is `hierarchy.lora()`.
+      adapter: the trained tree of factors.
+      hierarchy: its ranks, scales and weights.
+      readout: a key of `mlora_jax.core.READOUTS` that takes nothing but the adapter.
+      trained_profile: the profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
 
     Raises:
-      ValueError: an unknown read-out.
+      ValueError: an unknown read-out, or one that needs training data.
     """
-    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, readout, trained_profile)
-    verdicts = [evaluate(adapter, readout_profile(hierarchy, name, rank)) for rank in hierarchy.ranks]
-    return RankCurve.of(readout, hierarchy.ranks, verdicts)
+    reading = read_out(adapter, hierarchy, readout, trained_profile=trained_profile)
+    verdicts = [evaluate(reading.adapter, p) for p in reading.curve().values()]
+    return RankCurve.of(readout, reading.hierarchy.ranks, verdicts)

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.adapters import adapt, split
-from mlora_jax.config import READOUT_NAMES
 from mlora_jax.core import RankHierarchy
-from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.training.adapter_file import load_adapted as read_adapted
 from mlora_jax.training.adapter_file import read_description, trained_profile
-from mlora_jax.training.fitted import find_readout
+from mlora_jax.training.readout_files import find_readout
 
 BATCH_SIZE, PAD_MULTIPLE = 32, 16
 
@@ -60,7 +58,7 @@ def load_adapted(**options: Any) -> Loaded:
       checkpoint: Hugging Face folder or hub id of the base.
       adapter: folder that `save_adapter` wrote; empty: the base alone.
       rank: of the read-out, 0..R; 0 is the base, None the largest of S.
-      readout: of `READOUT_NAMES`; those that look at data as the adapter's run made them.
+      readout: a key of `mlora_jax.core.READOUTS`; those that are made of training data as the adapter's run made them.
       dtype: of weights and compute; empty: as stored.
       quantization: of the base's kernels, as `config.model.quantization`; empty: none.
       max_length: the context in tokens; None: the model's.
@@ -124,14 +122,11 @@ def _load(
 
 def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: str):
     """((graphdef, base, adapter, profile), p [R], hierarchy) of an adapter's folder."""
-    if readout not in READOUT_NAMES:
-        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(READOUT_NAMES)}")
     description, found = read_description(folder), find_readout(folder, readout)
     graphdef, base, adapter, profile, hierarchy, _ = read_adapted(found.folder, model)
-    function = trained_profile(description, hierarchy)
-    adapter, hierarchy, name = read_out(adapter, profile, hierarchy, found.readout, function)
-    p = found.profile(hierarchy, name, hierarchy.ranks[-1] if rank is None else rank)
-    return (graphdef, base, adapter, profile), p, hierarchy
+    reading = found.read(adapter, hierarchy, trained_profile(description, hierarchy))
+    p = reading.profile(reading.hierarchy.ranks[-1] if rank is None else rank)
+    return (graphdef, base, reading.adapter, profile), p, reading.hierarchy
 
 
 def _unadapted(model: Decoder) -> tuple:

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mlora_jax.config import FACTOR_READOUTS
-from mlora_jax.core import RankHierarchy, readout_profile, squeeze
+from mlora_jax.core import RankHierarchy, Reading, get_readout, read_out
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import path_names
-from mlora_jax.training.fitted import fitted
 
 # One rank for all, or path of a module -> a rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
 RankOrRanks = int | Mapping[str, Sequence[int]]
@@ -53,7 +51,7 @@ def layer_factors(
       rank: of the read-out, 0..R; or ranks per layer, of every module of the adapter.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
       trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.fitted.read_profiles`.
+      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.readout_files.read_profiles`.
 
     Returns:
       (path, layer) -> factors, in the order of the adapter; the layer is None where nothing is stacked. A layer of rank
@@ -63,25 +61,19 @@ def layer_factors(
       ValueError: an unknown read-out, a rank outside 0..R or one that nothing was fitted to, ranks of other modules or
         layers than the adapter's, factors of another R than the hierarchy's.
     """
-    known = (*FACTOR_READOUTS, "calibrated")
-    if readout not in known:
-        raise ValueError(f"unknown read-out {readout!r}; known: {', '.join(known)}")
-    if (readout == "calibrated") != (profiles is not None):
-        raise ValueError(f"fitted profiles are what 'calibrated' needs, and no other read-out; got {readout!r}")
+    if (get_readout(readout).stored == "profiles") != (profiles is not None):
+        raise ValueError(f"fitted profiles belong to a read-out that is stored as profiles; got {readout!r}")
     factors = by_path(adapter)
     for path, pair in factors.items():
         if pair["a"].shape[-1] != hierarchy.max_rank:
             raise ValueError(f"{path} has rank {pair['a'].shape[-1]}, but the hierarchy's R is {hierarchy.max_rank}")
     ranks = _ranks_of_layers(factors, hierarchy, rank)
-    if readout == "squeeze":
-        p = hierarchy.lora() if trained_profile is None else trained_profile
-        profile = {path: {"p": np.broadcast_to(p, (*pair["a"].shape[:-2], len(p)))} for path, pair in factors.items()}
-        factors, hierarchy = squeeze(factors, profile, ranks=hierarchy.ranks)
-        readout = "prefix"
-    used = {r for rows in ranks.values() for r in rows}
-    p_of = {
-        r: np.asarray(readout_profile(hierarchy, readout, r) if profiles is None else fitted(profiles, r)) for r in used
-    }
+    if profiles is None:
+        reading = read_out(adapter, hierarchy, readout, trained_profile=trained_profile)
+    else:
+        reading = Reading(adapter, hierarchy, readout, profiles)
+    factors = by_path(reading.adapter)
+    p_of = {r: np.asarray(reading.profile(r)) for r in {r for rows in ranks.values() for r in rows}}
     found = {}
     for path, pair in factors.items():
         wide = np.promote_types(pair["a"].dtype, np.float32)

@@ -16,7 +16,7 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.interop.factors import LayerFactors, RankOrRanks, layer_factors
 from mlora_jax.interop.folder import check_free, new_folder, write_json, write_record
 from mlora_jax.interop.names import weight_name
-from mlora_jax.interop.tensor_files import StoredTensor, read_header, write_tensors
+from mlora_jax.interop.tensor_files import TensorLocation, read_header, write_tensors
 from mlora_jax.models.config import CONFIG_FILE
 from mlora_jax.models.json_file import read_json_object
 from mlora_jax.models.weight_files import INDEX_FILE, STORED_DTYPES, WEIGHTS_FILE, weight_files
@@ -91,7 +91,7 @@ def export_merged(
     return pathlib.Path(path)
 
 
-def _check(base: pathlib.Path, name: str, tensor: StoredTensor | None, factors: LayerFactors) -> None:
+def _check(base: pathlib.Path, name: str, tensor: TensorLocation | None, factors: LayerFactors) -> None:
     shape = (factors.b.shape[1], factors.a.shape[0])  # [F, D]
     if tensor is None:
         raise ValueError(f"the adapter has factors for {name}, which the weights in {base} lack")
@@ -104,7 +104,7 @@ def _check(base: pathlib.Path, name: str, tensor: StoredTensor | None, factors: 
         )
 
 
-def _summed(stored: Mapping[str, StoredTensor], factors: Mapping[str, LayerFactors], name: str, raw) -> bytes | None:
+def _summed(stored: Mapping[str, TensorLocation], factors: Mapping[str, LayerFactors], name: str, raw) -> bytes | None:
     """The bytes of a matrix with its adapter; None where there is none. `raw` gives the old ones."""
     if name not in factors:
         return None
@@ -119,9 +119,9 @@ def _summed(stored: Mapping[str, StoredTensor], factors: Mapping[str, LayerFacto
     return summed.tobytes()
 
 
-def _shards(stored: Mapping[str, StoredTensor], limit: int) -> dict[str, dict[str, StoredTensor]]:
+def _shards(stored: Mapping[str, TensorLocation], limit: int) -> dict[str, dict[str, TensorLocation]]:
     """File -> tensors, in the base's order, a new file where the limit would be passed."""
-    groups: list[dict[str, StoredTensor]] = [{}]
+    groups: list[dict[str, TensorLocation]] = [{}]
     for name, tensor in stored.items():
         if groups[-1] and sum(each.size for each in groups[-1].values()) + tensor.size > limit:
             groups.append({})
@@ -131,7 +131,7 @@ def _shards(stored: Mapping[str, StoredTensor], limit: int) -> dict[str, dict[st
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, start=1)}
 
 
-def _index(base: pathlib.Path, shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, Any]:
+def _index(base: pathlib.Path, shards: Mapping[str, Mapping[str, TensorLocation]]) -> dict[str, Any]:
     before = read_json_object(base / INDEX_FILE).get("metadata") if (base / INDEX_FILE).is_file() else None
     total = sum(tensor.size for tensors in shards.values() for tensor in tensors.values())
     places = {name: file for file, tensors in shards.items() for name in tensors}

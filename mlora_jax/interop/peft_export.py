@@ -76,7 +76,7 @@ def export_peft(
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
       base_model: folder or hub id of the base, as "OWNER/NAME" or "OWNER/NAME@REVISION", which PEFT loads it by.
       trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.fitted.read_profiles`.
+      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.readout_files.read_profiles`.
       ranks_for: a key of `RANKS_FOR`: all layers are padded with zeros to one rank that this program accepts.
       description: further JSON values for `mlora_jax.json`.
 

@@ -15,7 +15,7 @@ from mlora_jax.models.hugging_face import write_aside
 _CHUNK = 2**24  # bytes copied at one time
 
 
-class StoredTensor(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor's bytes lie.
 
     Attributes:
@@ -47,7 +47,7 @@ class Header(NamedTuple):
       metadata: strings that the writer left.
     """
 
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, TensorLocation]
     metadata: dict[str, str]
 
 
@@ -71,13 +71,13 @@ def read_header(path: pathlib.Path) -> Header:
     tensors = {}
     for name, entry in sorted(values.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
         start, end = entry["data_offsets"]
-        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        tensors[name] = TensorLocation(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     return Header(tensors, metadata)
 
 
 def write_tensors(
     path: pathlib.Path,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, TensorLocation],
     metadata: Mapping[str, str],
     replace: Callable[[str, Callable[[], bytes]], bytes | None],
 ) -> None:
@@ -109,7 +109,7 @@ def write_tensors(
                 file.write(new)
 
 
-def _copy(tensor: StoredTensor, file) -> None:
+def _copy(tensor: TensorLocation, file) -> None:
     with tensor.file.open("rb") as source:
         source.seek(tensor.start)
         left = tensor.size

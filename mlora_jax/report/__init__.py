@@ -3,7 +3,7 @@
 from mlora_jax.report.choice import Choice, Difference, choose_rows, compare
 from mlora_jax.report.figure import draw_curves, draw_learning_rates
 from mlora_jax.report.folders import SPLITS, RunRecords
-from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread, read_experiments
+from mlora_jax.report.rows import CurveRow, MergedRuns, Setting, Spread, read_runs
 from mlora_jax.report.table import write_report, write_tables
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "Choice",
     "CurveRow",
     "Difference",
-    "Experiment",
+    "MergedRuns",
     "RunRecords",
     "Setting",
     "Spread",
@@ -19,7 +19,7 @@ __all__ = [
     "compare",
     "draw_curves",
     "draw_learning_rates",
-    "read_experiments",
+    "read_runs",
     "write_report",
     "write_tables",
 ]

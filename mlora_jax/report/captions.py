@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from mlora_jax.report.choice import Choice, shared_seeds
 from mlora_jax.report.folders import config_differences
-from mlora_jax.report.rows import CurveRow, Experiment, Setting
+from mlora_jax.report.rows import CurveRow, MergedRuns, Setting
 
 CHOSEN_ON = {
     "validation": "the validation split, held out of the training rows",
@@ -18,16 +18,16 @@ UNDECIDED = {
 }
 
 
-def name_runs(experiment: Experiment) -> str:
+def name_runs(merged: MergedRuns) -> str:
     """Where the runs are."""
-    return f"Runs: {', '.join(str(folder.path) for folder in experiment.folders)}."
+    return f"Runs: {', '.join(str(folder.path) for folder in merged.folders)}."
 
 
-def describe_runs(experiment: Experiment) -> list[str]:
+def describe_runs(merged: MergedRuns) -> list[str]:
     """Sentences about the runs as a whole: of what, how they differ, what was cut, failed or is not finished."""
-    folders = experiment.folders
+    folders = merged.folders
     notes = []
-    if experiment.number:
+    if merged.number:
         notes.append(f"{'; '.join(f'{name}: {path}' for name, path in folders[0].sources.items())}.")
     differences = config_differences(folders)
     if differences:
@@ -46,22 +46,22 @@ def describe_runs(experiment: Experiment) -> list[str]:
             notes.append(f"Not compared{where}: {'; '.join(folder.not_compared.values())}.")
         if folder.unfinished:
             notes.append(f"{len(folder.unfinished)} of {len(folder.planned)} trials{where} are not finished.")
-    if experiment.failed:
-        notes.append(f"Failed, the loss is not finite: {', '.join(experiment.failed)}.")
-    if not experiment.rows:
-        notes.append(f"No trial finished. Accuracy of the base: {experiment.base['test']:.3f}.")
+    if merged.failed:
+        notes.append(f"Failed, the loss is not finite: {', '.join(merged.failed)}.")
+    if not merged.rows:
+        notes.append(f"No trial finished. Accuracy of the base: {merged.base['test']:.3f}.")
     return notes
 
 
-def describe_setting(setting: Setting, experiment: Experiment, choice: Choice) -> str:
+def describe_setting(setting: Setting, merged: MergedRuns, choice: Choice) -> str:
     """The caption of a setting's table."""
-    rows = [row for row in experiment.rows if row.setting == setting]
+    rows = [row for row in merged.rows if row.setting == setting]
     chosen, left_out, undecided = (
         [row for row in some if row.setting == setting] for some in (choice.chosen, choice.left_out, choice.undecided)
     )
     seeds = sorted({seed for row in rows for seed in row.seeds})
     name = str(setting)
-    if any(row.setting.ranks != setting.ranks and str(row.setting) == name for row in experiment.rows):
+    if any(row.setting.ranks != setting.ranks and str(row.setting) == name for row in merged.rows):
         name += f", S = {', '.join(map(str, setting.ranks))}"
     sentences = [
         f"{name}. Accuracy on the test split; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"

@@ -15,18 +15,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mlora_jax.core import METHODS
+from mlora_jax.core import METHODS, READOUTS
 from mlora_jax.report.choice import Choice
-from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread
+from mlora_jax.report.rows import CurveRow, MergedRuns, Setting, Spread
 
 # A colour per method in every figure: Okabe and Ito's palette, readable for the colour-blind, then some darker ones.
 PALETTE = (
     *("#000000", "#0072B2", "#56B4E9", "#CC79A7", "#D55E00", "#E69F00", "#009E73"),
     *("#7F3C8D", "#8C564B", "#999999", "#B8A900", "#17406D"),
 )
-# A line and a marker per read-out.
-STYLES = {"prefix": ("-", "o"), "squeeze": ("--", "s"), "nested": ("-.", "^"), "masked": (":", "v")}
-OTHER_STYLE = ((0, (5, 1, 1, 1, 1, 1)), "D")
+# A line and a marker per read-out, in the order of the table of read-outs.
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "v", "D", "P", "X")
 
 MOST_LINES = 10  # in one panel; a panel per read-out beyond
 LEAST_GAP = 1 / 14  # of the axis between two learning rates that are named below it; else powers of ten are
@@ -40,18 +40,18 @@ class _Panel:
     lines: dict[Any, list[CurveRow]]  # what makes a line -> its rows
 
 
-def draw_curves(experiment: Experiment, choice: Choice) -> Figure:
+def draw_curves(merged: MergedRuns, choice: Choice) -> Figure:
     """Accuracy on the test split over log2 rank: a line per row, a band of one standard deviation, the base.
 
     A panel per setting, or per setting and read-out if a setting has more than `MOST_LINES` rows. Where no learning
     rate is chosen: a panel per method and read-out, and a line per learning rate.
 
     Args:
-      experiment: whose base is drawn.
+      merged: the runs whose base is drawn.
       choice: the rows to draw.
     """
     panels = _panels(choice.shown, lambda row: (row.label, row.learning_rate), by_row=bool(choice.undecided))
-    figure, axes = _grid(experiment.title, len(panels))
+    figure, axes = _grid(merged.title, len(panels))
     for panel, area in zip(panels, axes, strict=True):
         rates = sorted({row.learning_rate for (row,) in panel.lines.values()})
         for (row,) in panel.lines.values():
@@ -61,7 +61,7 @@ def draw_curves(experiment: Experiment, choice: Choice) -> Figure:
                 style["color"] = colormaps["viridis"](rates.index(row.learning_rate) / len(rates))
                 label = f"{row.learning_rate:g}  {row.test.log2.mean:.3f}"
             _draw_line(area, list(row.test.accuracies), row.test.accuracies.values(), style, label)
-        base = experiment.base["test"]
+        base = merged.base["test"]
         area.axhline(base, color="0.5", linewidth=1, label=f"base  {base:.3f}")
         ranks = sorted({rank for (row,) in panel.lines.values() for rank in row.test.accuracies})
         area.set_xscale("log", base=2)
@@ -71,19 +71,19 @@ def draw_curves(experiment: Experiment, choice: Choice) -> Figure:
     return figure
 
 
-def draw_learning_rates(experiment: Experiment, choice: Choice) -> Figure:
+def draw_learning_rates(merged: MergedRuns, choice: Choice) -> Figure:
     """AURAC (log2) over the learning rate, on the split of the choice: a line per method and read-out, and a band.
 
     The chosen learning rate is ringed; one that could not be chosen, since seeds of it are missing, is hollow. Where
     the split of the choice was not measured, it is the test split.
 
     Args:
-      experiment: whose rows are drawn.
-      choice: made among the experiment's rows.
+      merged: the runs whose rows are drawn.
+      choice: the learning rates chosen among those rows.
     """
-    split = "test" if any(choice.split not in row.measured for row in experiment.rows) else choice.split
-    panels = _panels(experiment.rows, lambda row: row.label)
-    figure, axes = _grid(experiment.title, len(panels))
+    split = "test" if any(choice.split not in row.measured for row in merged.rows) else choice.split
+    panels = _panels(merged.rows, lambda row: row.label)
+    figure, axes = _grid(merged.title, len(panels))
     for panel, area in zip(panels, axes, strict=True):
         for label, rows in panel.lines.items():
             style, rates = _style(rows[0]), [row.learning_rate for row in rows]
@@ -150,7 +150,8 @@ def _grid(title: str, count: int) -> tuple[Figure, list[Axes]]:
 
 def _style(row: CurveRow) -> dict[str, Any]:
     methods = [*METHODS, row.method]
-    linestyle, marker = STYLES.get(row.readout, OTHER_STYLE)
+    order = [*READOUTS, row.readout].index(row.readout)
+    linestyle, marker = LINES[order % len(LINES)], MARKERS[order % len(MARKERS)]
     return {
         "color": PALETTE[methods.index(row.method) % len(PALETTE)],
         "linestyle": linestyle,

@@ -7,40 +7,16 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlora_jax.config import CHANGEABLE, resolve_stored
-from mlora_jax.training.records import read_json_lines
-from mlora_jax.trials import expand_trials
+from mlora_jax.training.curve_records import CURVES, CurveRecord, CurvesOnRecord, read_curves
+from mlora_jax.trials import Trial, expand_trials
 
 SPLITS = ("validation", "test")
-# What a record says of every trial, and beyond that of every accuracy.
-TRIAL_FIELDS = ("method", "learning_rate", "seed", "scaling", "rank", "weights")
-ACCURACY_FIELDS = ("split", "readout", "at_rank", "of_ranks", "accuracy")
 # Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
 UNTOLD = (*CHANGEABLE, "train.log_every")
 SOURCES = ("model.path", "data.file", "data.evaluation_file")
-
-
-class Trial(NamedTuple):
-    """What tells one trial from another."""
-
-    method: str
-    learning_rate: float
-    seed: int
-    scaling: str
-    rank: int
-    weights: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Trial:
-        """The trial of a record or of a point in the product of a config's trials."""
-        fields = {name: values[name] for name in TRIAL_FIELDS}
-        return cls(**{**fields, "learning_rate": float(fields["learning_rate"]), "weights": tuple(fields["weights"])})
-
-    def __str__(self) -> str:
-        weights = f" weights {list(self.weights)}" if self.weights else ""
-        return f"{self.method} R {self.rank} {self.scaling}{weights} rate {self.learning_rate:g} seed {self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,44 +61,54 @@ class RunRecords:
         path = pathlib.Path(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} is not the folder of a run: it has no config.json")
-        if not (path / "curves.jsonl").is_file():
-            raise FileNotFoundError(f"{path} has no curves.jsonl: the run has not measured anything yet")
+        if not (path / CURVES).is_file():
+            raise FileNotFoundError(f"{path} has no {CURVES}: the run has not measured anything yet")
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         own = config["data"]["task"]
-        by_task: dict[str, list[dict[str, Any]]] = {own: []}
-        for record in _checked(path / "curves.jsonl"):
+        on_record = read_curves(path / CURVES)
+        by_task: dict[str, list[CurveRecord]] = {own: []}
+        for record in on_record:
             by_task.setdefault(_task_of(record, own), []).append(record)
-        shared = [record for record in by_task[own] if record.get("failed") or record["split"] != "test"]
+        shared = [record for record in by_task[own] if record.split != "test"]
         return [
-            cls._of(path, config, task, records if task == own else [*records, *shared])
+            cls._of(path, config, task, records if task == own else [*records, *shared], on_record)
             for task, records in by_task.items()
         ]
 
     @classmethod
-    def _of(cls, path: pathlib.Path, config: dict[str, Any], task: str, records: list[dict[str, Any]]) -> RunRecords:
-        base: dict[str, float] = {}
-        items: dict[str, int | None] = {}
-        curves: dict[Trial, dict] = collections.defaultdict(lambda: collections.defaultdict(dict))
-        failed: dict[Trial, str] = {}
-        truncated: dict[str, int] = {}
+    def _of(
+        cls,
+        path: pathlib.Path,
+        config: dict[str, Any],
+        task: str,
+        records: Iterable[CurveRecord],
+        on_record: CurvesOnRecord,
+    ) -> RunRecords:
+        base: dict[str, CurveRecord] = {}
+        curves: dict[Trial, dict] = collections.defaultdict(dict)
         for record in records:
-            if record["trial"] == "base":
-                base[record["split"]], items[record["split"]] = record["accuracy"], record.get("items")
-                if record.get("truncated"):
-                    truncated[record["split"]] = record["truncated"]
-            elif record.get("failed"):
-                failed[Trial.of(record)] = record["trial"]
+            if record.trial is None:
+                base[record.split] = record
             else:
-                curve = curves[Trial.of(record)][record["split"], record["readout"]]
-                curve[record["at_rank"]] = record
+                curve = dict(zip(record.ranks, record.accuracies, strict=True))
+                curves[record.trial][record.split, record.readout] = curve
         if "test" not in base:
             raise ValueError(f"{path} holds no accuracy of the base model on the test split of {task}")
         not_compared = path / "not_compared.json"
-        lacking = json.loads(not_compared.read_text(encoding="utf-8")) if not_compared.is_file() else {}
-        return cls(path, config, task, base, items, _whole(curves), failed, truncated, lacking)
+        return cls(
+            path=path,
+            config=config,
+            task=task,
+            base={split: record.accuracies[0] for split, record in base.items()},
+            items={split: record.items for split, record in base.items()},
+            curves=dict(curves),
+            failed={trial: name for name, trial in on_record.failed.items()},
+            truncated={split: record.truncated for split, record in base.items() if record.truncated},
+            not_compared=json.loads(not_compared.read_text(encoding="utf-8")) if not_compared.is_file() else {},
+        )
 
     @property
     def base_model(self) -> str:
@@ -147,7 +133,7 @@ class RunRecords:
         """The trials of the config; empty if it does not say."""
         if not self.config.get("trials"):
             return []
-        return [Trial.of(dataclasses.asdict(trial)) for trial in expand_trials(resolve_stored(self.config))]
+        return expand_trials(resolve_stored(self.config))
 
     @property
     def done(self) -> set[Trial]:
@@ -170,12 +156,11 @@ class RunRecords:
         return told
 
 
-def _task_of(record: dict[str, Any], own: str) -> str:
-    """The run's own task unless a record says that it was measured by the harness, on a task with so many shots."""
-    if not record.get("harness"):
+def _task_of(record: CurveRecord, own: str) -> str:
+    """The run's own task, or a task of the harness with the number of examples in its prompts."""
+    if not record.harness:
         return own
-    shots = record["shots"]
-    return f"{record['task']}, {shots} shot{'' if shots == 1 else 's'}"
+    return f"{record.task}, {record.shots} shot{'' if record.shots == 1 else 's'}"
 
 
 def config_differences(folders: Iterable[RunRecords]) -> dict[str, list[str]]:
@@ -187,26 +172,6 @@ def config_differences(folders: Iterable[RunRecords]) -> dict[str, list[str]]:
         if len(values) > 1:
             found[name] = values
     return found
-
-
-def _checked(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    for number, record in enumerate(read_json_lines(path), start=1):
-        of_trial = () if record.get("trial") == "base" else TRIAL_FIELDS
-        needed = ("trial", *of_trial, *(() if record.get("failed") else ACCURACY_FIELDS))
-        missing = [name for name in needed if name not in record]
-        if missing:
-            raise ValueError(f"{path}: record {number} has no {', '.join(missing)}")
-        yield record
-
-
-def _whole(curves: dict[Trial, dict]) -> dict[Trial, dict]:
-    """The accuracies of every curve's records, by rank, without the curves that a killed run left half written."""
-    whole: dict[Trial, dict] = collections.defaultdict(dict)
-    for trial, of_trial in curves.items():
-        for key, curve in of_trial.items():
-            if all(record["of_ranks"] == len(curve) for record in curve.values()):
-                whole[trial][key] = {rank: curve[rank]["accuracy"] for rank in sorted(curve)}
-    return dict(whole)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

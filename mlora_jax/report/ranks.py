@@ -16,8 +16,8 @@ from mlora_jax.report.figure import PALETTE, PANEL
 from mlora_jax.report.formats import Table, to_markdown
 
 
-class Estimate(NamedTuple):
-    """A confidence interval low..high and the value within."""
+class IntervalEstimate(NamedTuple):
+    """A value and its confidence interval, low..high."""
 
     low: float
     high: float
@@ -29,8 +29,8 @@ class RankRow(NamedTuple):
 
     rank: int
     parameters: int
-    chosen_on: Estimate
-    test: Estimate
+    chosen_on: IntervalEstimate
+    test: IntervalEstimate
 
 
 class BudgetRow(NamedTuple):
@@ -48,10 +48,10 @@ class BudgetRow(NamedTuple):
 
     rank: int
     parameters: int
-    uniform: Estimate
+    uniform: IntervalEstimate
     allocated_parameters: int
-    allocated: Estimate
-    difference: Estimate
+    allocated: IntervalEstimate
+    difference: IntervalEstimate
     p_value: float
     uniform_score: float
     score: float
@@ -65,7 +65,7 @@ class RankReport:
 
     Attributes:
       title: task, base model and trial.
-      readout: "prefix", "nested", "masked" or "squeeze".
+      readout: a key of `mlora_jax.core.READOUTS`.
       chosen_on, reported_on: which items, in words.
       measure: what the search looked at, "likelihood" or "accuracy".
       base: accuracy without an adapter, on the items reported on.
@@ -84,7 +84,7 @@ class RankReport:
     base: float
     within: float
     smallest: int
-    aurac: Estimate
+    aurac: IntervalEstimate
     rows: list[RankRow]
     budgets: list[BudgetRow]
 
@@ -136,7 +136,7 @@ def draw_ranks(report: RankReport) -> Figure:
     return figure
 
 
-def _draw(area, x, estimates: list[Estimate], label: str, **style: Any) -> None:
+def _draw(area, x, estimates: list[IntervalEstimate], label: str, **style: Any) -> None:
     values = np.array([estimate.value for estimate in estimates])
     ends = np.array([(estimate.low, estimate.high) for estimate in estimates]).T
     spread = np.maximum([values - ends[0], ends[1] - values], 0)
@@ -199,7 +199,7 @@ def _ranks_table(row: BudgetRow) -> Table:
     return Table([f"for uniform rank {row.rank}", *(f"layer {layer}" for layer in range(layers))], lines)
 
 
-def _cell(estimate: Estimate) -> str:
+def _cell(estimate: IntervalEstimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
@@ -228,5 +228,5 @@ def _csv_rows(report: RankReport) -> list[dict[str, Any]]:
     return [{name: record.get(name, "") for name in names} for record in found]
 
 
-def _numbers(estimate: Estimate) -> dict[str, float]:
+def _numbers(estimate: IntervalEstimate) -> dict[str, float]:
     return {"accuracy": estimate.value, "low": estimate.low, "high": estimate.high}

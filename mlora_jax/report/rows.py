@@ -6,11 +6,12 @@ import collections
 import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from mlora_jax.core import METHODS, summarize
-from mlora_jax.report.folders import RunRecords, Trial
-
-READOUT_ORDER = ("prefix", "squeeze", "nested", "masked")
+from mlora_jax.core import METHODS, READOUTS, summarize
+from mlora_jax.core.readouts import readout_label
+from mlora_jax.report.folders import RunRecords
+from mlora_jax.trials import Trial, describe_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,22 +26,42 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
+# The axes of trials that tell the rows of one table apart, or over which a row is averaged.
+WITHIN_A_TABLE = ("method", "learning_rate", "seed")
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Setting:
-    """What the rows of one table share: scaling, R, weights w_r (none: 1 each), and the ranks S of the read-outs."""
+    """What the rows of one table share.
 
-    scaling: str
-    rank: int
-    weights: tuple[float, ...]
+    Attributes:
+      axes: the names and values of the trials' axes but those of `WITHIN_A_TABLE`.
+      ranks: the ranks S of the read-outs.
+    """
+
+    axes: tuple[tuple[str, Any], ...]
     ranks: tuple[int, ...]
 
+    @classmethod
+    def of(cls, trial: Trial, ranks: Iterable[int]) -> Setting:
+        """The setting of a trial that was read out at some ranks."""
+        return cls(trial.without(*WITHIN_A_TABLE), tuple(ranks))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Axis -> value."""
+        return dict(self.axes)
+
+    def without(self, axis: str) -> Setting:
+        """What it has in common with settings that differ in one axis alone."""
+        return dataclasses.replace(self, axes=tuple(each for each in self.axes if each[0] != axis))
+
     def __str__(self) -> str:
-        weights = f", weights {', '.join(f'{weight:g}' for weight in self.weights)}" if self.weights else ""
-        return f"R = {self.rank}, scaling {self.scaling}{weights}"
+        return describe_axes(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class CurveOverSeeds:
     """A rank-accuracy curve over seeds.
 
     Attributes:
@@ -56,7 +77,7 @@ class Measured:
     areas: tuple[float, ...]
 
     @classmethod
-    def of(cls, curves: Sequence[dict[int, float]]) -> Measured:
+    def of(cls, curves: Sequence[dict[int, float]]) -> CurveOverSeeds:
         """Of the curves [seeds], all over the same increasing ranks."""
         ranks = list(curves[0])
         areas = [summarize(list(curve.values()), ranks) for curve in curves]
@@ -74,7 +95,7 @@ class CurveRow:
     Attributes:
       setting: what the rows of one table share.
       method: a key of `METHODS`.
-      readout: "prefix", "nested", "masked" or "squeeze".
+      readout: a key of `READOUTS`.
       learning_rate: peak.
       seeds: the seeds that finished.
       failed: the seeds whose loss became infinite or NaN.
@@ -89,10 +110,10 @@ class CurveRow:
     seeds: tuple[int, ...]
     failed: tuple[int, ...]
     unfinished: tuple[int, ...]
-    measured: dict[str, Measured]
+    measured: dict[str, CurveOverSeeds]
 
     @property
-    def test(self) -> Measured:
+    def test(self) -> CurveOverSeeds:
         return self.measured["test"]
 
     @property
@@ -103,9 +124,7 @@ class CurveRow:
     @property
     def label(self) -> str:
         """How tables and figures call the row."""
-        return {"prefix": self.method, "squeeze": f"{self.method} + squeeze"}.get(
-            self.readout, f"{self.method} ({self.readout})"
-        )
+        return readout_label(self.method, self.readout)
 
     @property
     def group(self) -> tuple[Setting, str, str]:
@@ -114,7 +133,7 @@ class CurveRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class MergedRuns:
     """What runs of one base model measured on one task, taken together.
 
     Attributes:
@@ -147,7 +166,7 @@ class Experiment:
         return {split: value for folder in reversed(self.folders) for split, value in folder.base.items()}
 
 
-def read_experiments(folders: Iterable) -> list[Experiment]:
+def read_runs(folders: Iterable) -> list[MergedRuns]:
     """Reads runs, and merges those of one task and base model; what they measured on other tasks follows.
 
     Runs of other paths that end in the same names are merged if the base has the same accuracy in them.
@@ -165,60 +184,58 @@ def read_experiments(folders: Iterable) -> list[Experiment]:
             groups.append([records])
         else:
             alike.append(records)
-    merged: dict[str, list[Experiment]] = collections.defaultdict(list)
-    for experiment in map(_merge, groups):
-        merged[experiment.title].append(experiment)
+    by_title: dict[str, list[MergedRuns]] = collections.defaultdict(list)
+    for merged in map(_merge, groups):
+        by_title[merged.title].append(merged)
     return [
-        dataclasses.replace(experiment, number=number if len(same) > 1 else 0)
-        for same in merged.values()
-        for number, experiment in enumerate(same, start=1)
+        dataclasses.replace(merged, number=number if len(same) > 1 else 0)
+        for same in by_title.values()
+        for number, merged in enumerate(same, start=1)
     ]
 
 
-def _merge(folders: list[RunRecords]) -> Experiment:
+def _merge(folders: list[RunRecords]) -> MergedRuns:
     holders: dict = {}
     for folder in folders:
         for trial in (*folder.curves, *(trial for trial in folder.failed if trial not in folder.curves)):
             if trial in holders:
                 raise ValueError(
-                    f"the trial {trial} is in {holders[trial]} and in {folder.path}; a table can hold it once: "
-                    "leave one of the folders out, or write a table for each"
+                    f"the trial {trial.in_words} is in {holders[trial]} and in {folder.path}; a table can hold it "
+                    "once: leave one of the folders out, or write a table for each"
                 )
             holders[trial] = folder.path
     done = {trial for folder in folders for trial in folder.done}
     failed = _seeds(trial for folder in folders for trial in folder.failed)
     unfinished = _seeds(trial for folder in folders for trial in folder.planned if trial not in done)
-    # (setting, method, read-out) -> learning rate -> seed -> split -> curve
-    curves: dict = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict)))
+    # (setting, read-out, all of a trial but its seed) -> seed -> split -> curve
+    curves: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
     for folder in folders:
         for trial, of_trial in folder.curves.items():
             for (split, readout), curve in of_trial.items():
-                setting = Setting(trial.scaling, trial.rank, trial.weights, tuple(curve))
-                curves[setting, trial.method, readout][trial.learning_rate][trial.seed][split] = curve
+                curves[Setting.of(trial, curve), readout, trial.without("seed")][trial.seed][split] = curve
     rows = []
-    for (setting, method, readout), rates in curves.items():
-        for rate, by_seed in rates.items():
-            finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
-            if not finished:
-                continue
-            key = method, rate, setting.scaling, setting.rank, setting.weights
-            splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
-            measured = {split: Measured.of([each[split] for each in finished.values()]) for split in splits}
-            seeds = tuple(finished), tuple(sorted(failed[key])), tuple(sorted(unfinished[key]))
-            rows.append(CurveRow(setting, method, readout, rate, *seeds, measured))
+    for (setting, readout, alike), by_seed in curves.items():
+        finished = {seed: by_seed[seed] for seed in sorted(by_seed) if "test" in by_seed[seed]}
+        if not finished:
+            continue
+        splits = [split for split in ("test", "validation") if all(split in each for each in finished.values())]
+        measured = {split: CurveOverSeeds.of([each[split] for each in finished.values()]) for split in splits}
+        seeds = tuple(finished), tuple(sorted(failed[alike])), tuple(sorted(unfinished[alike]))
+        values = dict(alike)
+        rows.append(CurveRow(setting, values["method"], readout, values["learning_rate"], *seeds, measured))
     rows.sort(key=_order)
-    return Experiment(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
+    return MergedRuns(tuple(folders), rows, [name for folder in folders for name in folder.failed.values()])
 
 
 def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:
     """The seeds of the trials that have all else in common."""
     found: dict[tuple, set[int]] = collections.defaultdict(set)
     for trial in trials:
-        found[trial.method, trial.learning_rate, trial.scaling, trial.rank, trial.weights].add(trial.seed)
+        found[trial.without("seed")].add(trial.seed)
     return found
 
 
 def _order(row: CurveRow) -> tuple:
     methods = [*METHODS, row.method]
-    readouts = [*READOUT_ORDER, row.readout]
+    readouts = [*READOUTS, row.readout]
     return row.setting, methods.index(row.method), row.method, readouts.index(row.readout), row.learning_rate

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from mlora_jax.report.formats import Cell, Table
-from mlora_jax.report.rows import CurveRow
+from mlora_jax.report.rows import CurveRow, Setting
 
 
 class Summary(NamedTuple):
@@ -24,21 +24,19 @@ def summarize_scalings(rows: Iterable[CurveRow], base: float) -> list[Summary]:
       base: accuracy of the model without an adapter.
 
     Returns:
-      One for each R, weights and S that came with several scalings.
+      One table for each setting that came with several scalings.
     """
-    kinds: dict[tuple, dict[str, dict[str, CurveRow]]] = {}
+    kinds: dict[Setting, dict[str, dict[str, CurveRow]]] = {}
     for row in rows:
-        setting = row.setting
-        lines = kinds.setdefault((setting.rank, setting.weights, setting.ranks), {})
-        lines.setdefault(row.label, {})[setting.scaling] = row
+        lines = kinds.setdefault(row.setting.without("scaling"), {})
+        lines.setdefault(row.label, {})[row.setting.values["scaling"]] = row
     found = []
-    for (rank, weights, ranks), lines in kinds.items():
+    for kind, lines in kinds.items():
         scalings = list(dict.fromkeys(scaling for by_scaling in lines.values() for scaling in by_scaling))
         if len(scalings) < 2:
             continue
-        named = f", weights {', '.join(f'{weight:g}' for weight in weights)}" if weights else ""
         caption = (
-            f"R = {rank}{named}, ranks {', '.join(map(str, ranks))}. AURAC (log2) on the test split by scaling, each "
+            f"{kind}, ranks {', '.join(map(str, kind.ranks))}. AURAC (log2) on the test split by scaling, each "
             f"at the learning rate that stands for it in the tables of the scalings; the base has {base:.3f}."
         )
         found.append(Summary(caption, Table(["method", *scalings], _lines(lines, scalings))))

@@ -18,7 +18,7 @@ from mlora_jax.report.choice import Choice, choose_rows, compare
 from mlora_jax.report.figure import draw_curves, draw_learning_rates
 from mlora_jax.report.folders import SPLITS
 from mlora_jax.report.formats import Table, to_latex, to_markdown
-from mlora_jax.report.rows import CurveRow, Experiment, Setting, Spread, read_experiments
+from mlora_jax.report.rows import CurveRow, MergedRuns, Setting, Spread, read_runs
 from mlora_jax.report.summary import Summary, summarize_scalings
 
 
@@ -37,9 +37,9 @@ def write_report(workdir) -> None:
     Raises:
       FileNotFoundError, ValueError: there are no records, or unreadable ones.
     """
-    for number, experiment in enumerate(read_experiments([workdir])):
-        choice = choose_rows(experiment.rows, _configured_split(experiment))
-        _write(experiment, choice, pathlib.Path(workdir), f"-{_file_name(experiment.task)}" if number else "")
+    for number, merged in enumerate(read_runs([workdir])):
+        choice = choose_rows(merged.rows, _configured_split(merged))
+        _write(merged, choice, pathlib.Path(workdir), f"-{_file_name(merged.task)}" if number else "")
 
 
 def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[pathlib.Path]:
@@ -62,23 +62,23 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
     """
     if choose_on is not None and choose_on not in SPLITS:
         raise ValueError(f"choose_on must be one of {', '.join(SPLITS)}, got {choose_on!r}")
-    experiments = read_experiments(folders)
-    choices = [choose_rows(each.rows, choose_on or _configured_split(each)) for each in experiments]
-    for experiment, choice in zip(experiments, choices, strict=True):
+    everything = read_runs(folders)
+    choices = [choose_rows(each.rows, choose_on or _configured_split(each)) for each in everything]
+    for merged, choice in zip(everything, choices, strict=True):
         if choice.undecided:
             labels = ", ".join(dict.fromkeys(row.label for row in choice.undecided))
             raise ValueError(
-                f"{experiment.title}: no learning rate can be chosen on the {choice.split} split for {labels}: it was "
+                f"{merged.title}: no learning rate can be chosen on the {choice.split} split for {labels}: it was "
                 "not measured; hold validation rows out when training, or choose on the test split as the reference "
                 "does, by --choose_on test"
             )
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for experiment, choice in zip(experiments, choices, strict=True):
-        number = f"-{experiment.number}" if experiment.number else ""
-        suffix = f"-{_file_name(experiment.task)}-{experiment.base_model}{number}" if len(experiments) > 1 else ""
-        written.append(_write(experiment, choice, out, suffix))
+    for merged, choice in zip(everything, choices, strict=True):
+        number = f"-{merged.number}" if merged.number else ""
+        suffix = f"-{_file_name(merged.task)}-{merged.base_model}{number}" if len(everything) > 1 else ""
+        written.append(_write(merged, choice, out, suffix))
     return written
 
 
@@ -88,22 +88,22 @@ def _file_name(task: str) -> str:
     return f"{name}-{shots.split()[0]}" if shots else name
 
 
-def _configured_split(experiment: Experiment) -> str:
-    found = {folder.config.get("report", {}).get("choose_on", "validation") for folder in experiment.folders}
+def _configured_split(merged: MergedRuns) -> str:
+    found = {folder.config.get("report", {}).get("choose_on", "validation") for folder in merged.folders}
     return found.pop() if len(found) == 1 else "validation"
 
 
-def _write(experiment: Experiment, choice: Choice, out: pathlib.Path, suffix: str) -> pathlib.Path:
-    captions = {setting: describe_setting(setting, experiment, choice) for setting in _settings(experiment.rows)}
-    notes = describe_runs(experiment)
+def _write(merged: MergedRuns, choice: Choice, out: pathlib.Path, suffix: str) -> pathlib.Path:
+    captions = {setting: describe_setting(setting, merged, choice) for setting in _settings(merged.rows)}
+    notes = describe_runs(merged)
     comparable = _comparable(choice)
     texts = {
-        "table.md": _markdown(experiment, choice, notes, captions, comparable),
-        "table.tex": _latex(experiment, choice, notes, captions),
+        "table.md": _markdown(merged, choice, notes, captions, comparable),
+        "table.tex": _latex(merged, choice, notes, captions),
     }
     if comparable:
-        texts["differences.tex"] = _latex_differences(experiment, choice, comparable)
-    records = {"table.csv": _csv_rows(experiment, choice), "differences.csv": _csv_differences(comparable)}
+        texts["differences.tex"] = _latex_differences(merged, choice, comparable)
+    records = {"table.csv": _csv_rows(merged, choice), "differences.csv": _csv_differences(comparable)}
     figures = {"curves.png": bool(choice.shown), "learning_rates.png": bool(choice.chosen or choice.undecided)}
     # An earlier report may have had a file that this one has not.
     for name in ("differences.tex", *records, *figures):
@@ -117,9 +117,9 @@ def _write(experiment: Experiment, choice: Choice, out: pathlib.Path, suffix: st
                 writer.writeheader()
                 writer.writerows(rows)
     if figures["curves.png"]:
-        draw_curves(experiment, choice).savefig(_path(out, "curves.png", suffix))
+        draw_curves(merged, choice).savefig(_path(out, "curves.png", suffix))
     if figures["learning_rates.png"]:
-        draw_learning_rates(experiment, choice).savefig(_path(out, "learning_rates.png", suffix))
+        draw_learning_rates(merged, choice).savefig(_path(out, "learning_rates.png", suffix))
     return _path(out, "table.md", suffix)
 
 
@@ -140,11 +140,11 @@ def _comparable(choice: Choice) -> dict[Setting, list[CurveRow]]:
     return {setting: members for setting, members in found.items() if len(spread[setting]) > 1}
 
 
-def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparable) -> str:
-    runs = [name_runs(experiment)] if len(experiment.folders) > 1 or experiment.number else []
-    parts = [f"# {experiment.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
-    base = experiment.base["test"]
-    for summary in _summaries(experiment, choice):
+def _markdown(merged: MergedRuns, choice: Choice, notes, captions, comparable) -> str:
+    runs = [name_runs(merged)] if len(merged.folders) > 1 or merged.number else []
+    parts = [f"# {merged.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
+    base = merged.base["test"]
+    for summary in _summaries(merged, choice):
         parts += [f"{summary.caption}\n", to_markdown(summary.table)]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
@@ -152,16 +152,16 @@ def _markdown(experiment: Experiment, choice: Choice, notes, captions, comparabl
         if setting in comparable:
             rows = comparable[setting]
             parts += [f"{describe_differences(rows)}\n", to_markdown(_difference_table(rows))]
-        every = [row for row in experiment.rows if row.setting == setting]
+        every = [row for row in merged.rows if row.setting == setting]
         if len(every) > len(shown):
             extra = choice.split if choice.split != "test" else ""
             parts += ["Every learning rate:\n", to_markdown(_curve_table(base, every, setting.ranks, extra))]
     return "\n".join(parts)
 
 
-def _summaries(experiment: Experiment, choice: Choice) -> list[Summary]:
+def _summaries(merged: MergedRuns, choice: Choice) -> list[Summary]:
     """Of the rows that stand alone for their method."""
-    return summarize_scalings([row for row in choice.shown if row not in choice.undecided], experiment.base["test"])
+    return summarize_scalings([row for row in choice.shown if row not in choice.undecided], merged.base["test"])
 
 
 def _curve_table(base: float, rows: list[CurveRow], ranks: Sequence[int], extra: str = "") -> Table:
@@ -185,42 +185,40 @@ def _difference_table(rows: list[CurveRow]) -> Table:
     return Table(header, lines)
 
 
-def _latex(experiment: Experiment, choice: Choice, notes, captions) -> str:
+def _latex(merged: MergedRuns, choice: Choice, notes, captions) -> str:
     if not choice.shown:
-        return _latex_file(experiment, [f"% {note}\n" for note in notes])
-    tables = [
-        to_latex(summary.table, f"{experiment.title}, {summary.caption}") for summary in _summaries(experiment, choice)
-    ]
+        return _latex_file(merged, [f"% {note}\n" for note in notes])
+    tables = [to_latex(summary.table, f"{merged.title}, {summary.caption}") for summary in _summaries(merged, choice)]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
-        table = _curve_table(experiment.base["test"], shown, setting.ranks)
-        tables.append(to_latex(table, " ".join([f"{experiment.title}, {caption}", *notes])))
-    return _latex_file(experiment, tables)
+        table = _curve_table(merged.base["test"], shown, setting.ranks)
+        tables.append(to_latex(table, " ".join([f"{merged.title}, {caption}", *notes])))
+    return _latex_file(merged, tables)
 
 
-def _latex_differences(experiment: Experiment, choice: Choice, comparable: dict[Setting, list[CurveRow]]) -> str:
+def _latex_differences(merged: MergedRuns, choice: Choice, comparable: dict[Setting, list[CurveRow]]) -> str:
     tables = []
     for setting, rows in comparable.items():
-        sentences = [f"{experiment.title}, {setting}.", describe_differences(rows)]
+        sentences = [f"{merged.title}, {setting}.", describe_differences(rows)]
         if any(row in choice.chosen for row in rows):
             sentences.append(describe_choice(choice))
         tables.append(to_latex(_difference_table(rows), " ".join(sentences)))
-    return _latex_file(experiment, tables)
+    return _latex_file(merged, tables)
 
 
-def _latex_file(experiment: Experiment, tables: Sequence[str]) -> str:
-    several = len(experiment.folders) > 1
-    comments = experiment.title, *([name_runs(experiment)] if several else []), r"Needs \usepackage{booktabs,graphicx}."
+def _latex_file(merged: MergedRuns, tables: Sequence[str]) -> str:
+    several = len(merged.folders) > 1
+    comments = merged.title, *([name_runs(merged)] if several else []), r"Needs \usepackage{booktabs,graphicx}."
     return "\n".join(["".join(f"% {comment}\n" for comment in comments), *tables])
 
 
-def _csv_rows(experiment: Experiment, choice: Choice) -> list[dict[str, Any]]:
+def _csv_rows(merged: MergedRuns, choice: Choice) -> list[dict[str, Any]]:
     """A record per row; `best` is empty where no learning rate could be chosen."""
     several = {row.group for row in choice.chosen}
-    ranks = sorted({rank for row in experiment.rows for rank in row.setting.ranks})
-    splits = [split for split in ("test", "validation") if any(split in row.measured for row in experiment.rows)]
+    ranks = sorted({rank for row in merged.rows for rank in row.setting.ranks})
+    splits = [split for split in ("test", "validation") if any(split in row.measured for row in merged.rows)]
     found = []
-    for row in experiment.rows:
+    for row in merged.rows:
         record = {
             **_names(row),
             "best": "" if row in choice.undecided else int(row in choice.shown),
@@ -229,7 +227,7 @@ def _csv_rows(experiment: Experiment, choice: Choice) -> list[dict[str, Any]]:
         }
         for split in splits:
             prefix, measured = "" if split == "test" else f"{split}_", row.measured.get(split)
-            record[f"{prefix}base"] = experiment.base.get(split, "")
+            record[f"{prefix}base"] = merged.base.get(split, "")
             for rank in ranks:
                 record |= _numbers(f"{prefix}rank_{rank}", measured.accuracies.get(rank) if measured else None)
             for name, area in (("aurac_linear", "linear"), ("aurac_log2", "log2"), ("mean", "mean")):
@@ -262,12 +260,14 @@ def _names(row: CurveRow) -> dict[str, Any]:
     return {
         "method": row.method,
         "readout": row.readout,
-        "scaling": row.setting.scaling,
-        "rank": row.setting.rank,
-        "weights": " ".join(map(str, row.setting.weights)),
+        **{axis: _cell(value) for axis, value in row.setting.axes},
         "learning_rate": row.learning_rate,
         "seeds": " ".join(map(str, row.seeds)),
     }
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _numbers(name: str, spread: Spread | None) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 from mlora_jax.config import changed_keys, resolve_stored
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.parallel import hosts
+from mlora_jax.training.curve_records import CURVES, CurvesOnRecord, drop_partial_curves, read_curves
 from mlora_jax.training.grid import TrialBatch
-from mlora_jax.training.records import keep_records, read_json_lines
 from mlora_jax.trials import Trial, expand_trials
 
 logger = logging.getLogger(__name__)
 
-LEDGER, CONFIG, METRICS, CURVES = "batches.json", "config.json", "metrics.jsonl", "curves.jsonl"
+LEDGER, CONFIG, METRICS = "batches.json", "config.json", "metrics.jsonl"
 ADAPTERS = "adapters"
 NOT_COMPARED = "not_compared.json"
 SCHEMA = 1
@@ -95,29 +95,6 @@ def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
     return config, trials[name], folder
 
 
-def read_curves(path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
-    """The curves on the own task of a run, of which every rank is on record: what another process may read at any time.
-
-    Args:
-      path: the folder of a run; it may not exist yet.
-
-    Returns:
-      trial -> (read-out, split) -> one record per rank. A trial that failed has none.
-    """
-    file, found = pathlib.Path(path) / CURVES, {}
-    for record in read_json_lines(file) if file.is_file() else ():
-        if record.get("failed"):
-            found[record["trial"]] = {}
-        elif not record.get("harness"):
-            curves = found.setdefault(record["trial"], {})
-            curves.setdefault((record["readout"], record["split"]), []).append(record)
-    whole = {
-        trial: {key: records for key, records in curves.items() if len(records) == records[0]["of_ranks"]}
-        for trial, curves in found.items()
-    }
-    return {trial: curves for trial, curves in whole.items() if curves or not found[trial]}
-
-
 class RunFolder:
     """What a run has on disk.
 
@@ -149,7 +126,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._drop_partial_files()
         self._check_config(config)
-        self._drop_half_curves()
+        drop_partial_curves(self.path / CURVES)
 
     def _drop_partial_files(self) -> None:
         """What a killed process was writing; a lock keeps out any other one."""
@@ -179,7 +156,9 @@ class RunFolder:
         batches = json.loads(ledger.read_text(encoding="utf-8"))["batches"] if ledger.is_file() else ()
         logged = metrics.is_file() and metrics.stat().st_size > 0
         saved = any(self.path.glob("checkpoints/*/*"))
-        return logged or saved or any(batch["trained"] for batch in batches) or bool(self._read_whole_curves())
+        return (
+            logged or saved or any(batch["trained"] for batch in batches) or bool(read_curves(self.path / CURVES).whole)
+        )
 
     def _read_ledger(self) -> None:
         record = json.loads((self.path / LEDGER).read_text(encoding="utf-8"))
@@ -198,7 +177,7 @@ class RunFolder:
                 )  # fmt: skip
         self._machine, self._inputs = record["machine"], record.get("inputs", {})
         for batch in record["batches"]:
-            trials = tuple(Trial(**{**trial, "weights": tuple(trial["weights"])}) for trial in batch["trials"])
+            trials = tuple(Trial.from_json(trial) for trial in batch["trials"])
             self.batches.append(TrialBatch(batch["name"], trials, batch["slots"]))
             if batch["trained"]:
                 self._trained.add(batch["name"])
@@ -258,30 +237,9 @@ class RunFolder:
         """The folder of its adapter."""
         return self.path / ADAPTERS / trial.name
 
-    def _drop_half_curves(self) -> None:
-        """Drops curves of which not every rank was written."""
-        whole = self._read_whole_curves()
-        keep_records(self.path / CURVES, lambda record: record.get("failed") or _key(record) in whole)
-
-    def curves(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-        """(trial, split, read-out) -> one record per rank, of every curve on the run's own task that is complete."""
-        return {key[:3]: records for key, records in self._whole_curves().items() if not key[3]}
-
-    def harness_curves(self) -> dict[tuple[str, str, str, int | None], list[dict[str, Any]]]:
-        """(trial, read-out, task, shots of the config) -> one record per rank, of every complete harness curve."""
-        whole = self._whole_curves().items()
-        return {(trial, readout, *task): records for (trial, _, readout, task), records in whole if task}
-
-    def _whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
-        return hosts.broadcast(self._read_whole_curves() if hosts.is_first() else {})
-
-    def _read_whole_curves(self) -> dict[tuple, list[dict[str, Any]]]:
-        found: dict[tuple, list[dict[str, Any]]] = {}
-        if (self.path / CURVES).is_file():
-            for record in read_json_lines(self.path / CURVES):
-                if not record.get("failed"):
-                    found.setdefault(_key(record), []).append(record)
-        return {key: records for key, records in found.items() if len(records) == records[0]["of_ranks"]}
+    def curves(self) -> CurvesOnRecord:
+        """The curves of the run that are whole, and the trials that failed."""
+        return hosts.broadcast(read_curves(self.path / CURVES) if hosts.is_first() else CurvesOnRecord())
 
     def save_verdicts(self, trial: str, readout: str, measured_on: str, verdicts: np.ndarray) -> None:
         """Keeps the per-item results [ranks, items] bool behind a curve.
@@ -319,12 +277,6 @@ class RunFolder:
         reads = hosts.is_first() and file.is_file()
         return hosts.broadcast(json.loads(file.read_text(encoding="utf-8")) if reads else {})
 
-    def failed(self) -> set[str]:
-        """Names of the trials whose loss was not finite."""
-        file = self.path / CURVES
-        reads = hosts.is_first() and file.is_file()
-        return hosts.broadcast({r["trial"] for r in read_json_lines(file) if r.get("failed")} if reads else set())
-
 
 def _machine() -> dict[str, Any]:
     """What a run's last bits depend on besides its config."""
@@ -351,9 +303,3 @@ def _verdicts(path: pathlib.Path, trial: str, readout: str, measured_on: str) ->
 def task_key(task: str, shots: int) -> str:
     """What a harness task with so many examples is called in a folder of verdicts."""
     return f"{task}-{shots}"
-
-
-def _key(record: dict[str, Any]) -> tuple:
-    """Trial, split, read-out, and of a harness task its name and the shots that the config asks for."""
-    task = (record["task"], record["asked_shots"]) if record.get("harness") else ()
-    return record["trial"], record["split"], record["readout"], task

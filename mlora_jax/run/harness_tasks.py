@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mlora_jax.config import harness_tasks
 from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
+from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder, task_key
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter
-from mlora_jax.trials import Trial
+from mlora_jax.training.curve_records import BASE, CurveKey, CurveRecord, HarnessRun
+from mlora_jax.trials import Trial, readouts_of
 
 logger = logging.getLogger(__name__)
 
-
-class TaskCurve(NamedTuple):
-    """A curve of one trial on one task, and the records of it for curves.jsonl."""
-
-    trial: str
-    task: str
-    curve: RankCurve
-    records: list[dict[str, Any]]
-
-
-def readouts_of(config: ConfigDict, trial: Trial) -> tuple[str, ...]:
-    """The read-outs of a trial's method."""
-    return config.evaluation.readouts.get(trial.method, ("prefix",))
+SPLIT = "test"  # the harness's items count as test items
 
 
 def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
@@ -57,23 +45,23 @@ def unavailable_tasks(config: ConfigDict) -> dict[str, str]:
     return gather_local(names, raw_dir=config.evaluation.raw_dir, cache_dir=config.data.cache_dir)[1]
 
 
-def wanted_curves(config: ConfigDict, folder: RunFolder, trials: Sequence[Trial]) -> list[tuple]:
-    """The (trial name, read-out, task, shots) that the config asks for and the folder does not have.
+def wanted_curves(config: ConfigDict, folder: RunFolder, trials: Sequence[Trial]) -> list[CurveKey]:
+    """The curves on tasks of the harness that the config asks for and the folder does not have.
 
     Tasks that `folder.not_compared` lists are left out.
     """
-    measured, failed, left_out = folder.harness_curves(), folder.failed(), folder.not_compared()
+    curves, left_out = folder.curves(), folder.not_compared()
     keys = [
-        (trial.name, readout, *task)
+        CurveKey(trial.name, SPLIT, readout, *task)
         for task in harness_tasks(config.evaluation.tasks)
         for trial in trials
-        if trial.name not in failed and task[0] not in left_out
+        if trial.name not in curves.failed and task[0] not in left_out
         for readout in readouts_of(config, trial)
     ]
-    return [key for key in keys if key not in measured]
+    return [key for key in keys if key not in curves]
 
 
-def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Trial]) -> Iterator[TaskCurve]:
+def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Trial]) -> Iterator[CurveRecord]:
     """Measures what `wanted_curves` names: one pass over a task's requests for all trials of one rank.
 
     Per-item results are saved in the folder too, for paired comparisons and intervals.
@@ -90,31 +78,37 @@ def measure_tasks(experiment: Experiment, folder: RunFolder, trials: Sequence[Tr
       ValueError: a task that the harness does not know.
     """
     wanted = wanted_curves(experiment.config, folder, trials)
-    for rank in dict.fromkeys(trial.rank for trial in trials):
-        of_rank = [trial for trial in trials if trial.rank == rank]
+    for form in dict.fromkeys(experiment.form(trial) for trial in trials):
+        alike = [trial for trial in trials if experiment.form(trial) == form]
         for name, shots in harness_tasks(experiment.config.evaluation.tasks):
-            missing = [(t, key[1]) for t in of_rank for key in wanted if key[0] == t.name and key[2:] == (name, shots)]
+            missing = [
+                (trial, key.readout)
+                for trial in alike
+                for key in wanted
+                if (key.trial, key.task, key.asked_shots) == (trial.name, name, shots)
+            ]
             if missing:
-                yield from _measure(experiment, folder, rank, missing, name, shots)
+                yield from _measure(experiment, folder, form, missing, name, shots)
 
 
-def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name: str, shots: int | None):
+def _measure(experiment: Experiment, folder: RunFolder, form: AdapterForm, missing, name: str, shots: int | None):
     from mlora_jax.evaluate.harness import NestedLM, Variant, evaluate_all, item_verdicts  # slow to import
 
-    config, adapted = experiment.config, experiment.adapted(rank)
-    base = Variant(adapted.adapter, jnp.zeros(rank))
-    variants = {} if ("base", "base", name, shots) in folder.harness_curves() else {"base": base}
+    config, adapted = experiment.config, experiment.adapted(*form)
+    base = Variant(adapted.adapter, jnp.zeros(form.rank))
+    variants = {} if CurveKey(BASE, SPLIT, BASE, name, shots) in folder.curves() else {BASE: base}
     loaded: dict[Trial, tuple] = {}
     curves: dict[tuple[Trial, str], tuple] = {}
     for trial, readout in missing:
         if trial not in loaded:
             loaded[trial] = load_adapter(folder.adapter(trial), adapted.adapter)
         adapter, hierarchy, _ = loaded[trial]
-        adapter, profiles = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder.adapter(trial))
+        reading = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder.adapter(trial))
+        profiles = reading.curve()
         names = [f"{trial.name} {readout} {at}" for at in profiles]
-        variants |= {each: Variant(adapter, p) for each, p in zip(names, profiles.values(), strict=True)}
+        variants |= {each: Variant(reading.adapter, p) for each, p in zip(names, profiles.values(), strict=True)}
         curves[trial, readout] = tuple(profiles), names
-    lm = _language_model(experiment, rank, NestedLM, base)
+    lm = _language_model(experiment, form, NestedLM, base)
     results = evaluate_all(
         lm,
         variants,
@@ -129,28 +123,41 @@ def _measure(experiment: Experiment, folder: RunFolder, rank: int, missing, name
     if shots is not None and used != shots:
         logger.warning("%s is defined with %d examples and was not given %d", name, used, shots)
     common = {
-        "harness": _harness_version(),
         "task": name,
+        "split": SPLIT,
         "shots": used,
-        "asked_shots": shots,
-        "metric": metric,
-        "split": "test",
-        "truncated_requests": lm.truncated,
+        "truncated": lm.truncated,
+        "harness": HarnessRun(f"lm-eval {importlib.metadata.version('lm-eval')}", metric, shots),
     }
-    if "base" in results:
-        verdicts = results["base"][0]
-        curve = RankCurve("base", (0,), *([value] for value in accuracy_and_error(verdicts)), len(verdicts), 0, 0, 0)
-        yield TaskCurve("base", name, curve, _records(curve, {"trial": "base", **common}))
+    if BASE in results:
+        verdicts = results[BASE][0]
+        accuracy, error = accuracy_and_error(verdicts)
+        yield CurveRecord(
+            trial=None,
+            readout=BASE,
+            ranks=(0,),
+            accuracies=(accuracy,),
+            standard_errors=(error,),
+            items=len(verdicts),
+            **common,
+        )
     for (trial, readout), (ranks, names) in curves.items():
         curve = RankCurve.of(readout, ranks, [results[each][0] for each in names])
         folder.save_verdicts(trial.name, readout, task_key(name, used), curve.verdicts)
-        records = _records(curve, {"trial": trial.name, **dataclasses.asdict(trial), **common})
-        yield TaskCurve(trial.name, name, curve, records)
+        yield CurveRecord(
+            trial=trial,
+            readout=readout,
+            ranks=curve.ranks,
+            accuracies=curve.accuracies,
+            standard_errors=curve.standard_errors,
+            items=curve.items,
+            **common,
+        )
 
 
-def _language_model(experiment: Experiment, rank: int, make, variant):
+def _language_model(experiment: Experiment, form: AdapterForm, make, variant):
     config, model = experiment.config, experiment.model.config
-    adapted = experiment.adapted(rank)
+    adapted = experiment.adapted(*form)
     trees = adapted.evaluation_graphdef, adapted.base, adapted.profile
     shapes = dict(
         max_length=model.max_position_embeddings,
@@ -162,22 +169,3 @@ def _language_model(experiment: Experiment, rank: int, make, variant):
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
     generator = Generator(*trees, eos=eos, **shapes)
     return make(scorer, generator, experiment.tokenizer, variant, max_length=model.max_position_embeddings)
-
-
-def _records(curve: RankCurve, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            **fields,
-            "readout": curve.readout,
-            "at_rank": rank,
-            "of_ranks": len(curve.ranks),
-            "accuracy": accuracy,
-            "stderr": error,
-            "items": curve.items,
-        }
-        for rank, accuracy, error in zip(curve.ranks, curve.accuracies, curve.standard_errors, strict=True)
-    ]
-
-
-def _harness_version() -> str:
-    return f"lm-eval {importlib.metadata.version('lm-eval')}"

@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from mlora_jax.config import FACTOR_READOUTS
+from mlora_jax.core import read_out
 from mlora_jax.core.hierarchy import check_rank
+from mlora_jax.core.readouts import readouts_without_data
 from mlora_jax.evaluate import (
     AllocationRow,
     RankCurve,
@@ -18,7 +19,6 @@ from mlora_jax.evaluate import (
     allocation_curve,
     bootstrap_aurac,
     rank_curve,
-    read_out,
     smallest_rank,
 )
 from mlora_jax.evaluate.choice import STARTS
@@ -57,7 +57,7 @@ def choose_ranks(
     Args:
       workdir: the folder of a run.
       trial_name: of one of its trained trials.
-      readout: "prefix", "nested", "masked" or "squeeze".
+      readout: a key of `mlora_jax.core.READOUTS` that takes nothing but the adapter.
       within: accuracy in 0..1 that the smallest rank may lack of the best.
       budgets: ranks; each stands for the adapter parameters of the uniform prefix of that rank. None is all of S but R.
       choose_on: "validation" chooses on the rows that the run held out and reports on its test split; "test" is for a
@@ -71,7 +71,7 @@ def choose_ranks(
       FileNotFoundError, ValueError: a folder, trial, split or option that cannot be used; the message names it.
     """
     options = (("choose_on", choose_on, _NAMES), ("measure", measure, MEASURES), ("by", by, GROUPS))
-    for name, value, allowed in (*options, ("readout", readout, FACTOR_READOUTS), ("start", start, STARTS)):
+    for name, value, allowed in (*options, ("readout", readout, readouts_without_data()), ("start", start, STARTS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if not 0 <= within <= 1:
@@ -80,15 +80,15 @@ def choose_ranks(
     for rank in budgets or ():
         check_rank(rank, "every budget", low=1, high=trial.rank)
     experiment = _with_items_to_choose_on(Experiment.load(config), choose_on)
-    adapted = experiment.adapted(trial.rank)
+    adapted = experiment.adapted_for(trial)
     adapter, hierarchy, description = load_adapter(folder, adapted.adapter)
     if not description["finite"]:
         raise ValueError(f"the trial {trial_name} failed: its loss was not finite")
-    trained_profile = experiment.phases.trained_profile(trial)
-    adapter, hierarchy, key = read_out(adapter, adapted.profile, hierarchy, readout, trained_profile)
+    reading = read_out(adapter, hierarchy, readout, trained_profile=experiment.phases.trained_profile(trial))
+    adapter, hierarchy = reading.adapter, reading.hierarchy
     curves = {}
     for split in ("validation", "test"):
-        curves[split] = rank_curve(adapted.evaluators[split], adapter, adapted.profile, hierarchy, readout=key)
+        curves[split] = rank_curve(adapted.evaluators[split], adapter, hierarchy, readout=reading.name)
         shown = " ".join(f"{accuracy:.3f}" for accuracy in curves[split].accuracies)
         say(f"ranks {' '.join(map(str, hierarchy.ranks))}, {split}: {shown}")
     objectives = {
@@ -101,7 +101,7 @@ def choose_ranks(
         adapter,
         hierarchy,
         hierarchy.ranks[:-1] if budgets is None else budgets,
-        readout=key,
+        readout=reading.name,
         levels=levels,
         group=GROUPS[by],
         start=start,

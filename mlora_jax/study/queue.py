@@ -10,42 +10,34 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mlora_jax.core import aurac
-from mlora_jax.run.folder import read_curves
 from mlora_jax.run.train import train
 from mlora_jax.study.keys import without_study
 from mlora_jax.study.rivals import Rival, rivals_of
+from mlora_jax.training.curve_records import CURVES, CurveKey, CurvesOnRecord, read_curves
 from mlora_jax.trials import Trial
 
-# trial -> read-out -> split -> one record per rank; {} of a trial that failed.
-Curves = Mapping[str, Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]]
 
-
-def score(curves: Curves, rival: Rival, trial: Trial) -> float | None:
+def score(curves: CurvesOnRecord, rival: Rival, trial: Trial) -> float | None:
     """What a learning rate is chosen by, on the validation rows: AURAC over log2 rank, or accuracy at the only rank.
 
     None if it is not measured yet, -inf if the trial failed.
     """
-    if trial.name not in curves:
-        return None
-    if not curves[trial.name]:
+    if trial.name in curves.failed:
         return -math.inf
-    records = curves[trial.name].get((rival.readout, "validation"))
-    if records is None:
+    record = curves.get(CurveKey(trial.name, "validation", rival.readout))
+    if record is None:
         return None
-    if rival.rank is not None:
-        return records[-1]["accuracy"]
-    ranks, accuracies = zip(*((record["at_rank"], record["accuracy"]) for record in records), strict=True)
-    return aurac(accuracies, ranks)
+    return record.accuracies[-1] if rival.rank is not None else aurac(record.accuracies, record.ranks)
 
 
-def wanted(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) -> list[Trial]:
+def wanted(curves: CurvesOnRecord, rival: Rival, rank: int, options: Mapping[str, Any]) -> list[Trial]:
     """The trials that a rival needs next: none if it is done.
 
     Learning rates are screened with one seed until the best is not at the edge of those tried; then the others seeds
     follow at the best.
 
     Args:
-      curves: on record so far.
+      curves: what is on record so far.
       rival: one of the study.
       rank: R of the study.
       options: `config.study`.
@@ -66,7 +58,7 @@ def wanted(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) 
     return [trial for trial in trials if score(curves, rival, trial) is None]
 
 
-def scores(curves: Curves, rival: Rival, rank: int, options: Mapping[str, Any]) -> dict[float, float | None]:
+def scores(curves: CurvesOnRecord, rival: Rival, rank: int, options: Mapping[str, Any]) -> dict[float, float | None]:
     """The score of every learning rate by the first seed; -inf where any seed failed."""
     first, *others = options["seeds"]
     found = {rate: score(curves, rival, rival.trial(rank, rate, first)) for rate in options["rates"]}
@@ -103,7 +95,7 @@ def run_cell(
     values = without_study(config).to_dict()
     values["evaluation"]["readouts"] |= {method: tuple(known) for method, known in readouts.items()}
     while True:
-        curves = read_curves(workdir)
+        curves = read_curves(pathlib.Path(workdir) / CURVES)
         trials = list(dict.fromkeys(trial for rival in rivals for trial in wanted(curves, rival, rank, config.study)))
         if not trials:
             return
@@ -114,11 +106,4 @@ def run_cell(
 
 def as_entry(trial: Trial) -> dict[str, Any]:
     """A trial as an entry of `config.trials.list`."""
-    return {
-        "method": (trial.method,),
-        "learning_rate": (trial.learning_rate,),
-        "seed": (trial.seed,),
-        "scaling": (trial.scaling,),
-        "rank": (trial.rank,),
-        "weights": (trial.weights,),
-    }
+    return {axis: (value,) for axis, value in trial.to_json().items()}

@@ -16,7 +16,7 @@ from mlora_jax.evaluate import Interval
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.report.figure import PALETTE
 from mlora_jax.report.formats import Table, to_markdown
-from mlora_jax.study.results import Cell, Measured, area_interval, difference, read_cell, regret
+from mlora_jax.study.results import Cell, MeasuredRival, area_interval, difference, read_cell, regret
 from mlora_jax.study.rivals import GROUPS, Rival
 
 MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
@@ -94,7 +94,7 @@ def _cell_text(cell: Cell) -> str:
 _EDGE = "* at the edge of the learning rates that there are.\n"
 
 
-def _edge(found: Measured) -> str:
+def _edge(found: MeasuredRival) -> str:
     return "*" if found.at_edge else ""
 
 
@@ -163,7 +163,7 @@ def _regrets(cells: Sequence[Cell]) -> str:
     )
 
 
-def _regret(found: Measured, ceiling: Measured | None) -> str:
+def _regret(found: MeasuredRival, ceiling: MeasuredRival | None) -> str:
     if ceiling is None or not found.complete:
         return ""
     return _signed(regret(found, ceiling)) if ceiling.ranks[-1] in found.ranks else ""
@@ -178,7 +178,7 @@ def _rates(cells: Sequence[Cell]) -> str:
     return f"### The best learning rate\n\n{table}\nIn brackets: not finished. {_EDGE}"
 
 
-def _rate(found: Measured | None) -> str:
+def _rate(found: MeasuredRival | None) -> str:
     if found is None:
         return ""
     rate = f"{found.learning_rate:g}{_edge(found)}"

@@ -14,13 +14,14 @@ from scipy.special import stdtrit
 from mlora_jax.config import further_methods
 from mlora_jax.core import aurac, get_method
 from mlora_jax.evaluate import Interval
-from mlora_jax.run.folder import load_verdicts, read_curves
+from mlora_jax.run.folder import load_verdicts
 from mlora_jax.study.queue import best_rate, scores, wanted
 from mlora_jax.study.rivals import Rival, rivals_of
+from mlora_jax.training.curve_records import CURVES, CurveKey, read_curves
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredRival:
     """A rival at its chosen learning rate.
 
     Attributes:
@@ -67,10 +68,10 @@ class Cell:
     base: float
     items: int
     rank: int
-    measured: dict[Rival, Measured]
+    measured: dict[Rival, MeasuredRival]
     unfinished: tuple[Rival, ...]
 
-    def separate(self) -> dict[int, Measured]:
+    def separate(self) -> dict[int, MeasuredRival]:
         """Rank -> LoRA trained at that rank by itself, where that is finished."""
         finished = [found for found in self.measured.values() if found.complete and found.rival.rank is not None]
         return {found.rival.rank: found for found in finished}
@@ -84,7 +85,8 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
       config: of it.
       workdir: of the cell; it may not exist yet.
     """
-    folder, curves, rank = pathlib.Path(workdir), read_curves(workdir), config.study.rank
+    folder, rank = pathlib.Path(workdir), config.study.rank
+    curves = read_curves(folder / CURVES)
     methods, measured, unfinished = further_methods(config), {}, []
     for rival in rivals_of(config.study.groups, rank):
         found = _measured(folder, curves, rival, rank, config.study, methods)
@@ -92,11 +94,12 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
             measured[rival] = found
         if not found or not found.complete:
             unfinished.append(rival)
-    base = curves.get("base", {}).get(("base", "test"), [{"accuracy": math.nan, "items": 0}])[0]
-    return Cell(name, base["accuracy"], base["items"], rank, measured, tuple(unfinished))
+    base = curves.base().get("test")
+    accuracy, items = (base.accuracies[0], base.items) if base else (math.nan, 0)
+    return Cell(name, accuracy, items, rank, measured, tuple(unfinished))
 
 
-def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Measured | None:
+def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> MeasuredRival | None:
     tried = scores(curves, rival, rank, options)
     if all(value in (None, -math.inf) for value in tried.values()):
         return None
@@ -105,10 +108,10 @@ def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Meas
     for seed in options.seeds:
         trial = rival.trial(rank, best, seed)
         found = load_verdicts(folder, trial.name, rival.readout, "test")
-        records = curves.get(trial.name, {}).get((rival.readout, "test"))
-        if found is None or records is None:
+        record = curves.get(CurveKey(trial.name, "test", rival.readout))
+        if found is None or record is None:
             continue
-        ranks = tuple(record["at_rank"] for record in records)
+        ranks = record.ranks
         if rival.rank is not None:
             found, ranks = found[-1:], ranks[-1:]
         verdicts[seed] = found
@@ -117,7 +120,7 @@ def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Meas
     cost = get_method(rival.method, methods).cost(rival.trial(rank, best, 0).hierarchy())
     edge = best in (options.rates[0], options.rates[-1])
     complete = not wanted(curves, rival, rank, options)
-    return Measured(rival, best, edge, ranks, verdicts, cost, complete)
+    return MeasuredRival(rival, best, edge, ranks, verdicts, cost, complete)
 
 
 def interval(z: np.ndarray, *, confidence: float = 0.95) -> Interval:
@@ -147,12 +150,12 @@ def interval(z: np.ndarray, *, confidence: float = 0.95) -> Interval:
     return Interval(float(mean - half), float(mean + half), float(mean))
 
 
-def area_interval(measured: Measured) -> Interval:
+def area_interval(measured: MeasuredRival) -> Interval:
     """AURAC over log2 rank, its interval over items and seeds."""
     return interval(_areas(measured, tuple(measured.verdicts)))
 
 
-def difference(first: Measured, second: Measured) -> Interval:
+def difference(first: MeasuredRival, second: MeasuredRival) -> Interval:
     """AURAC of the first less that of the second, on the same items and seeds.
 
     Raises:
@@ -164,7 +167,7 @@ def difference(first: Measured, second: Measured) -> Interval:
     return interval(_areas(first, seeds) - _areas(second, seeds))
 
 
-def regret(measured: Measured, ceiling: Measured) -> Interval:
+def regret(measured: MeasuredRival, ceiling: MeasuredRival) -> Interval:
     """How far the accuracy at the only rank of `ceiling` is above that of a curve at this rank."""
     seeds, (rank,) = _shared_seeds(measured, ceiling), ceiling.ranks[-1:]
     at, own = measured.ranks.index(rank), ceiling.ranks.index(rank)
@@ -172,14 +175,14 @@ def regret(measured: Measured, ceiling: Measured) -> Interval:
     return interval(np.stack(z))
 
 
-def _shared_seeds(first: Measured, second: Measured) -> tuple[int, ...]:
+def _shared_seeds(first: MeasuredRival, second: MeasuredRival) -> tuple[int, ...]:
     seeds = tuple(seed for seed in first.verdicts if seed in second.verdicts)
     if not seeds:
         raise ValueError(f"{first.rival.name} and {second.rival.name} share no seed")
     return seeds
 
 
-def _areas(measured: Measured, seeds: Sequence[int]) -> np.ndarray:
+def _areas(measured: MeasuredRival, seeds: Sequence[int]) -> np.ndarray:
     """AURAC is linear in the accuracies: the share of every item in it, [seeds, items]."""
     weights = np.array([aurac(unit, measured.ranks) for unit in np.eye(len(measured.ranks))])
     return np.stack([weights @ measured.verdicts[seed] for seed in seeds])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +109,7 @@ def train_step(
     schedule: Schedule,
     dropout_key: jax.Array,
     *,
+    proximal: Callable[[Any], Any] | None = None,
     sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
     """One optimizer step: M micro-batches, N profiles each.
@@ -124,9 +126,10 @@ def train_step(
       profile: profile tree; its values are replaced by the draw's.
       state: adapter, optimizer state and step.
       batch: arrays with a leading M.
-      draw: profiles [M, N, E, R] with E one or B, update_mask [R], loss_weights [N].
+      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N].
       schedule: learning rate and lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
+      proximal: what is done to the adapter behind the update, `mlora_jax.core.Update.proximal`.
       sharded: whether this is mapped over parts of the rows, by an axis of the name `SHARDS`: gradients are summed over
         it once, after all micro-batches, and the result is the same in every part.
 
@@ -139,8 +142,7 @@ def train_step(
     count = draw.profiles.shape[1]
 
     def loss_under(adapter, micro_batch, p, weight, key):
-        shared = p.shape[0] == 1  # [E, R]
-        values = set_profile(profile, p[0] if shared else p, per_example=not shared)
+        values = set_profile(profile, p if draw.per_example else p[0], per_example=draw.per_example)  # p [E, R]
         values = set_dropout_key(values, key)
         nats = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
         return nats * (weight / answers).astype(nats.dtype)
@@ -165,9 +167,10 @@ def train_step(
     gradient = scale_ranks(gradient, draw.update_mask)
     rate = learning_rate_at(schedule, state.step)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
-    # Masked again: a column that may not move has momentum from the steps in which it could.
-    updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.update_mask))
+    # A column that is masked here has a rate of 0: it keeps momentum from the steps in which it could move.
+    updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.column_rates))
     adapter = optax.apply_updates(state.adapter, updates)
+    adapter = adapter if proximal is None else proximal(adapter)
     norm = optax.tree.norm(gradient)
     # The adapter too: no later step would notice what the last update broke.
     whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])

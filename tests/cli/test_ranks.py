@@ -49,7 +49,7 @@ def made(tmp_path_factory):
     adapter = jax.tree.map(lambda x: 30 * jax.random.normal(next(keys), x.shape), adapted.adapter)
     curves = {
         (split, readout): rank_curve(
-            evaluate, adapter, adapted.profile, hierarchy, readout=readout, trained_profile=hierarchy.matryoshka()
+            evaluate, adapter, hierarchy, readout=readout, trained_profile=hierarchy.matryoshka()
         )
         for split, evaluate in adapted.evaluators.items()
         for readout in ("prefix", "squeeze")

@@ -48,7 +48,10 @@ def test_many_runs_are_written_where_out_says(tmp_path):
         ([], "error: name at least one run's folder"),
         (["{run}"], "error: trec on base: no learning rate can be chosen on the validation split for lora"),
         (["{run}", "{run}"], "error: of several runs, --out DIR must say where the table belongs"),
-        (["{run}", "{run}", "--out={run}"], "error: the trial lora R 4 none rate 0.1 seed 1 is in "),
+        (
+            ["{run}", "{run}", "--out={run}"],
+            "error: the trial lora, R = 4, scaling none, learning rate 0.1, seed 1 is in ",
+        ),
         (["{run}/nowhere"], "nowhere is not the folder of a run: it has no config.json"),
         (["{run}", "--choose_on=train"], "value should be one of <validation|test>"),
     ],

@@ -41,21 +41,25 @@ def test_every_experiment_file_is_valid(name):
 
 
 MINE = (("lora", 0.5), ("sandwich", 0.25), ("per_example", 0.25))
+OWN = (("lora", 0.5, "fan_in"), ("lora", 0.5, "none", "soft_threshold"), "gate")
 
 
 def test_methods_of_ones_own():
     config = resolve(
         {
-            "methods": {"mine": MINE, "turned": (*MINE, "rotate")},
+            "methods": {"mine": MINE, "turned": (*MINE, "rotate"), "anew": (*MINE, "restart"), "own": OWN},
             "trials": {"method": ("mine", "turned", "renest")},
             "evaluation": {"readouts": {"mine": ("prefix", "squeeze")}},
         }
     )
-    phases = tuple(Phase(*pair) for pair in MINE)
+    begins = lambda start: tuple(Phase(*pair, start if at else "") for at, pair in enumerate(MINE))  # noqa: E731
     found = further_methods(config)
-    assert found.keys() == {"mine", "turned"} and isinstance(found["mine"], Method)
-    assert (found["mine"].phases, found["mine"].carry) == (phases, "reset")
-    assert (found["turned"].phases, found["turned"].carry) == (phases, "rotate")
+    assert found.keys() == {"mine", "turned", "anew", "own"} and isinstance(found["mine"], Method)
+    assert (found["mine"].phases, found["mine"].schedule) == (begins("squeeze"), "run")
+    assert (found["turned"].phases, found["turned"].schedule) == (begins("squeeze_rotated"), "run")
+    assert (found["anew"].phases, found["anew"].schedule) == (begins("squeeze"), "phase")
+    own = found["own"]
+    assert own.phases == (Phase("lora", 0.5, "fan_in"), Phase("lora", 0.5, "none", "soft_threshold")) and own.gate
     assert config.evaluation.readouts.mine == ("prefix", "squeeze")
     assert [trial.method for trial in expand_trials(config)] == ["mine", "turned", "renest"]
     assert json.loads(json.dumps(config.to_dict()))["methods"]["mine"][0] == ["lora", 0.5]
@@ -67,13 +71,16 @@ def test_methods_of_ones_own():
     [
         ({"methods": {"lora": MINE}}, "config.methods.lora is a method of that name already"),
         ({"methods": {"a/b": MINE}}, "config.methods.a/b: a name is made of letters"),
-        ({"methods": {"mine": (*MINE, "rotat")}}, "config.methods.mine must be phases .*unknown carry 'rotat'"),
+        (
+            {"methods": {"mine": (*MINE, "rotat")}},
+            "config.methods.mine .*unknown word 'rotat'; known: rotate, restart, gate",
+        ),
         ({"calibration": {"learning_rate": math.nan}}, "config.calibration.learning_rate must be positive and finite"),
         ({"train": {"epsilon": math.inf}}, "config.train.epsilon must be at least 0.0 and finite, got inf"),
         ({"methods": {"mine": ()}}, r"config.methods.mine must be phases like .*, got \(\)"),
         ({"methods": {"mine": (("lora", 0.5),)}}, r"config.methods.mine must be .*sum to 1, got \[0.5\]"),
         ({"methods": {"mine": (("lroa", 1.0),)}}, "config.methods.mine .*unknown policy 'lroa'; did you mean 'lora'"),
-        ({"methods": {"mine": (("lora", 1.0), "turn")}}, "config.methods.mine .*unknown carry 'turn'"),
+        ({"methods": {"mine": (("lora", 1.0), "turn")}}, "config.methods.mine .*unknown word 'turn'"),
         ({"methods": {"mine": "lora"}}, "config.methods.mine must be a tuple"),
         ({"trials": {"method": ("mine",)}}, "unknown method 'mine'"),
         (

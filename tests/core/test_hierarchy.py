@@ -10,6 +10,9 @@ import pytest
 from mlora_jax.core import READOUTS, SCALINGS, RankHierarchy, p_scaled_product, powers_of_two, readout_profile
 from tests.oracles import numpy_reference as reference
 
+# The read-outs that are a profile of the adapter itself.
+PROFILES = tuple(name for name, row in READOUTS.items() if row.action == "none")
+
 # (S, R): R a power of two; R = 12; S that stops short of R; one rank; ranks without a pattern.
 RANKS = {
     "powers": ((1, 2, 4, 8), 8),
@@ -57,7 +60,7 @@ def test_every_profile_equals_the_formula(ranks, R, scaling, weighted, precision
     hierarchy, weights = make(ranks, R, scaling, weighted)
     with jax.enable_x64(x64):
         got = {"lora": hierarchy.lora(), "matryoshka": hierarchy.matryoshka()}
-        for r, readout in itertools.product(range(R + 1), READOUTS):
+        for r, readout in itertools.product(range(R + 1), PROFILES):
             got[f"{readout} {r}"] = readout_profile(hierarchy, readout, r)
         for name, profile in got.items():
             assert profile.dtype == dtype and profile.shape == (R,), name
@@ -82,14 +85,14 @@ def test_the_diagonal_gathers_the_sum_over_prefixes(ranks, R, scaling, weighted)
 @pytest.mark.parametrize(("ranks", "R"), RANKS.values(), ids=RANKS)
 def test_rank_zero_is_the_base_and_masked_at_full_rank_is_the_training_diagonal(ranks, R, scaling):
     hierarchy, _ = make(ranks, R, scaling)
-    for readout in READOUTS:
+    for readout in PROFILES:
         assert not np.any(readout_profile(hierarchy, readout, 0))
     for readout in ("nested", "masked"):
         np.testing.assert_array_equal(readout_profile(hierarchy, readout, R), hierarchy.matryoshka())
     np.testing.assert_array_equal(hierarchy.prefix(R), hierarchy.lora())
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("readout", PROFILES)
 @pytest.mark.parametrize(("ranks", "R"), RANKS.values(), ids=RANKS)
 def test_a_read_out_uses_no_column_beyond_its_rank(ranks, R, readout):
     hierarchy, _ = make(ranks, R, "rank")
@@ -194,7 +197,7 @@ def test_a_bad_hierarchy_is_refused_by_name(arguments, message):
         RankHierarchy(**arguments)
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("readout", PROFILES)
 @pytest.mark.parametrize("rank", [-1, 5, 2.0, True, None])
 def test_a_read_out_outside_zero_to_full_rank_is_refused(readout, rank):
     hierarchy = RankHierarchy((1, 2, 4))
@@ -218,5 +221,7 @@ def test_default_ranks_of_no_rank_are_refused(rank):
 
 
 def test_an_unknown_read_out_is_refused():
-    with pytest.raises(ValueError, match="unknown read-out 'suffix'; known: prefix, nested, masked"):
+    with pytest.raises(
+        ValueError, match=r"unknown read-out 'suffix'\. Known read-outs: prefix, squeeze, nested, masked"
+    ):
         readout_profile(RankHierarchy((1, 2)), "suffix", 1)

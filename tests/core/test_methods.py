@@ -22,6 +22,7 @@ def test_every_policy_is_a_method_of_one_phase_with_its_scales():
 
 def test_renest_is_lora_and_then_a_prefix_for_each_example_at_the_cost_of_lora():
     assert [(phase.policy, phase.fraction) for phase in RENEST.phases] == [("lora", 0.7), ("per_example", 0.3)]
+    assert [phase.start for phase in RENEST.phases] == ["", "squeeze"]
     assert RENEST.cost(HIERARCHY) == pytest.approx(1.0)
     assert RENEST.uses_weights
     sandwich = METHODS["renest_sandwich"]
@@ -49,18 +50,33 @@ def test_three_phases():
 
 
 @pytest.mark.parametrize(
-    ("phases", "carry", "message"),
+    ("phases", "options", "message"),
     [
-        ((), "reset", "at least one phase"),
-        ((Phase("lora", 0.7),), "reset", r"sum to 1, got \[0.7\]"),
-        ((Phase("lora", 1.0), Phase("lora", 0.0)), "reset", "above 0"),
-        ((Phase("lroa", 1.0),), "reset", "unknown policy 'lroa'; did you mean 'lora'"),
-        ((Phase("lora", 1.0),), "turn", "unknown carry 'turn'; known: reset, rotate, restart"),
+        ((), {}, "at least one phase"),
+        ((Phase("lora", 0.7),), {}, r"sum to 1, got \[0.7\]"),
+        ((Phase("lora", 1.0), Phase("lora", 0.0)), {}, "above 0"),
+        ((Phase("lroa", 1.0),), {}, "unknown policy 'lroa'; did you mean 'lora'"),
+        ((Phase("lora", 1.0),), {"schedule": "turn"}, "unknown schedule 'turn'; known: run, phase"),
+        ((Phase("lora", 1.0, "squeze"),), {}, "unknown action 'squeze'; did you mean 'squeeze'"),
+        ((Phase("lora", 1.0, "squeeze"),), {}, "'squeeze' cannot stand in the place 'first'; .*: none, fan_rank"),
+        ((Phase("lora", 0.5), Phase("lora", 0.5, "fan_in")), {}, "'fan_in' cannot stand in the place 'later'"),
+        ((Phase("lora", 0.5), Phase("lora", 0.5, "calibrated")), {}, "'calibrated' cannot stand in the place 'later'"),
+        (
+            (Phase("lora", 1.0, "", "soft_treshold"),),
+            {},
+            "unknown update 'soft_treshold'; did you mean 'soft_threshold'",
+        ),
+        ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
 )
-def test_a_method_that_cannot_be_is_refused(phases, carry, message):
+def test_a_method_that_cannot_be_is_refused(phases, options, message):
     with pytest.raises(ValueError, match=message):
-        Method(phases=phases, summary="", carry=carry)
+        Method(phases=phases, summary="", **options)
+
+
+def test_a_change_of_policy_needs_no_squeeze():
+    method = Method(phases=(Phase("dylora", 0.5), Phase("matryoshka", 0.5)), summary="")
+    assert method.hierarchy(HIERARCHY) == HIERARCHY
 
 
 def test_too_few_steps_are_refused():

@@ -1,5 +1,6 @@
 """Every row of the policy table: shapes, determinism, what is drawn, and the same draw under jit and vmap."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,7 +47,7 @@ def drawer(name, hierarchy=HIERARCHY, accumulation=2):
 def steps_of(name, count, **options):
     """The draws of the first `count` steps under one key."""
     draw = jax.tree.map(np.asarray, drawer(name, **options)(jnp.stack([KEY] * count), jnp.arange(count)))
-    return draw._replace(profiles=shared(draw.profiles))
+    return dataclasses.replace(draw, profiles=shared(draw.profiles))
 
 
 def shared(profiles):
@@ -138,7 +139,8 @@ def test_weights_change_what_is_trained_where_the_policy_says_so_and_equal_ones_
         for weights in (None, (1.0,) * len(S), (1.0, 2.0, 0.5, 1.0, 3.0))
     )
     jax.tree.map(np.testing.assert_array_equal, plain, even)
-    differs = any(np.any(a != b) for a, b in zip(plain, uneven, strict=True))
+    pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(uneven), strict=True)
+    differs = any(np.any(a != b) for a, b in pairs)
     assert differs == get_policy(name).uses_weights == (name in ("dylora", "matryoshka", "matryoshka_exact"))
     expected = np.array([1.0, 2.0, 0.5, 1.0, 3.0]) / 7.5 if name == "matryoshka_exact" else plain.loss_weights
     np.testing.assert_allclose(uneven.loss_weights, np.broadcast_to(expected, uneven.loss_weights.shape), rtol=1e-6)

@@ -21,7 +21,7 @@ def trees():
 
 
 def test_accuracies_are_those_of_each_rank(trees):
-    adapter, profile = trees
+    adapter, _ = trees
     seen = []
 
     def evaluate(given, p):
@@ -29,7 +29,7 @@ def test_accuracies_are_those_of_each_rank(trees):
         seen.append(p)
         return np.arange(10) < 2 * np.count_nonzero(p)
 
-    curve = rank_curve(evaluate, adapter, profile, HIERARCHY)
+    curve = rank_curve(evaluate, adapter, HIERARCHY)
     assert curve.ranks == (1, 2, 5) and curve.accuracies == (0.2, 0.4, 1.0) and curve.items == 10
     for p, rank in zip(seen, curve.ranks, strict=True):
         np.testing.assert_array_equal(p, HIERARCHY.prefix(rank))
@@ -42,12 +42,12 @@ def test_accuracies_are_those_of_each_rank(trees):
 @pytest.mark.parametrize("readout", ["prefix", "nested", "masked"])
 def test_the_read_out_chooses_the_profiles(trees, readout):
     seen = []
-    rank_curve(lambda _, p: seen.append(p) or np.ones(2), *trees, HIERARCHY, readout=readout)
+    rank_curve(lambda _, p: seen.append(p) or np.ones(2), trees[0], HIERARCHY, readout=readout)
     np.testing.assert_array_equal(seen, [getattr(HIERARCHY, readout)(rank) for rank in HIERARCHY.ranks])
 
 
 def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees):
-    adapter, profile = trees
+    adapter, _ = trees
     trained_profile = HIERARCHY.matryoshka()
     whole = np.asarray(adapter["a"][...] * trained_profile @ adapter["b"][...])
     u, s, vt = np.linalg.svd(whole)
@@ -59,13 +59,15 @@ def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees
         errors.append(np.abs(np.asarray(given["a"][...] * p @ given["b"][...]) - best).max())
         return np.ones(3)
 
-    rank_curve(evaluate, adapter, profile, HIERARCHY, readout="squeeze", trained_profile=trained_profile)
+    rank_curve(evaluate, adapter, HIERARCHY, readout="squeeze", trained_profile=trained_profile)
     assert len(errors) == 3 and max(errors) < 1e-4 * s[0]
 
 
 def test_unknown_read_out(trees):
-    with pytest.raises(ValueError, match="unknown read-out 'middle'; known: prefix, nested, masked"):
-        rank_curve(lambda _, p: np.ones(2), *trees, HIERARCHY, readout="middle")
+    with pytest.raises(
+        ValueError, match=r"unknown read-out 'middle'\. Known read-outs: prefix, squeeze, nested, masked"
+    ):
+        rank_curve(lambda _, p: np.ones(2), trees[0], HIERARCHY, readout="middle")
 
 
 def test_error_of_one_item_is_zero():

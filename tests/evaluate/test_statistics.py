@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from mlora_jax.evaluate import RankCurve, bootstrap_aurac, compare
-from mlora_jax.run.train import _curve
+from mlora_jax.run.results import curve_of
 
 RANKS = (1, 2, 8)
 
@@ -121,7 +121,7 @@ def test_a_curve_keeps_its_verdicts_out_of_comparisons():
         {"at_rank": r, "accuracy": a, "stderr": e, "items": 40, "readout": "prefix"}
         for r, a, e in zip(RANKS, curve.accuracies, curve.standard_errors, strict=True)
     ]
-    assert _curve(records) == curve and _curve(records).verdicts is None and "verdicts" not in repr(curve)
+    assert curve_of(records) == curve and curve_of(records).verdicts is None and "verdicts" not in repr(curve)
     assert dataclasses.replace(curve, items=41) != curve
 
 

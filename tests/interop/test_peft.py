@@ -344,7 +344,7 @@ def test_a_rank_of_its_own_choice(base, decoder, theirs):
     [
         (0, {}, "every layer has rank 0, which is the base model itself"),
         (7, {}, r"the rank of .* must be an integer in 0\.\.6, got 7"),
-        (1, {"readout": "suffix"}, "unknown read-out 'suffix'; known: prefix, nested, masked, squeeze"),
+        (1, {"readout": "suffix"}, "unknown read-out 'suffix'. Known read-outs: prefix, squeeze, nested, masked"),
         ({"lm_head": (1,)}, {}, "ranks must name the modules layers.mlp.down_proj, .*; got lm_head"),
         (RANKS | {"lm_head": (1, 2)}, {}, r"lm_head has 1 layers, got the ranks \(1, 2\)"),
         (1, {"hierarchy": RankHierarchy((1, 2))}, "has rank 6, but the hierarchy's R is 2"),

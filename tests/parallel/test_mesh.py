@@ -19,6 +19,8 @@ from mlora_jax.parallel.rules import shardings, spec_of
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.inputs import run_mesh
 from mlora_jax.run.readouts import read_out_trial
+from mlora_jax.run.sizing import compile_largest
+from mlora_jax.run.starts import first_state
 from mlora_jax.trials import expand_trials
 from tests.tiny import tiny_config
 
@@ -101,7 +103,7 @@ def test_keys_of_the_mesh(tmp_path):
     for changes, expected in meshes:
         with jax.default_device(None):
             experiment = Experiment.load(resolve({**config, "parallel": changes}))
-            program = experiment.compile_largest(expand_trials(experiment.config)[0], 2, 0)
+            program = compile_largest(experiment, expand_trials(experiment.config)[0], 2, 0)
         assert {axis: size for axis, size in experiment.mesh.shape.items() if size > 1} == expected
         programs.add(program.as_text())
     assert len(programs) == len(meshes)
@@ -210,7 +212,7 @@ def test_readouts_that_run_the_model_are_the_same_on_a_mesh(tmp_path):
         with jax.default_device(FOUR[0] if name == "one" else None):
             experiment = Experiment.load(resolve({**config, "parallel": axes}))
             assert (experiment.mesh is None) == (name == "one")
-            state, _ = experiment.start([trial])
+            state, _ = first_state(experiment, [trial])
             adapter = drawn(state.adapter)
             hierarchy = trial.hierarchy(experiment.config.adapter.ranks)
             for readout in ("calibrated", "squeeze_inputs"):

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from mlora_jax.training.records import JsonLines
+from mlora_jax.trials import Trial
 
 RANKS = (1, 2, 4)
 
@@ -67,6 +68,5 @@ def write_run(
 
 
 def _trial(method, rate, seed, scaling, weights):
-    name = f"{method}-lr{rate:g}-seed{seed}"
-    fields = {"method": method, "learning_rate": rate, "seed": seed, "scaling": scaling, "weights": list(weights)}
-    return {"trial": name, **fields, "rank": 4, "task": "trec"}
+    trial = Trial(method, rate, seed, scaling, 4, tuple(weights))
+    return {"trial": trial.name, **trial.to_json(), "task": "trec"}

@@ -6,7 +6,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 
 from mlora_jax.core import POLICIES
-from mlora_jax.report import choose_rows, draw_curves, draw_learning_rates, read_experiments
+from mlora_jax.report import choose_rows, draw_curves, draw_learning_rates, read_runs
 from mlora_jax.report.figure import LEAST_GAP, PALETTE, _are_apart
 from tests.report.runs import write_run
 
@@ -29,7 +29,7 @@ BASES = (("test", 0.25), ("validation", 0.125))
 
 
 def figures(path, curves, split="validation", **options):
-    (experiment,) = read_experiments([write_run(path, curves, base=BASES, failed=[("lora", 0.4, 2)], **options)])
+    (experiment,) = read_runs([write_run(path, curves, base=BASES, failed=[("lora", 0.4, 2)], **options)])
     choice = choose_rows(experiment.rows, split)
     return draw_curves(experiment, choice), draw_learning_rates(experiment, choice)
 
@@ -75,7 +75,7 @@ def test_lines_differ_in_colour_by_method_and_in_style_by_read_out(tmp_path):
 
 
 def draw(path, curves):
-    (experiment,) = read_experiments([write_run(path, curves)])
+    (experiment,) = read_runs([write_run(path, curves)])
     return draw_curves(experiment, choose_rows(experiment.rows, "test"))
 
 
@@ -94,7 +94,7 @@ def test_many_rows_get_a_panel_per_read_out(tmp_path):
 def test_two_settings_get_a_panel_each(tmp_path):
     same = {("lora", "prefix", 0.1): {"test": {1: (0.5, 0.5, 0.5)}}}
     runs = [write_run(tmp_path / scaling, same, scaling=scaling) for scaling in ("none", "sqrt")]
-    (experiment,) = read_experiments(runs)
+    (experiment,) = read_runs(runs)
     figure = draw_curves(experiment, choose_rows(experiment.rows, "test"))
     assert [area.get_title() for area in figure.axes] == ["R = 4, scaling none", "R = 4, scaling sqrt"]
 

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from mlora_jax.report import choose_rows, read_experiments, write_report, write_tables
+from mlora_jax.report import choose_rows, read_runs, write_report, write_tables
 from mlora_jax.report.table import _summaries
 from tests.report.runs import write_run
 from tests.report.test_report import BOTH_BASES, BOTH_SPLITS
@@ -126,14 +126,17 @@ def test_own_data_of_other_files_is_kept_apart(tmp_path, first, second, apart):
 def test_one_trial_in_two_folders_is_an_error_that_names_both(tmp_path):
     first = write_run(tmp_path / "first", {("lora", "prefix", 0.1): curve(1, 2)})
     second = write_run(tmp_path / "second", {}, failed=[("lora", 0.1, 2)])
-    with pytest.raises(ValueError, match=r"the trial lora R 4 none rate 0.1 seed 2 is in .*first and in .*second; "):
+    with pytest.raises(
+        ValueError,
+        match=r"the trial lora, R = 4, scaling none, learning rate 0.1, seed 2 is in .*first and in .*second; ",
+    ):
         write_tables([first, second], tmp_path / "out")
     with pytest.raises(ValueError, match=r"is in .*first and in .*first; "):
         write_tables([first, first], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # The same trial of another task is another trial.
     other = write_run(tmp_path / "other", {("lora", "prefix", 0.1): curve(1, 2)}, task="sst2")
-    assert len(read_experiments([first, other])) == 2
+    assert len(read_runs([first, other])) == 2
 
 
 def test_other_ranks_of_read_outs_are_another_table(tmp_path):
@@ -242,6 +245,6 @@ def test_rates_that_nothing_chose_have_no_place_among_the_scalings(tmp_path):
     curves = {key: {"test": splits["test"]} for key, splits in BOTH_SPLITS.items()}
     for scaling in ("none", "sqrt"):
         write_run(tmp_path / scaling, curves, scaling=scaling)
-    (experiment,) = read_experiments([tmp_path / "none", tmp_path / "sqrt"])
+    (experiment,) = read_runs([tmp_path / "none", tmp_path / "sqrt"])
     choice = choose_rows(experiment.rows, "validation")
     assert choice.undecided and not _summaries(experiment, choice)

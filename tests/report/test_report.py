@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from mlora_jax.report import choose_rows, compare, read_experiments, write_report
+from mlora_jax.report import choose_rows, compare, read_runs, write_report
 from mlora_jax.report.formats import escape_latex
 from mlora_jax.training.records import read_json_lines
 from tests.report.runs import write_run
@@ -44,7 +44,7 @@ BOTH_BASES = (("test", 0.25), ("validation", 0.125))
 
 
 def rows_of(path):
-    (experiment,) = read_experiments([path])
+    (experiment,) = read_runs([path])
     return {(row.method, row.readout, row.learning_rate): row for row in experiment.rows}
 
 
@@ -62,7 +62,7 @@ def run(tmp_path):
 
 
 def test_rows_are_means_and_deviations_over_seeds(tmp_path):
-    (experiment,) = read_experiments([write_run(tmp_path, TEST_ONLY)])
+    (experiment,) = read_runs([write_run(tmp_path, TEST_ONLY)])
     assert experiment.base == {"test": 0.25} and len(experiment.rows) == 5 and experiment.failed == []
     row = rows_of(tmp_path)["lora", "prefix", 0.1]
     curves = np.array([(0.1, 0.2, 0.9), (0.3, 0.4, 0.7)])
@@ -106,9 +106,9 @@ def test_settings_are_chosen_apart(tmp_path):
     second = write_run(
         tmp_path / "b", {("lora", "prefix", 0.1): bad, ("lora", "prefix", 0.2): good}, weights=(1.0, 0.5, 2.0)
     )
-    (experiment,) = read_experiments([first, second])
+    (experiment,) = read_runs([first, second])
     shown = choose_rows(experiment.rows, "test").shown
-    assert {(row.setting.weights, row.learning_rate) for row in shown} == {((), 0.1), ((1.0, 0.5, 2.0), 0.2)}
+    assert {(row.setting.values["weights"], row.learning_rate) for row in shown} == {((), 0.1), ((1.0, 0.5, 2.0), 0.2)}
     assert str(shown[1].setting) == "R = 4, scaling none, weights 1, 0.5, 2"
 
 
@@ -122,7 +122,7 @@ def test_survivors_alone_do_not_win(tmp_path):
     assert rates(choice.shown) == {("lora", "prefix"): 0.1} and rates(choice.left_out) == {("lora", "prefix"): 0.2}
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert "Failed, the loss is not finite: lora-lr0.2-seed2." in text
+    assert "Failed, the loss is not finite: lora-r4-none-lr0.2-seed2." in text
     assert "they lack more seeds than another learning rate: lora at 0.2 (seed 2 failed)." in text
     assert [row["failed_seeds"] for row in read_csv(tmp_path / "table.csv")] == ["", "2"]
 
@@ -391,7 +391,7 @@ def test_nothing_but_failed_trials(tmp_path):
         (tmp_path / name).write_text("of an earlier run")
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert "Failed, the loss is not finite: sandwich-lr0.1-seed1." in text
+    assert "Failed, the loss is not finite: sandwich-r4-none-lr0.1-seed1." in text
     assert "No trial finished. Accuracy of the base: 0.250." in text
     assert "No trial finished" in (tmp_path / "table.tex").read_text()
     assert not [name for name in ("curves.png", "differences.csv", "differences.tex") if (tmp_path / name).exists()]
@@ -409,7 +409,7 @@ def test_unfinished_trials_are_counted_and_half_written_curves_left_out(tmp_path
 def test_a_curve_without_its_last_ranks_is_left_out_though_no_other_has_them(run):
     lines = (run / "curves.jsonl").read_text().splitlines(keepends=True)
     (run / "curves.jsonl").write_text("".join(line for line in lines if '"at_rank": 4' not in line))
-    (experiment,) = read_experiments([run])
+    (experiment,) = read_runs([run])
     assert experiment.rows == [] and experiment.base["test"] == 0.25
 
 

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from mlora_jax.config import resolve
-from mlora_jax.run.folder import CURVES, METRICS, RunFolder, only_one_run
+from mlora_jax.run.folder import METRICS, RunFolder, only_one_run
+from mlora_jax.training.curve_records import BASE, CURVES, CurveRecord
 from mlora_jax.training.records import JsonLines
 from mlora_jax.trials import expand_trials
 
@@ -48,7 +49,7 @@ def test_a_folder_in_which_nothing_was_trained_or_measured_takes_another_config(
 def test_a_folder_with_a_measurement_alone_keeps_its_config(tmp_path):
     RunFolder(tmp_path, resolve({}))
     with JsonLines(tmp_path / CURVES) as curves:
-        curves.write({"trial": "base", "split": "test", "readout": "base", "of_ranks": 1})
+        curves.write(*CurveRecord(None, "trec", "test", BASE, (0,), (0.5,), (0.1,), 26).to_lines())
     with pytest.raises(ValueError, match=r"config\.train\.remat was False"):
         RunFolder(tmp_path, resolve({"train": {"remat": True}}))
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlora_jax.config import resolve
+from mlora_jax.run import batch as run_batch
 from mlora_jax.run import train as run
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.train import Interrupted, train
@@ -192,7 +193,7 @@ class KilledError(Exception):
 @pytest.fixture(scope="module")
 def in_process(phased):
     """The method of two phases alone, ten steps, squeezed after the fifth, in this process."""
-    scores, log = run._score, run._log
+    scores, log = run_batch.validation_score, run_batch.BatchObserver.log
     config = {
         **phased,
         "trials": {**phased["trials"], "list": (TURNED,)},
@@ -204,8 +205,8 @@ def in_process(phased):
     def start(workdir, *, last=None, killed=False):
         """Trains until so many steps are logged, and then a signal comes; or a kill during the step behind them."""
 
-        def log_and_stop(of, batch, step, slot, values):
-            log(of, batch, step, slot, values)
+        def log_and_stop(observer, step, slot, values):
+            log(observer, step, slot, values)
             if killed and step == last + 1:
                 raise KilledError
             if not killed and (step, slot) == (last, 1):
@@ -215,8 +216,9 @@ def in_process(phased):
             patch.setattr(run, "write_report", lambda folder: None)  # figures take long
             patch.setattr(run, "Experiment", SimpleNamespace(load=lambda config: loaded()))  # and so does compiling
             # Ever higher losses, so that only a run that knows where its last phase began keeps the right adapter.
-            patch.setattr(run, "_score", lambda of, trial, step, adapter: step + scores(of, trial, step, adapter))
-            patch.setattr(run, "_log", log_and_stop if last else log)
+            rising = lambda of, trial, step, adapter: step + scores(of, trial, step, adapter)  # noqa: E731
+            patch.setattr(run_batch, "validation_score", rising)
+            patch.setattr(run_batch.BatchObserver, "log", log_and_stop if last else log)
             train({**config, "checkpoint": {"every": 1 if killed else 0}}, workdir)
 
     return start

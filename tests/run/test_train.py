@@ -21,16 +21,18 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.interop import export_peft
 from mlora_jax.report.folders import SPLITS
+from mlora_jax.run import sizing
 from mlora_jax.run import train as run
-from mlora_jax.run.experiment import Experiment, StepTiming
-from mlora_jax.run.harness_tasks import readouts_of
+from mlora_jax.run.describe import describe_experiment
+from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.inputs import model_folder
 from mlora_jax.run.readouts import read_out_trial
+from mlora_jax.run.starts import first_state
 from mlora_jax.run.train import train
 from mlora_jax.study.keys import STUDY
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.records import read_json_lines
-from mlora_jax.trials import expand_trials
+from mlora_jax.trials import expand_trials, readouts_of
 from tests.data.conftest import CHATML, write_tokenizer
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
 from tests.parallel import test_mesh
@@ -359,14 +361,14 @@ def test_keys_of_calibration(folders, first_run, tmp_path):
         folder.mkdir()
         read = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
         again = read_out_trial(experiment, trained.trial, adapter, hierarchy, readout, folder)
-        np.testing.assert_array_equal(np.stack([*read.profiles.values()]), np.stack([*again.profiles.values()]))
+        np.testing.assert_array_equal(np.stack([*read.curve().values()]), np.stack([*again.curve().values()]))
         # What is on disk for other commands is the same.
         shutil.copytree(trained.adapter, folder, dirs_exist_ok=True)
-        for rank, p in read.profiles.items():
+        for rank, p in read.curve().items():
             loaded = load_adapted(checkpoint=config["model"]["path"], adapter=folder, rank=rank, readout=readout)
             np.testing.assert_array_equal(loaded.p, p)
         jax.tree.map(np.testing.assert_array_equal, loaded.adapter, read.adapter)
-        return np.stack([*read.profiles.values()]), np.asarray(jax.tree.leaves(read.adapter)[0])
+        return np.stack([*read.curve().values()]), np.asarray(jax.tree.leaves(read.adapter)[0])
 
     fitted, same = found("calibrated", steps=3)
     assert np.array_equal(fitted != 0, np.arange(4) < np.array([[1], [2], [4]]))
@@ -401,7 +403,7 @@ def test_key_of_the_start(folders, tmp_path):
     config["trials"] |= {"method": ("lora", "matryoshka"), "scaling": ("sqrt",), "seed": (1, 2)}
     experiment = Experiment.load(resolve(config))
     trials = expand_trials(experiment.config)
-    adapters = experiment.start(trials)[0].adapter
+    adapters = first_state(experiment, trials)[0].adapter
     profiles = {"lora": profile_lora((1, 2, 4), "sqrt"), "matryoshka": profile_matryoshka((1, 2, 4), "sqrt")}
     for path, pair in factors.items():
         node = adapters
@@ -416,29 +418,29 @@ def test_key_of_the_start(folders, tmp_path):
     config["trials"]["rank"] = (2,)
     with pytest.raises(ValueError, match="has rank 3, above the rank 2 to train: raise that"):
         experiment = Experiment.load(resolve(config))
-        experiment.start(expand_trials(experiment.config))
+        first_state(experiment, expand_trials(experiment.config))
 
 
 def program(config, tmp_path, monkeypatch):
     """The shapes and texts of what a run compiles."""
-    from mlora_jax.run import experiment
+    from mlora_jax.run import adapted, evaluators
 
     seen = {}
 
-    class Spy(experiment.TrialsStep):
-        def __call__(self, *arguments):
-            seen.setdefault("train", self.compile(*arguments).as_text())
-            return super().__call__(*arguments)
+    class Spy(adapted.TrialsStep):
+        def __call__(self, *arguments, **options):
+            seen.setdefault("train", self.compile(*arguments, **options).as_text())
+            return super().__call__(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "TrialsStep", Spy)
+    monkeypatch.setattr(adapted, "TrialsStep", Spy)
 
-    class SpyScorer(experiment.Scorer):
+    class SpyScorer(evaluators.Scorer):
         def prepare(self, requests):
             prepared = super().prepare(requests)
             seen["evaluation"] = [batch["tokens"].shape for batch in prepared.batches]
             return prepared
 
-    monkeypatch.setattr(experiment, "Scorer", SpyScorer)
+    monkeypatch.setattr(evaluators, "Scorer", SpyScorer)
     train(config, tmp_path)
     return seen
 
@@ -474,7 +476,7 @@ def trials_of(folders, **trials):
 def test_keys_of_the_batches(folders, tmp_path, monkeypatch):
     """How many trials train at once changes batches and compilations, and next to nothing else."""
     # On a CPU what is faster decides: here all at once. The clock of a busy machine may say otherwise.
-    monkeypatch.setattr(Experiment, "time_steps", lambda self, trials, steps: StepTiming(1, 1.0))
+    monkeypatch.setattr(sizing, "time_steps", lambda experiment, trials, steps: sizing.StepTiming(1, 1.0))
     config = trials_of(folders, method=("lora", "dylora"), seed=(1, 2, 3), learning_rate=(1e-3,), rank=(6,))
     config["train"] |= {"epochs": 7, "accumulation": 2}  # 21 steps
     sizes, adapters = {}, {}
@@ -548,14 +550,14 @@ def test_keys_of_validation(folders, tmp_path, monkeypatch):
     assert by_loss[3] == last and all(0 < r["validation_loss"] < 20 for r in by_loss[0])
     assert len({r["validation_loss"] for r in by_loss[0]}) == 9
 
-    from mlora_jax.run import train as module
+    from mlora_jax.run import batch as module
 
     def described(name):
         return json.loads((tmp_path / name / "adapters/lora-r4-none-lr0.3-seed1/adapter.json").read_text())
 
     for name, changes in {"best": {"keep": "best"}, "patience": {"keep": "best", "patience": 3}}.items():
         losses = iter([5.0, 3.0, 4.0, 3.5, 3.25, 7.0, 8.0, 9.0, 10.0])
-        monkeypatch.setattr(module, "_score", lambda *arguments, losses=losses: next(losses))
+        monkeypatch.setattr(module, "validation_score", lambda *arguments, losses=losses: next(losses))
         seen, steps_logged, _, adapters = run(name, measure="loss", **changes)
         assert described(name)["best"] == {"step": 4, "score": -3.0}
         assert adapters != last  # the best is not the last
@@ -575,13 +577,13 @@ def test_validation_rows_that_are_too_long_for_their_loss_are_told(folders):
     over = sum(length > lengths[0] for length in lengths)
     experiment = Experiment.load(resolve(with_key(config, "data.max_length", lengths[0])))
     assert experiment.validation.dropped == over
-    assert f"6 ({over} too long for their loss) to validate on" in run._describe(experiment)
+    assert f"6 ({over} too long for their loss) to validate on" in describe_experiment(experiment)
     with pytest.raises(ValueError, match=r"validation: all 6 rows are over data\.max_length"):
         Experiment.load(resolve(with_key(config, "data.max_length", lengths[0] - 1)))
 
 
 def test_keys_of_checkpoints(folders, tmp_path, monkeypatch):
-    from mlora_jax.run import train as run
+    from mlora_jax.run import batch as run
 
     seen, kept = [], []
 

@@ -13,8 +13,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 from mlora_jax.cli import config_flags, study
+from mlora_jax.run import batch as run_batch
+from mlora_jax.run import experiment as experiment_module
 from mlora_jax.run import train as run
-from mlora_jax.run.experiment import Experiment
 from mlora_jax.study import queue, report, rivals
 from mlora_jax.study.rivals import Rival
 from tests.tiny import write_checkpoint, write_trec
@@ -70,16 +71,16 @@ def places(tmp_path_factory):
     one = {"groups": ("first",), "rates": (0.1,), "start": (0.1,), "seeds": (2, 3)}
     write_cell(root / "configs", "tiny", **shared, study={"rank": 2, **one})
     before = signal.signal(signal.SIGTERM, _nobody_listens)
-    adapted, adapt_for_rank = {}, Experiment._adapt_for_rank
+    adapted, make_adapted = {}, experiment_module.make_adapted
 
-    def adapt_once(experiment, rank):
-        if rank not in adapted:
-            adapted[rank] = adapt_for_rank(experiment, rank)
-        return adapted[rank]
+    def adapt_once(experiment, form):
+        if form not in adapted:
+            adapted[form] = make_adapted(experiment, form)
+        return adapted[form]
 
     with pytest.MonkeyPatch.context() as patch:
         # All cells are of one model and task here, so that they can have one set of executables.
-        patch.setattr(Experiment, "_adapt_for_rank", adapt_once)
+        patch.setattr(experiment_module, "make_adapted", adapt_once)
         for module in (study, config_flags):
             patch.setattr(module, "SHIPPED", root / "configs")
         patch.setattr(rivals, "GROUPS", GROUPS)
@@ -235,7 +236,7 @@ class Clock:
 def test_a_stopped_study_reports_and_goes_on(finished, places, copy, rounds, monkeypatch, stop):
     """In the second round of a cell, or before it."""
     shutil.rmtree(copy / "tiny")
-    clock, log, train = Clock(), run._log, queue.train
+    clock, log, train = Clock(), run_batch.log_values, queue.train
 
     def log_and_stop(*arguments):
         log(*arguments)
@@ -250,7 +251,7 @@ def test_a_stopped_study_reports_and_goes_on(finished, places, copy, rounds, mon
             clock.now += 2 * 3600
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_log", log_and_stop)
+        patch.setattr(run_batch, "log_values", log_and_stop)
         patch.setattr(queue, "train", train_and_stop)
         patch.setattr(study, "time", clock)
         patch.setattr(study, "threading", clock)

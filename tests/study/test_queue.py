@@ -10,19 +10,29 @@ from mlora_jax.study import queue
 from mlora_jax.study.keys import resolve_cell
 from mlora_jax.study.queue import best_rate, run_cell, score, wanted
 from mlora_jax.study.rivals import GROUPS, Rival, rivals_of, separate
+from mlora_jax.training.curve_records import CurveRecord, CurvesOnRecord
 
 OPTIONS = {"rates": (1e-4, 1e-3, 1e-2, 1e-1), "start": (1e-3, 1e-2), "seeds": (1, 2, 3)}
 RIVAL = Rival("lora", "squeeze")
 
 
+def record_of(trial, readout, split, accuracies):
+    """A curve of one trial over its first powers of two."""
+    ranks = (1, 2, 4, 8)[: len(accuracies)]
+    return CurveRecord(trial, "trec", split, readout, ranks, accuracies, (None,) * len(ranks), 26)
+
+
 def curves_of(scores, rival=RIVAL, rank=8):
-    """Records as a run writes them; {(rate, seed): accuracy at every rank, or None of a trial that failed}."""
-    found = {}
+    """What is on record; {(rate, seed): accuracy at every rank, or None of a trial that failed}."""
+    found = CurvesOnRecord()
     for (rate, seed), accuracy in scores.items():
         trial = rival.trial(rank, rate, seed)
-        ranks = [r for r in (1, 2, 4, 8) if r <= trial.rank]
-        records = [{"at_rank": r, "accuracy": accuracy} for r in ranks]
-        found[trial.name] = {} if accuracy is None else {(rival.readout, "validation"): records}
+        if accuracy is None:
+            found.failed[trial.name] = trial
+        else:
+            ranks = [r for r in (1, 2, 4, 8) if r <= trial.rank]
+            record = record_of(trial, rival.readout, "validation", (accuracy,) * len(ranks))
+            found.whole[record.key] = record
     return found
 
 
@@ -55,16 +65,18 @@ def test_what_comes_next(scores, following):
 
 def test_a_rate_is_chosen_by_aurac_on_validation_or_the_accuracy_at_the_only_rank():
     trial = RIVAL.trial(4, 1e-3, 1)
-    records = [{"at_rank": r, "accuracy": a} for r, a in ((1, 0.1), (2, 0.5), (4, 0.6))]
-    other = [{"at_rank": r, "accuracy": 0.9} for r in (1, 2, 4)]
-    curves = {
-        trial.name: {("squeeze", "validation"): records, ("squeeze", "test"): other, ("prefix", "validation"): other}
-    }
+    others = (("squeeze", "test"), ("prefix", "validation"))
+    records = [
+        record_of(trial, "squeeze", "validation", (0.1, 0.5, 0.6)),
+        *(record_of(trial, *where, (0.9, 0.9, 0.9)) for where in others),
+    ]
+    curves = CurvesOnRecord({record.key: record for record in records})
     assert score(curves, RIVAL, trial) == aurac((0.1, 0.5, 0.6), (1, 2, 4))
     assert score(curves, Rival("lora", "masked"), trial) is None
-    assert score({trial.name: {}}, RIVAL, trial) == -math.inf
+    assert score(CurvesOnRecord(failed={trial.name: trial}), RIVAL, trial) == -math.inf
     alone = Rival("lora", rank=4)
-    assert score({trial.name: {("prefix", "validation"): records}}, alone, alone.trial(32, 1e-3, 1)) == 0.6
+    record = record_of(alone.trial(32, 1e-3, 1), "prefix", "validation", (0.1, 0.5, 0.6))
+    assert score(CurvesOnRecord({record.key: record}), alone, record.trial) == 0.6
     assert best_rate({1e-3: 0.5, 1e-2: 0.5, 1e-1: None}) == 1e-3
 
 
@@ -101,7 +113,7 @@ def test_keys_of_the_study(key, value):
 
 def test_a_cell_is_trained_until_nothing_is_wanted(monkeypatch, tmp_path):
     """A stand-in for training whose validation is best at 1e-2."""
-    best, calls, curves = 1e-2, [], {}
+    best, calls, curves = 1e-2, [], CurvesOnRecord()
 
     def train(config, workdir):
         resolve(config)
@@ -111,8 +123,9 @@ def test_a_cell_is_trained_until_nothing_is_wanted(monkeypatch, tmp_path):
             rival = Rival(entry["method"][0])
             trial = rival.trial(8, entry["learning_rate"][0], entry["seed"][0])
             accuracy = 1 / (1 + abs(math.log10(trial.learning_rate / best)))
-            records = [{"at_rank": r, "accuracy": accuracy} for r in (1, 2, 4, 8)]
-            curves[trial.name] = {(name, "validation"): records for name in ("prefix", "squeeze")}
+            for name in ("prefix", "squeeze"):
+                record = record_of(trial, name, "validation", (accuracy,) * 4)
+                curves.whole[record.key] = record
 
     monkeypatch.setattr(queue, "train", train)
     monkeypatch.setattr(queue, "read_curves", lambda path: curves)

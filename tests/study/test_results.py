@@ -12,6 +12,8 @@ from mlora_jax.study.keys import resolve_cell
 from mlora_jax.study.report import draw_study, write_study
 from mlora_jax.study.results import area_interval, difference, interval, read_cell, regret
 from mlora_jax.study.rivals import Rival
+from mlora_jax.training.curve_records import BASE, CURVES, CurveRecord
+from mlora_jax.training.records import JsonLines
 
 RANKS, ITEMS = (1, 2, 4), 40
 CONFIG = {"rank": 4, "rates": (1e-3, 1e-2, 1e-1), "start": (1e-2,), "seeds": (1, 2), "groups": ("leading", "separate")}
@@ -25,12 +27,12 @@ def write_curve(folder, rival, rate, seed, accuracies, rng):
     file = folder / "verdicts" / "test" / f"{trial.name}-{rival.readout}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     np.save(file, verdicts)
-    with (folder / "curves.jsonl").open("a") as lines:
+    with JsonLines(folder / CURVES) as lines:
         for split, scale in (("test", 1.0), ("validation", 0.5)):
-            for r, row in zip(ranks, verdicts, strict=True):
-                record = {"schema": 1, "trial": trial.name, "readout": rival.readout, "split": split, "at_rank": r}
-                record |= {"of_ranks": len(ranks), "accuracy": scale * row.mean(), "items": ITEMS}
-                lines.write(json.dumps(record) + "\n")
+            accuracies = tuple(scale * verdicts.mean(axis=1))
+            errors = (None,) * len(ranks)
+            record = CurveRecord(trial, "trec", split, rival.readout, tuple(ranks), accuracies, errors, ITEMS)
+            lines.write(*record.to_lines())
     return verdicts
 
 
@@ -39,16 +41,8 @@ def study(tmp_path):
     """A study of one cell: renest and the worse per_example are complete, lora is at the edge, dylora lacks a seed."""
     rng, folder, found = np.random.default_rng(0), tmp_path / "cell", {}
     folder.mkdir()
-    base = {
-        "schema": 1,
-        "trial": "base",
-        "readout": "base",
-        "split": "test",
-        "at_rank": 0,
-        "of_ranks": 1,
-        "accuracy": 0.1,
-    }
-    (folder / "curves.jsonl").write_text(json.dumps(base | {"items": ITEMS}) + "\n")
+    with JsonLines(folder / CURVES) as lines:
+        lines.write(*CurveRecord(None, "trec", "test", BASE, (0,), (0.1,), (None,), ITEMS).to_lines())
     high, low = (0.6, 0.8, 0.9), (0.05, 0.1, 0.2)
     begun = (("renest", 1e-2, (1, 2)), ("lora", 1e-1, (1, 2)), ("dylora", 1e-2, (1,)), ("per_example", 1e-2, (1, 2)))
     for name, best, seeds in begun:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlora_jax.config import resolve
-from mlora_jax.run import experiment
+from mlora_jax.run import sizing
+from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.grid import TrialBatch, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.training.step import make_optimizer
@@ -90,8 +91,10 @@ def test_what_a_trial_needs_beside_its_step_counts(monkeypatch, keep, most):
     optimizer = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
     adapter = {"a": jnp.zeros((16, 16))}
     tiny = Experiment(config, None, None, None, types.SimpleNamespace(examples=[0] * 64), {})
-    tiny._by_rank[4] = types.SimpleNamespace(base={"w": jnp.zeros(250)}, adapter=adapter, optimizer=optimizer)
-    monkeypatch.setattr(Experiment, "compile_largest", lambda self, trial, count, phase: 1000 + 1000 * count)
-    monkeypatch.setattr(experiment, "memory_of", lambda compiled: compiled)
+    tiny._by_form[AdapterForm(4)] = types.SimpleNamespace(
+        base={"w": jnp.zeros(250)}, adapter=adapter, optimizer=optimizer
+    )
+    monkeypatch.setattr(sizing, "compile_largest", lambda experiment, trial, count, phase: 1000 + 1000 * count)
+    monkeypatch.setattr(sizing, "memory_of", lambda compiled: compiled)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert tiny._fitting(expand_trials(config)[:1] * 12) == most
+    assert sizing.fitting_trials(tiny, expand_trials(config)[:1] * 12) == most

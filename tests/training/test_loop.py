@@ -15,21 +15,13 @@ from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy, draw_step, get_policy
 from mlora_jax.data import Example, make_trials_pipeline
 from mlora_jax.models import Decoder
-from mlora_jax.training.loop import (
-    Cadence,
-    Interrupted,
-    Memory,
-    State,
-    TrialsStep,
-    compile_draws,
-    select_trials,
-    stack_trees,
-    take_trial,
-    train_trials,
-    trial_keys,
-)
+from mlora_jax.training.draws import DrawnBy, compile_draws
+from mlora_jax.training.loop import BatchState, Cadence, Interrupted, LoopPhase, LoopState, train_trials
 from mlora_jax.training.step import Schedule, TrialState, init_state, make_optimizer
+from mlora_jax.training.trial_trees import select_trials, stack_trees, take_trial, trial_keys
+from mlora_jax.training.trials_step import TrialsStep
 from tests.tiny import tiny_config
+from tests.training.observers import observer
 
 STEPS = 20
 HIERARCHY = RankHierarchy((1, 2, 4, 6), "sqrt")
@@ -71,34 +63,37 @@ def train_together(trials, dtype, *, dropout=0.0, rate=1e-3, stop_at=None, saved
     assert pipeline.steps == STEPS
     count = len(trials)
     schedule = Schedule(jnp.full(count, rate, float), jnp.zeros(count), jnp.full(count, STEPS, float))
-    drawn_by = [(get_policy(method), HIERARCHY) for method, _ in trials]
-    memory, batches = Memory.of(count), iter(pipeline)
-    state = State(state, None)
+    drawn_by = [DrawnBy(get_policy(method), HIERARCHY) for method, _ in trials]
+    loop, batches = LoopState.of(count), iter(pipeline)
+    state = BatchState(state, None)
     if saved:
-        state, memory = saved["state"], Memory(**saved["memory"])
+        state, loop = saved["state"], LoopState(**saved["memory"])
         batches.set_state(saved["data"])
     kept, logged = {}, []
 
-    def save(state, memory):
+    def save(state, loop):
         kept.update(
             state=jax.tree.map(jnp.copy, state),
-            memory=copy.deepcopy(dataclasses.asdict(memory)),
+            memory=copy.deepcopy(dataclasses.asdict(loop)),
             data=batches.get_state(),
         )
 
     try:
+        draws = compile_draws(drawn_by, keys.draws, accumulation=2, examples=2)
+        take = lambda at, batch, draw, rates: step(base, profile, at, batch, draw, rates, keys.dropout)  # noqa: E731
         state = train_trials(
-            lambda at, batch, draw: step(base, profile, at, batch, draw, schedule, keys.dropout),
+            [LoopPhase(0, untouched, draws, schedule, take)],
             batches,
-            compile_draws(drawn_by, keys.draws, accumulation=2, examples=2),
             state,
-            memory,
+            loop,
             steps=STEPS,
             cadence=Cadence(log=3, validate=0, save=0, patience=0),
-            log=lambda at, trial, values: logged.append((at, trial, values["loss"])),
-            validate=untouched,
-            save=save,
-            interrupted=lambda: 15 if memory.step == stop_at else 0,
+            observer=observer(
+                log=lambda at, trial, values: logged.append((at, trial, values["loss"])),
+                validate=untouched,
+                save=save,
+                interrupted=lambda: 15 if loop.step == stop_at else 0,
+            ),
         )
     except Interrupted as error:
         assert error.code == 128 + 15
@@ -151,28 +146,30 @@ def test_draws_are_those_of_each_trial_alone():
     kinds = [("lora", 3), ("dylora", 4), ("lora", 5), ("dylora_frozen", 6), ("dylora", 7)]
     hierarchies = [HIERARCHY, HIERARCHY, RankHierarchy((2, 6), "rank"), HIERARCHY, HIERARCHY]
     keys = jnp.stack([trial_keys(seed).draws for _, seed in kinds])
-    drawn_by = [(get_policy(method), hierarchy) for (method, _), hierarchy in zip(kinds, hierarchies, strict=True)]
+    drawn_by = [
+        DrawnBy(get_policy(method), hierarchy) for (method, _), hierarchy in zip(kinds, hierarchies, strict=True)
+    ]
     draw = compile_draws(drawn_by, keys, accumulation=3, examples=2)
     for step in (0, 5):
         together = draw(step)
         assert together.profiles.shape == (5, 3, 1, 1, 6)
-        for number, ((policy, hierarchy), key) in enumerate(zip(drawn_by, keys, strict=True)):
+        for number, ((policy, hierarchy, _), key) in enumerate(zip(drawn_by, keys, strict=True)):
             alone = draw_step(policy, hierarchy, key, step, accumulation=3)
             assert np.array_equal(together.profiles[number], alone.profiles)
             assert np.array_equal(together.update_mask[number], alone.update_mask)
 
 
-def test_memory_knows_the_best_validation():
-    memory = Memory(8, [], [True, True], [[0.2, -1.0], [0.5, None], [0.5, -3.0]])
-    assert memory.best(0) == (1, 0.5) and memory.best(1) == (0, -1.0)
-    assert Memory.of(3).best(2) == (-1, -np.inf)
+def test_the_loop_knows_the_best_validation():
+    loop = LoopState(8, [], [True, True], [[0.2, -1.0], [0.5, None], [0.5, -3.0]])
+    assert loop.best(0) == (1, 0.5) and loop.best(1) == (0, -1.0)
+    assert LoopState.of(3).best(2) == (-1, -np.inf)
 
 
 def test_what_is_no_score_is_never_the_best():
     """A trial that failed before its first validation, and losses that are not finite."""
-    assert Memory(4, [], [False], [[None]]).best(0) == (-1, -np.inf)
-    assert Memory(4, [], [True], [[-np.inf]]).best(0) == (-1, -np.inf)
-    assert Memory(12, [], [True], [[np.nan], [0.5], [np.nan]]).best(0) == (1, 0.5)
+    assert LoopState(4, [], [False], [[None]]).best(0) == (-1, -np.inf)
+    assert LoopState(4, [], [True], [[-np.inf]]).best(0) == (-1, -np.inf)
+    assert LoopState(12, [], [True], [[np.nan], [0.5], [np.nan]]).best(0) == (1, 0.5)
 
 
 def stand_in_state(count):
@@ -181,7 +178,7 @@ def stand_in_state(count):
     return TrialState({"a": jnp.zeros((count, 1))}, (), jnp.zeros(count, jnp.int32), ~no, no)
 
 
-def count_up(trials, batch, draw):
+def count_up(trials, batch, draw, schedule):
     """A step that adds 1 to a trial's number, which is its loss too."""
     going = trials.finite & ~trials.stopped
     adapter = {"a": trials.adapter["a"] + going[:, None]}
@@ -191,15 +188,15 @@ def count_up(trials, batch, draw):
     }
 
 
-def count_with(state, memory, cadence, *, steps=20, **calls):
+def count_with(state, loop, cadence, *, steps=20, **calls):
     """Trains by `count_up`; returns the state, and what was logged as (step, trial, loss)."""
     logged = []
-    calls = {"validate": untouched, "save": lambda *arguments: None, "interrupted": lambda: 0} | calls
+    calls = {"validate": untouched} | calls
     batches = itertools.repeat({"tokens": np.zeros((1, 1))})
     log = lambda at, trial, values: logged.append((at, trial, values["loss"]))  # noqa: E731
-    ended = train_trials(
-        count_up, batches, lambda at: None, state, memory, steps=steps, cadence=cadence, log=log, **calls
-    )
+    phase = LoopPhase(0, untouched, lambda at: None, None, count_up)
+    watching = observer(log=log, **calls)
+    ended = train_trials([phase], batches, state, loop, steps=steps, cadence=cadence, observer=watching)
     return ended, logged
 
 
@@ -208,8 +205,8 @@ def test_an_earlier_best_adapter_is_not_kept_alive():
     first = jnp.full((2, 1), -1.0)
     scores = iter([[1.0, 2.0], [3.0, 1.0]])
     ended, _ = count_with(
-        State(trials, {"a": first}),
-        Memory.of(2),
+        BatchState(trials, {"a": first}),
+        LoopState.of(2),
         Cadence(log=0, validate=2, save=0, patience=0),
         steps=4,
         validate=lambda *arguments: next(scores),
@@ -225,25 +222,25 @@ def test_a_signal_during_a_validation_is_seen_after_it():
         came[0] = 15
         return [1.0]
 
-    memory = Memory.of(1)
+    loop = LoopState.of(1)
     with pytest.raises(Interrupted):
         count_with(
-            State(stand_in_state(1), None),
-            memory,
+            BatchState(stand_in_state(1), None),
+            loop,
             Cadence(log=0, validate=2, save=0, patience=0),
             validate=validate,
-            save=lambda state, memory: saved.append(memory.step),
+            save=lambda state, loop: saved.append(loop.step),
             interrupted=lambda: came[0],
         )
-    assert memory.step == 2 and saved == [2]
+    assert loop.step == 2 and saved == [2]
 
 
 def test_a_trial_that_stops_early_logs_its_last_losses():
     """Trial 0 stops at step 4, between two logs; the other one's means are over the same steps as ever."""
     scores = iter([[1.0, 1.0], [0.0, 2.0], [None, 3.0], [None, 4.0], [None, 5.0]])
     _, logged = count_with(
-        State(stand_in_state(2), None),
-        Memory.of(2),
+        BatchState(stand_in_state(2), None),
+        LoopState.of(2),
         Cadence(log=3, validate=2, save=0, patience=1),
         steps=9,
         validate=lambda *arguments: next(scores),
@@ -251,7 +248,9 @@ def test_a_trial_that_stops_early_logs_its_last_losses():
     assert logged == [(3, 0, 2.0), (3, 1, 2.0), (4, 0, 4.0), (6, 1, 5.0), (9, 1, 8.0)]
     scores = iter([[1.0], [0.0]])
     cadence = Cadence(log=2, validate=2, save=0, patience=1)
-    _, logged = count_with(State(stand_in_state(1), None), Memory.of(1), cadence, validate=lambda *_: next(scores))
+    _, logged = count_with(
+        BatchState(stand_in_state(1), None), LoopState.of(1), cadence, validate=lambda *_: next(scores)
+    )
     assert logged == [(2, 0, 1.5), (4, 0, 3.5)]  # it has been logged by then
 
 

@@ -12,15 +12,18 @@ import optax
 import pytest
 from flax import nnx
 
-from mlora_jax.adapters import InputGram, RankProfile, adapt, set_profile, split, watch_inputs
+from mlora_jax.adapters import InputGram, adapt, set_profile, split, watch_inputs
 from mlora_jax.config import DEFAULTS, resolve
-from mlora_jax.core import RankHierarchy, fold
+from mlora_jax.core import ACTIONS, RankHierarchy, fold
 from mlora_jax.core.squeeze import map_gradients, squeeze_factors
+from mlora_jax.training.actions import act_on_trials
 from mlora_jax.training.calibrate import calibrate
-from mlora_jax.training.loop import Cadence, Interrupted, Memory, State, TrialKeys, Turn, train_trials
-from mlora_jax.training.phases import TrialPhases, squeeze_trials
+from mlora_jax.training.loop import BatchState, Cadence, Interrupted, LoopPhase, LoopState, train_trials
+from mlora_jax.training.phases import TrialPhases
 from mlora_jax.training.step import init_state, make_optimizer
+from mlora_jax.training.trial_trees import TrialKeys
 from mlora_jax.trials import Trial
+from tests.training.observers import observer
 
 D, F, R, L = 9, 7, 5, 3
 OPTIMIZER = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.1, clip=1.0)
@@ -82,7 +85,7 @@ def test_columns_that_do_not_exist_have_no_moments():
     assert not np.any(new["layer"]["b"][:, 3:]) and np.all(np.any(np.asarray(new["layer"]["a"]) != 0, axis=1))
 
 
-def states(count, carry, *, seeds=None):
+def states(count, action, *, seeds=None):
     """The squeezed state of `count` trials with moments, and the state before."""
     seeds = range(count) if seeds is None else seeds
     trials = []
@@ -92,25 +95,19 @@ def states(count, carry, *, seeds=None):
         _, optimizer = OPTIMIZER.update(tree(0.1 * a, 0.2 * b), state.optimizer, state.adapter)
         trials.append(state._replace(optimizer=optimizer, step=jnp.array(7)))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials)
-    functions = jnp.stack([jnp.asarray(pair(seed, "float32")[2]) for seed in seeds])
+    profiles = jnp.stack([jnp.asarray(pair(seed, "float32")[2]) for seed in seeds])
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return squeeze_trials(OPTIMIZER, carry, profile_of_a_model(), stacked, functions, keys), stacked
+    return act_on_trials(ACTIONS[action], OPTIMIZER, stacked, profiles, keys, {}), stacked
 
 
-@functools.cache
-def profile_of_a_model():
-    """As `mlora_jax.split` gives it: `set_profile` takes no plain dict."""
-    return nnx.State({"layer": nnx.State({"p": RankProfile(jnp.zeros((L, R)), names=(), leading=1, groups=0)})})
-
-
-@pytest.mark.parametrize("carry", ["reset", "rotate"])
-def test_all_trials_keep_their_functions_and_are_what_they_would_be_alone(carry):
-    together, before = states(3, carry)
+@pytest.mark.parametrize("action", ["squeeze", "squeeze_rotated"])
+def test_all_trials_keep_their_functions_and_are_what_they_would_be_alone(action):
+    together, before = states(3, action)
     for seed in range(3):
         a, b, p = pair(seed, "float32")
         new = jax.tree.map(lambda leaf, seed=seed: np.asarray(leaf[seed]), together.adapter)["layer"]
         np.testing.assert_allclose(new["a"] @ new["b"], (a * p) @ b, rtol=1e-4, atol=1e-4)
-        alone, _ = states(1, carry, seeds=[seed])
+        alone, _ = states(1, action, seeds=[seed])
         for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(one[0], other[seed], rtol=1e-5, atol=1e-5)
     assert together.step.tolist() == before.step.tolist() == [7, 7, 7]
@@ -119,9 +116,9 @@ def test_all_trials_keep_their_functions_and_are_what_they_would_be_alone(carry)
 def test_what_becomes_of_the_optimizer():
     adam = lambda state: next(node for node in jax.tree.leaves(state.optimizer, is_leaf=is_adam) if is_adam(node))  # noqa: E731
     is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
-    reset, before = states(2, "reset")
+    reset, before = states(2, "squeeze")
     assert adam(reset).count.tolist() == [0, 0] and not any(np.any(x) for x in jax.tree.leaves(adam(reset).mu))
-    rotated, _ = states(2, "rotate")
+    rotated, _ = states(2, "squeeze_rotated")
     assert adam(rotated).count.tolist() == adam(before).count.tolist() == [1, 1]
     old, new = adam(before), adam(rotated)
     functions = jnp.stack([jnp.asarray(pair(seed, "float32")[2]) for seed in range(2)])
@@ -137,11 +134,10 @@ def phases_of(method, steps=100, **trials):
     return TrialPhases(config, steps), Trial(method, 1e-3, 42, scaling, 8, weights)
 
 
-def test_draws_change_with_the_phase():
+def test_draws_are_those_of_the_phase():
     phases, trial = phases_of("renest", scaling=("sqrt",))
     keys = jax.vmap(lambda key: jax.random.split(key, 3))(jax.random.split(jax.random.key(0), 1))
-    draw = phases.draws([trial], TrialKeys(*(keys[:, i] for i in range(3))))
-    first, last = draw(69).profiles, draw(70).profiles
+    first, last = (phases.draws([trial], at, TrialKeys(*(keys[:, i] for i in range(3))))(70).profiles for at in (0, 1))
     assert first.shape == (1, 2, 1, 1, 8) and last.shape == (1, 2, 1, 16, 8)
     np.testing.assert_allclose(first, np.full(first.shape, 1 / np.sqrt(8)), rtol=1e-6)
     assert set(np.unique(last)) == {0.0, 1.0}  # the scale is in the factors
@@ -215,47 +211,48 @@ def test_fold_of_the_squeezed_is_fold_of_the_old():
 
 
 class Stopped:
-    """train_trials over numbers: a step adds 1, a turn multiplies by 10, a validation scores the number itself."""
+    """train_trials over numbers: a step adds 1, a phase starts by times 10, a validation scores the number itself."""
 
-    def __init__(self, turns, *, patience=0):
-        self.turns = [Turn(at, lambda trials: trials._replace(adapter=10 * trials.adapter)) for at in turns]
+    def __init__(self, starts, *, patience=0):
+        times_ten = lambda trials: trials._replace(adapter=10 * trials.adapter)  # noqa: E731
+        self.phases = [LoopPhase(at, times_ten, lambda at: None, None, self.step) for at in (0, *starts)]
         self.saved, self.patience = None, patience
+
+    @staticmethod
+    def step(trials, batch, draw, schedule):
+        del batch, draw, schedule
+        metrics = {"loss": jnp.zeros(1), "finite": jnp.ones(1, bool)}
+        return trials._replace(adapter=trials.adapter + 1, step=trials.step + 1), metrics
 
     def run(self, stop_at=None, steps=10):
         one = init_state(jnp.zeros(()), optax.identity())
-        state = State(jax.tree.map(lambda leaf: leaf[None], one), jnp.zeros(1))
-        memory, start = Memory.of(1), 0
+        state = BatchState(jax.tree.map(lambda leaf: leaf[None], one), jnp.zeros(1))
+        loop, start = LoopState.of(1), 0
         if self.saved:
             state, values = self.saved
-            memory = Memory(**copy.deepcopy(values))
-            start = memory.step
+            loop = LoopState(**copy.deepcopy(values))
+            start = loop.step
 
-        def step(trials, batch, draw):
-            del batch, draw
-            metrics = {"loss": jnp.zeros(1), "finite": jnp.ones(1, bool)}
-            return trials._replace(adapter=trials.adapter + 1, step=trials.step + 1), metrics
-
-        def save(state, memory):
-            self.saved = jax.tree.map(jnp.copy, state), copy.deepcopy(dataclasses.asdict(memory))
+        def save(state, loop):
+            self.saved = jax.tree.map(jnp.copy, state), copy.deepcopy(dataclasses.asdict(loop))
 
         return train_trials(
-            step,
+            self.phases,
             itertools.repeat({"tokens": np.zeros((1, 1))}, steps - start),
-            lambda at: None,
             state,
-            memory,
+            loop,
             steps=steps,
             cadence=Cadence(log=5, validate=2, save=0, patience=self.patience),
-            log=lambda *values: None,
-            validate=lambda at, adapters, slots: [-float(adapters[0])],
-            save=save,
-            interrupted=lambda: 15 if memory.step == stop_at else 0,
-            turns=self.turns,
+            observer=observer(
+                validate=lambda at, adapters, slots: [-float(adapters[0])],
+                save=save,
+                interrupted=lambda: 15 if loop.step == stop_at else 0,
+            ),
         )
 
 
 @pytest.mark.parametrize("stop_at", [3, 4, 5, 7, 9])
-def test_a_run_stopped_before_at_and_after_a_turn_ends_as_one_that_was_not(stop_at):
+def test_a_run_stopped_before_at_and_after_a_start_ends_as_one_that_was_not(stop_at):
     whole = Stopped([4, 7]).run()
     assert whole.trials.adapter.tolist() == [(4 * 10 + 3) * 10 + 3]
     broken = Stopped([4, 7])

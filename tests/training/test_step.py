@@ -57,7 +57,7 @@ def batch_of(accumulation=1, seed=0):
 def take(step, base, profile, state, *, batch=None, draw=None, rate=1e-2, total=10, key=None):
     batch = batch_of() if batch is None else batch
     draw = draw or draw_step(get_policy("lora"), HIERARCHY, jax.random.key(0), 0, accumulation=len(batch["tokens"]))
-    draw = Draw(*map(np.asarray, draw))
+    draw = jax.tree.map(np.asarray, draw)
     key = jax.random.key(0) if key is None else key
     return jax.block_until_ready(step(base, profile, state, batch, draw, Schedule(rate, 0, total), key))
 
@@ -101,7 +101,7 @@ def test_loss_is_the_weighted_mean_over_profiles():
         fresh = state._replace(adapter=jax.tree.map(jnp.array, adapter), optimizer=jax.tree.map(jnp.array, optimizer))
         fresh = fresh._replace(step=jnp.array(1), finite=jnp.array(True), stopped=jnp.array(False))
         weights = jnp.full(len(chosen), 1 / len(chosen)) if weights is None else jnp.array(weights)
-        draw = Draw(jnp.stack(chosen)[None, :, None], jnp.ones(6), weights)
+        draw = Draw(jnp.stack(chosen)[None, :, None], jnp.ones(6), jnp.ones(6), weights)
         return float(take(step, base, profile, fresh, draw=draw)[1]["loss"])
 
     both, first, last = loss(*profiles), loss(profiles[0]), loss(profiles[1])
@@ -135,7 +135,7 @@ def test_a_trial_that_is_not_finite_is_frozen_and_stays_so():
     step, base, profile, state = make()
     state, metrics = take(step, base, profile, state)
     good = jax.tree.map(np.asarray, (state.adapter, state.optimizer))
-    broken = Draw(jnp.full((1, 1, 1, 6), jnp.nan), jnp.ones(6), jnp.ones(1))
+    broken = Draw(jnp.full((1, 1, 1, 6), jnp.nan), jnp.ones(6), jnp.ones(6), jnp.ones(1))
     state, metrics = take(step, base, profile, state, draw=broken)
     assert not metrics["finite"]
     state, metrics = take(step, base, profile, state)

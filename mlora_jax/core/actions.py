@@ -1,0 +1,195 @@
+"""What may happen to an adapter before a phase of training begins, or before it is read out: one table of actions.
+
+An action is a pure function of arrays. What it needs besides the adapter, such as second moments of the inputs, it
+declares by name; `mlora_jax.run.needs` collects it. Adding an action is adding a row to `ACTIONS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from mlora_jax.core.hierarchy import RankHierarchy
+from mlora_jax.core.product import by_parent, initialize_factors, path_hash, path_names
+from mlora_jax.core.rows import find_row
+from mlora_jax.core.squeeze import profile_like, squeeze_factors
+
+Tree = Any
+
+# Where an action may stand: before the first phase, before a later one, or at the end, as a part of a read-out.
+PLACES = ("first", "later", "end")
+# What becomes of the optimizer's state: it is kept, it starts anew, or its moments follow the change of the factors.
+MOMENTS = ("kept", "reset", "mapped")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("adapter", "trained_profile", "key", "needed"),
+    meta_fields=("init",),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActionInput:
+    """What an action is given. All arrays may have one more axis in front, for K trials at once.
+
+    Attributes:
+      adapter: the tree of factors.
+      trained_profile: [R], the profile of the function that the adapter computes and that an action may keep.
+      key: a `jax.random.key`, or [K] of them.
+      needed: the name of every need of the action -> what was collected for it.
+      init: a key of `INITIALIZERS`, from which fresh columns are drawn.
+    """
+
+    adapter: Tree
+    trained_profile: jax.Array
+    key: jax.Array
+    needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    init: str = "fan_rank"
+
+
+class ActionOutput(NamedTuple):
+    """What an action makes.
+
+    Attributes:
+      adapter: the new tree of factors.
+      gradient_maps: the tree by which gradients of the old factors become gradients of the new ones, see
+        `mlora_jax.core.squeeze.map_gradients`; None where the action gives none.
+      profiles: [ranks of S, R], one profile for each rank; None where the fixed read-outs serve.
+    """
+
+    adapter: Tree
+    gradient_maps: Tree | None = None
+    profiles: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Action:
+    """A row of `ACTIONS`.
+
+    Attributes:
+      apply: (ActionInput) -> ActionOutput; traceable.
+      summary: one line for tables and errors.
+      needs: the names of what it needs besides the adapter, keys of `mlora_jax.run.needs.NEEDS`.
+      places: where it may stand, of `PLACES`.
+      moments: what becomes of the optimizer's state, of `MOMENTS`.
+      hierarchy: the ranks, scales and weights of the new adapter from those of the old one. It is a function of the
+        hierarchy alone, so that plans and reports know it without arrays.
+      eager: whether `apply` only draws or picks arrays, and is not compiled.
+    """
+
+    apply: Callable[[ActionInput], ActionOutput]
+    summary: str
+    needs: tuple[str, ...] = ()
+    places: tuple[str, ...] = PLACES
+    moments: str = "reset"
+    hierarchy: Callable[[RankHierarchy], RankHierarchy] = lambda hierarchy: hierarchy
+    eager: bool = False
+
+
+def _keep(given: ActionInput) -> ActionOutput:
+    return ActionOutput(given.adapter)
+
+
+def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
+    """A drawn anew from the key and the path of its layer, B zero."""
+    drawn = {}
+    for parent, factors in by_parent(given.adapter).items():
+        (*leading, features_in, rank), features_out = factors["a"].shape, factors["b"].shape[-1]
+        key = jax.random.fold_in(given.key, path_hash(".".join(parent)))
+        sizes = dict(leading=tuple(leading), init=init, dtype=factors["a"].dtype)
+        drawn[parent] = dict(zip("ab", initialize_factors(key, features_in, features_out, rank, **sizes), strict=True))
+
+    def replace(path, leaf):
+        *parent, name = path_names(path)
+        return drawn[tuple(parent)].get(name, leaf)
+
+    return ActionOutput(jax.tree_util.tree_map_with_path(replace, given.adapter))
+
+
+def _squeeze(given: ActionInput, *, moments: str | None = None) -> ActionOutput:
+    grams = None if moments is None else given.needed[moments]
+    profiles = profile_like(given.adapter, given.trained_profile)
+    adapter, maps = squeeze_factors(given.adapter, profiles, key=given.key, grams=grams, init=given.init)
+    return ActionOutput(adapter, maps)
+
+
+def _without_scale(hierarchy: RankHierarchy) -> RankHierarchy:
+    return dataclasses.replace(hierarchy, scaling="none")
+
+
+_SQUEEZE = dict(places=("later", "end"), hierarchy=_without_scale)
+
+# Sources: the start of A, arXiv 2605.07850 (fan_rank) and PEFT (fan_in); the truncated SVD, Eckart and Young (1936);
+# its form that is weighted by the inputs, DRONE (NeurIPS 2021).
+ACTIONS: dict[str, Action] = {
+    "none": Action(apply=_keep, summary="the adapter as it is", moments="kept", eager=True),
+    "fan_rank": Action(
+        apply=functools.partial(_fresh, init="fan_rank"),
+        summary="A uniform in +-1/sqrt(R), B zero",
+        places=("first",),
+        eager=True,
+    ),
+    "fan_in": Action(
+        apply=functools.partial(_fresh, init="fan_in"),
+        summary="A uniform in +-1/sqrt(D), B zero",
+        places=("first",),
+        eager=True,
+    ),
+    "peft": Action(
+        apply=lambda given: ActionOutput(given.needed["peft_adapter"]),
+        summary="the adapter of config.adapter.start_from",
+        needs=("peft_adapter",),
+        places=("first",),
+        eager=True,
+    ),
+    "squeeze": Action(apply=_squeeze, summary="the truncated SVD of A B", **_SQUEEZE),
+    "squeeze_rotated": Action(
+        apply=_squeeze,
+        summary="the truncated SVD of A B; the optimizer's moments follow it",
+        moments="mapped",
+        **_SQUEEZE,
+    ),
+    "squeeze_inputs": Action(
+        apply=functools.partial(_squeeze, moments="hidden_moments"),
+        summary="the truncated SVD of what A B makes of training data",
+        needs=("hidden_moments",),
+        **_SQUEEZE,
+    ),
+    "calibrated": Action(
+        apply=lambda given: ActionOutput(given.adapter, profiles=given.needed["fitted_profiles"]),
+        summary="the adapter as it is, with profiles that are fitted to training data",
+        needs=("fitted_profiles",),
+        places=("end",),
+        eager=True,
+    ),
+}
+
+
+def get_action(name: str, place: str | None = None) -> Action:
+    """The action of that name.
+
+    Args:
+      name: a key of `ACTIONS`.
+      place: where it is to stand, of `PLACES`; None does not ask.
+
+    Raises:
+      ValueError: there is no such action, or it may not stand there.
+    """
+    action = find_row(ACTIONS, name, "action")
+    if place is not None and place not in action.places:
+        allowed = ", ".join(known for known, row in ACTIONS.items() if place in row.places)
+        raise ValueError(f"the action {name!r} cannot stand in the place {place!r}; actions that can: {allowed}")
+    return action
+
+
+def run_action(action: Action, given: ActionInput) -> ActionOutput:
+    """The action's output, compiled unless the action only draws or picks arrays."""
+    return action.apply(given) if action.eager else jax.block_until_ready(_compiled(action, given))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(action: Action, given: ActionInput) -> ActionOutput:
+    return action.apply(given)

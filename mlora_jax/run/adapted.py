@@ -1,0 +1,104 @@
+"""The adapted model of an experiment: its trees, its compiled training step and its evaluators."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from mlora_jax.adapters import AdaptedLayer, adapt, split
+from mlora_jax.parallel.arrays import put_weights
+from mlora_jax.run.evaluators import Evaluator, make_evaluator, make_validation_loss
+from mlora_jax.training.step import make_optimizer
+from mlora_jax.training.trials_step import TrialsStep
+
+if TYPE_CHECKING:
+    from mlora_jax.run.experiment import Experiment
+
+
+class AdapterForm(NamedTuple):
+    """What of a trial decides about the shapes of its adapter.
+
+    Attributes:
+      rank: R.
+      gate: whether every adapted layer has a gate.
+    """
+
+    rank: int
+    gate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """The adapted model of one form.
+
+    Attributes:
+      base, adapter, profile: the trees of `mlora_jax.split`; the adapter is one trial's, before training.
+      evaluation_graphdef: the model's graph definition in evaluation mode.
+      optimizer: an optax transformation without its learning rate.
+      step: trains K trials at once.
+      evaluators: split -> (adapter, p [R]) -> verdicts [items].
+      validation_loss: () -> a function (adapter, p [R]) -> nats per answer token on the validation rows; made once.
+    """
+
+    base: Any
+    adapter: Any
+    profile: Any
+    evaluation_graphdef: Any
+    optimizer: optax.GradientTransformation
+    step: TrialsStep
+    evaluators: dict[str, Evaluator]
+    validation_loss: Callable[[], Callable[[Any, jax.Array], float]]
+
+
+def adapt_model(experiment: Experiment, form: AdapterForm, key: jax.Array) -> nnx.Module:
+    """The experiment's model with fresh adapters of a form.
+
+    Raises:
+      ValueError: targets that fit no layer, or the embedding among them.
+    """
+    options = experiment.config.adapter
+    gates = {"gate": True} if form.gate else {}
+    model = adapt(
+        experiment.model, form.rank, options.targets, key=key, init=options.init, dropout=options.dropout, **gates
+    )
+    if isinstance(getattr(model, "embed_tokens", None), AdaptedLayer):
+        raise ValueError(
+            f"config.adapter.targets {tuple(options.targets)} take embed_tokens too, which is no linear layer and "
+            "has no place in an export: name the layers to adapt, for example q_proj, v_proj"
+        )
+    return model
+
+
+def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
+    """The adapted model of a form, its base on the experiment's devices."""
+    config, mesh = experiment.config, experiment.mesh
+    adapted = adapt_model(experiment, form, jax.random.key(0))
+    train_graphdef, base, adapter, profile = split(adapted)
+    base = put_weights(base, mesh)
+    if mesh is not None:
+        adapter = jax.device_get(adapter)  # a template, of no use on a device
+    adapted.eval()
+    graphdef, *_ = split(adapted)
+    names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
+    optimizer = make_optimizer(**{name: config.train[name] for name in names})
+    options = dict(chunk=config.train.loss_chunk, mesh=mesh, engine=config.parallel.engine)
+    return Adapted(
+        base=base,
+        adapter=adapter,
+        profile=profile,
+        evaluation_graphdef=graphdef,
+        optimizer=optimizer,
+        step=TrialsStep(train_graphdef, optimizer, **options),
+        evaluators={
+            name: make_evaluator(experiment, graphdef, base, profile, rows) for name, rows in experiment.rows.items()
+        },
+        validation_loss=functools.cache(
+            functools.partial(make_validation_loss, experiment, graphdef, base, profile),
+        ),
+    )
