@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The cell's values; the rest is in `mlora_jax.config.DEFAULTS`."""
+    """The cell's values; the rest is in `mlora_jax.config.DEFAULTS` and `mlora_jax.study.keys`."""
     return ConfigDict(
         {
             "model": {"path": "stories-260k"},

@@ -110,7 +110,7 @@ def test_no_import_points_back(path):
         ("evaluate/curve.py", "from mlora_jax.run.train import train"),
         ("report/rows.py", "from mlora_jax.training.step import train_step"),
         ("report/rows.py", "from mlora_jax.evaluate import rank_curve"),
-        ("config.py", "from mlora_jax.adapters import adapt"),
+        ("config/keys.py", "from mlora_jax.adapters import adapt"),
         ("run/train.py", "import mlora_jax.cli.run"),
         ("training/loop.py", "import mlora_jax"),
     ],

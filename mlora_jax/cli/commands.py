@@ -5,7 +5,19 @@ from __future__ import annotations
 import runpy
 from collections.abc import Callable
 
-COMMANDS = ("run", "table", "generate", "export", "lm_eval", "plan", "ranks", "study", "compile_report", "pretrain")
+COMMANDS = (
+    "run",
+    "table",
+    "generate",
+    "export",
+    "lm_eval",
+    "plan",
+    "ranks",
+    "study",
+    "compile_report",
+    "pretrain",
+    "keys",
+)
 
 
 def start(name: str) -> None:

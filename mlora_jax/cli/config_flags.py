@@ -14,7 +14,9 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mlora_jax.config import NAMED, check_key, resolve
+from mlora_jax.cli.help import HELP_FLAGS, print_help
+from mlora_jax.config import NAMED, check_key
+from mlora_jax.study.keys import resolve_cell, without_study
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
 # Inside the package where it is installed, beside it in a checkout.
@@ -39,8 +41,25 @@ def find_config(name: str) -> pathlib.Path:
 def read_config(path: str) -> ConfigDict:
     """The config that `get_config()` of a Python file returns, with every default filled in.
 
+    A cell of the study is an experiment with a group "study" besides, which only `experiments.study` reads: here that
+    group is checked and left out.
+
     Args:
-      path: of the file, or the name of a shipped config; `:VARIANT` behind it is what `get_config` is called with.
+      path: the path of the file, or the name of a shipped config; `:VARIANT` behind it is what `get_config` is called
+        with.
+
+    Raises:
+      FileNotFoundError: there is no such config.
+      ValueError: it has no such variant, or a value that cannot be.
+    """
+    return without_study(read_cell(path))
+
+
+def read_cell(path: str) -> ConfigDict:
+    """The config of a cell of the study, with every default filled in, those of its group "study" among them.
+
+    Args:
+      path: as for `read_config`.
 
     Raises:
       FileNotFoundError: there is no such config.
@@ -51,7 +70,7 @@ def read_config(path: str) -> ConfigDict:
     module = _load(file)
     if colon and not inspect.signature(module.get_config).parameters:
         raise ValueError(f"the config {name} has no variants, got {path}")
-    return resolve(module.get_config(variant) if colon else module.get_config())
+    return resolve_cell(module.get_config(variant) if colon else module.get_config())
 
 
 def _load(file: pathlib.Path) -> types.ModuleType:
@@ -74,8 +93,8 @@ def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
             if not equals and following > len(arguments):
                 break
             return (value if equals else arguments[index + 1]), [*arguments[:index], *arguments[following:]]
-    if {"-h", "--help", "-help", "--helpfull"} & set(arguments[1:]):
-        print(f"{sys.modules['__main__'].__doc__}\n`--config quickstart --help` lists every key and flag.")
+    if HELP_FLAGS & set(arguments[1:]):
+        print_help()
         raise SystemExit(0)
     raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
 
@@ -88,6 +107,9 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
         for name in names:
             check_key(name)
         default = read_config(path)
+        if HELP_FLAGS & set(arguments[1:]):
+            print_help(default)
+            raise SystemExit(0)
         _make_room(default, names)
         config = config_flags.DEFINE_config_dict("config", default, sys_argv=arguments)
         app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)

@@ -3,7 +3,8 @@
 `--config NAME` alone stands for a config that the package ships, wherever it is installed. A config with variants takes
 one behind a colon: `--config paper_gsm8k_llama32_1b:r256`, `--config configs/paper_gsm8k_llama32_1b.py:smoke`.
 
-Every key of `mlora_jax.config.DEFAULTS` can be set on the command line, whether the config file names it or not.
+Every key can be set on the command line, whether the config file names it or not: `--help` and docs/config.md list the
+keys. A config of the study (configs/study_*.py) is run as the experiment that it is without its group `study`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 MODELS holds the models' folders and DATA those of the raw data, under the names that the cells' configs give them
 (configs/study_*.py). The study is a queue: stopped by a signal or by the end of its hours, the same command goes on
-where it was. Every cell has a folder of its name in DIR; tables and figures of all are written at every end, as far as
-it has come.
+where it was. The group `study` of a cell's config says what is trained; docs/config.md lists its keys. Every cell has a
+folder of its name in DIR; tables and figures of all are written at every end, as far as it has come.
 """
 
 import math
@@ -16,7 +16,7 @@ import time
 
 from absl import app, flags, logging
 
-from mlora_jax.cli.config_flags import SHIPPED, WORKDIR, read_config
+from mlora_jax.cli.config_flags import SHIPPED, WORKDIR, read_cell
 
 CELLS = flags.DEFINE_list("cells", [], "Names such as trec_656k of configs/study_NAME.py; all if not given.")
 MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")
@@ -81,7 +81,7 @@ def _known_cells() -> dict:
     """Name -> config of every cell, models and data found."""
     cells = {}
     for file in sorted(SHIPPED.glob("study_*.py")):
-        config = read_config(file.stem)
+        config = read_cell(file.stem)
         with config.unlocked():
             if config.model.path != "quickstart":
                 config.model.path = str(pathlib.Path(MODELS.value) / config.model.path)

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mlora_jax.config import CHANGEABLE, resolve
+from mlora_jax.config import CHANGEABLE, resolve_stored
 from mlora_jax.training.curve_records import CURVES, CurveRecord, CurvesOnRecord, read_curves
 from mlora_jax.trials import Trial, expand_trials
 
@@ -133,7 +133,7 @@ class RunRecords:
         """The trials of the config; empty if it does not say."""
         if not self.config.get("trials"):
             return []
-        return expand_trials(resolve(self.config))
+        return expand_trials(resolve_stored(self.config))
 
     @property
     def done(self) -> set[Trial]:

@@ -18,7 +18,7 @@ import jaxlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlora_jax.config import changed_keys, resolve
+from mlora_jax.config import changed_keys, resolve_stored
 from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.parallel import hosts
 from mlora_jax.training.curve_records import CURVES, CurvesOnRecord, drop_partial_curves, read_curves
@@ -85,7 +85,7 @@ def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
         raise FileNotFoundError(f"{path} is not the folder of a run: it has no {CONFIG}")
     stored = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     stored.pop("parallel", None)  # of the machine that it ran on
-    config = resolve(stored)
+    config = resolve_stored(stored)
     trials = {trial.name: trial for trial in expand_trials(config)}
     if name not in trials:
         raise ValueError(f"{path} has no trial {name!r}; its trials: {', '.join(trials)}")

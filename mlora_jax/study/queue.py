@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mlora_jax.core import aurac
 from mlora_jax.run.train import train
+from mlora_jax.study.keys import without_study
 from mlora_jax.study.rivals import Rival, rivals_of
 from mlora_jax.training.curve_records import CURVES, CurveKey, CurvesOnRecord, read_curves
 from mlora_jax.trials import Trial
@@ -91,7 +92,7 @@ def run_cell(
     for rival in rivals:
         known = readouts.setdefault(rival.method, [])
         known += [rival.readout] if rival.readout not in known else []
-    values = config.to_dict()
+    values = without_study(config).to_dict()
     values["evaluation"]["readouts"] |= {method: tuple(known) for method, known in readouts.items()}
     while True:
         curves = read_curves(pathlib.Path(workdir) / CURVES)

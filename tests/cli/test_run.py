@@ -61,7 +61,10 @@ def test_a_shipped_config_with_overrides(tmp_path):
         (["--config.train.clp=1"], "unknown config key config.train.clp; did you mean config.train.clip?"),
         (["--config.trials.method=('lor',)"], "unknown method 'lor'; did you mean 'lora'?"),
         (["--config.methods.mine=(('lora', 1.0), 'turn')"], "unknown carry 'turn'; known: reset, rotate, restart"),
-        (["--config.trials.scaling=('half',)"], "unknown scaling 'half'; known: none, rank, sqrt"),
+        (
+            ["--config.trials.scaling=('half',)"],
+            "an entry of config.trials.scaling must be one of 'none', 'rank', 'sqrt', got 'half'",
+        ),
         (["--config.adapter.ranks=(4,2)"], "ranks must be strictly increasing without repeats, got (4, 2)"),
         (["--config.adapter.ranks=(1,64)"], "rank 64 of S is above the adapter's rank R = 32"),
         (["--config.model.path=nowhere"], "nowhere"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlora_jax.config import DEFAULTS, resolve
+from mlora_jax.config import DEFAULTS, KEYS, resolve
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.interop import export_peft
@@ -29,6 +29,7 @@ from mlora_jax.run.inputs import model_folder
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.run.starts import first_state
 from mlora_jax.run.train import train
+from mlora_jax.study.keys import STUDY
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.records import read_json_lines
 from mlora_jax.trials import expand_trials, readouts_of
@@ -299,7 +300,7 @@ ELSEWHERE = {
     "calibration.steps": "test_keys_of_calibration",
     "calibration.learning_rate": "test_keys_of_calibration",
     "calibration.batches": "test_keys_of_calibration",
-    **{f"study.{key}": "test_keys_of_the_study" for key in DEFAULTS["study"]},
+    **{f"study.{key}": "test_keys_of_the_study" for key in STUDY.keys},
     **{f"parallel.{key}": "test_keys_of_the_mesh" for key in ("trial", "data", "fsdp", "tensor", "engine")},
     **{
         f"parallel.{key}": "test_keys_of_the_processes"
@@ -308,15 +309,10 @@ ELSEWHERE = {
 }
 
 
-def all_keys(group=DEFAULTS, path=""):
-    for key, value in group.items():
-        yield from all_keys(value, f"{path}{key}.") if isinstance(value, dict) else (f"{path}{key}",)
-
-
 def test_every_key_has_a_test():
     readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
     tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
-    assert tested == set(all_keys())
+    assert tested == {name for name, _ in (*KEYS.leaves(), *STUDY.leaves("study."))}
     homes = (sys.modules[__name__], test_harness_tasks, test_queue, test_mesh)
     assert all(any(hasattr(home, test) for home in homes) for test in ELSEWHERE.values())
 
@@ -388,7 +384,9 @@ def test_readouts_of_every_method(folders, method):
     config = resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("masked", "squeeze")))
     trial, other = (dataclasses.replace(expand_trials(config)[0], method=name) for name in (method, "mine"))
     assert readouts_of(config, trial) == ("masked", "squeeze") and readouts_of(config, other) == ("prefix",)
-    with pytest.raises(ValueError, match=f"unknown read-out 'middle' in config.evaluation.readouts.{method}"):
+    with pytest.raises(
+        ValueError, match=rf"config\.evaluation\.readouts\.{method} must be one of 'prefix', .*got 'middle'"
+    ):
         resolve(with_key(choice_config(folders), f"evaluation.readouts.{method}", ("middle",)))
 
 

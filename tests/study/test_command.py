@@ -197,8 +197,9 @@ def test_an_unknown_cell_is_one_line(places, tmp_path, monkeypatch):
 def test_models_and_data_are_found(places, tmp_path, monkeypatch):
     """Under the two folders; without one data are downloaded, and the shipped base has a name of its own."""
     own = {"model": {"path": "quickstart"}, "data": {"task": "quickstart"}}
-    write_cell(tmp_path / "configs", "own", **own)
-    write_cell(tmp_path / "configs", "questions", model={"path": "base"}, data={"task": "trec", "raw_dir": "questions"})
+    questions = {"model": {"path": "base"}, "data": {"task": "trec", "raw_dir": "questions"}}
+    for name, values in {"own": own, "questions": questions}.items():
+        write_cell(tmp_path / "configs", name, **values, study={"groups": ("first",)})
     for module in (study, config_flags):
         monkeypatch.setattr(module, "SHIPPED", tmp_path / "configs")
     seen = set()

@@ -7,6 +7,7 @@ import pytest
 from mlora_jax.config import resolve
 from mlora_jax.core import aurac
 from mlora_jax.study import queue
+from mlora_jax.study.keys import resolve_cell
 from mlora_jax.study.queue import best_rate, run_cell, score, wanted
 from mlora_jax.study.rivals import GROUPS, Rival, rivals_of, separate
 from mlora_jax.training.curve_records import CurveRecord, CurvesOnRecord
@@ -101,7 +102,7 @@ def test_keys_of_the_study(key, value):
     """Each changes the trials that are asked for, of a rival whose rates of the start are measured."""
 
     def all_asked(**changed):
-        study = resolve({"study": changed}).study
+        study = resolve_cell({"study": changed}).study
         rivals = rivals_of(study.groups, study.rank)
         measured = {(rate, 42): rate for rate in (1e-3, 3e-3, 1e-2)}
         curves = curves_of(measured, Rival("lora"), study.rank)
@@ -128,7 +129,7 @@ def test_a_cell_is_trained_until_nothing_is_wanted(monkeypatch, tmp_path):
 
     monkeypatch.setattr(queue, "train", train)
     monkeypatch.setattr(queue, "read_curves", lambda path: curves)
-    config = resolve({"study": {"rank": 8}})
+    config = resolve_cell({"study": {"rank": 8}})
     run_cell(config, tmp_path, groups=("leading",))
     methods = len({rival.method for rival in GROUPS["leading"]})
     assert [len(call) for call in calls] == [3 * methods, methods, 2 * methods]

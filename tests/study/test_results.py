@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import t, ttest_1samp
 
-from mlora_jax.config import resolve
 from mlora_jax.core import aurac
+from mlora_jax.study.keys import resolve_cell
 from mlora_jax.study.report import draw_study, write_study
 from mlora_jax.study.results import area_interval, difference, interval, read_cell, regret
 from mlora_jax.study.rivals import Rival
@@ -60,7 +60,7 @@ def study(tmp_path):
         found["alone", rate] = write_curve(folder, Rival("lora", rank=1), rate, 1, (0.9 if rate == 1e-1 else 0.5,), rng)
     found["alone", 2] = write_curve(folder, Rival("lora", rank=1), 1e-1, 2, (0.8,), rng)
     write_curve(folder, Rival("lora", rank=2), 1e-2, 1, (0.8, 0.9), rng)  # unfinished
-    return tmp_path, resolve({"study": CONFIG}), found
+    return tmp_path, resolve_cell({"study": CONFIG}), found
 
 
 def test_a_cell_knows_its_best_rates_and_what_is_missing(study):

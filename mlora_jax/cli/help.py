@@ -1,0 +1,26 @@
+"""The help of the commands that take an experiment config: their flags, and every key that `--config.KEY` can set."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from mlora_jax.config import KEYS, help_text
+
+HELP_FLAGS = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
+
+
+def print_help(config: ConfigDict | None = None) -> None:
+    """Prints the command's docstring, its flags, and all keys of a config.
+
+    Args:
+      config: a resolved config whose values are shown where they are not the defaults.
+    """
+    values = None if config is None else config.to_dict()
+    print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}\n")
+    if config is None:
+        print("With --config NAME as well, --help also shows the values of that config.")
+    print('The keys of a config, each a flag like --config.train.epochs=5 or --config.trials.seed="(1, 2)":\n')
+    print(help_text(KEYS.keys, values))

@@ -1,0 +1,96 @@
+"""The keys for people to read: the list of `--help` and the page docs/config.md."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlora_jax.config.schema import Group, Key
+
+NAME = "NAME"  # stands for a name that a config may give
+WIDTH = 100  # columns of --help
+_UNSET = object()
+_HEADER = "| key | default | allowed | may change | meaning |\n| --- | --- | --- | --- | --- |\n"
+
+
+def help_text(groups: Mapping[str, Group], values: Mapping[str, Any] | None = None) -> str:
+    """A paragraph for each group, with every key, its default, what is allowed and what it means.
+
+    Args:
+      groups: name -> group of keys.
+      values: a resolved config; keys that it sets otherwise than by default are shown with its value too.
+
+    >>> print(help_text({"train": Group(doc="Training.", keys={"epochs": Key(default=3, low=1, doc="Passes.")})}))
+    config.train: Training.
+      --config.train.epochs: Passes.
+          [an integer, at least 1; default 3]
+    """
+    paragraphs = []
+    for path, group, changeable in _sections(groups):
+        lines = textwrap.wrap(f"config.{path}: {group.doc}", WIDTH, subsequent_indent="  ")
+        for key, item, says_all in _rows(group):
+            value = _value(values, f"{path}.{key}")
+            facts = [item.allowed] * says_all
+            facts += [] if key == NAME else [f"default {_shown(item.default)}"]
+            facts += [] if value in (_UNSET, item.default) else [f"this config {_shown(value)}"]
+            facts += ["may change in a begun run"] * (says_all and (changeable or item.changeable))
+            name, facts = f"  --config.{path}.{key}: ", f"[{'; '.join(facts)}]"
+            texts = (name + item.doc, " " * 6 + facts) if says_all else (name + facts,)
+            for text in texts:
+                lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 6)
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def keys_page(groups: Mapping[str, Group]) -> str:
+    """A table for each group, in Markdown.
+
+    Args:
+      groups: name -> group of keys.
+    """
+    parts = []
+    for path, group, changeable in _sections(groups):
+        rows = ""
+        for key, item, says_all in _rows(group):
+            cells = (
+                f"`{key}`",
+                "" if key == NAME else f"`{_shown(item.default)}`",
+                item.allowed if says_all else "as for NAME",
+                "yes" if changeable or item.changeable else "no",
+                item.doc if says_all else "",
+            )
+            rows += "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+        parts.append(f"## config.{path}\n\n{group.doc}\n\n{_HEADER}{rows}")
+    return "\n".join(parts)
+
+
+def _sections(groups: Mapping[str, Group]) -> Iterator[tuple[str, Group, bool]]:
+    """Dotted name, declaration, and whether a begun run may change all keys, of every group."""
+    for name, group in groups.items():
+        yield name, group, group.changeable
+        for path, inner in group.groups(f"{name}."):
+            yield path, inner, group.changeable or inner.changeable
+
+
+def _rows(group: Group) -> Iterator[tuple[str, Key, bool]]:
+    """Name and declaration of each key; False for one of which the row of `NAME` says all but the default."""
+    if group.names:
+        yield NAME, group.names, True
+    for name, item in group.keys.items():
+        if isinstance(item, Key):
+            yield name, item, group.names is None
+
+
+def _value(values: Mapping[str, Any] | None, name: str) -> Any:
+    found: Any = values
+    for part in name.split("."):
+        if found is None or part not in found:
+            return _UNSET
+        found = found[part]
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as a command line or a config file has it, with double quotes."""
+    return repr(value).replace("'", '"')

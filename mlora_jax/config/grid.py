@@ -1,0 +1,69 @@
+"""The trials that a config asks for: entries of `config.trials.list`, and whether every trial can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlora_jax.config.keys_of_trials import TRIALS
+from mlora_jax.config.methods import further_methods
+from mlora_jax.config.schema import Group
+from mlora_jax.core import METHODS, get_method
+from mlora_jax.trials import expand_trials
+
+# What an entry of the list may name: every key of `config.trials` but the list.
+AXES = Group(doc=TRIALS.doc, keys={name: key for name, key in TRIALS.keys.items() if name != "list"})
+LIST = "config.trials.list"
+
+
+def read_entries(entries: Iterable[Any]) -> tuple[dict[str, tuple], ...]:
+    """The entries of `config.trials.list`, each a dict of tuples of values.
+
+    Raises:
+      ValueError: an entry is no dict, names an unknown key, or gives a value of another type.
+    """
+    return tuple(_read_entry(entry, f"{LIST}[{number}]") for number, entry in enumerate(entries))
+
+
+def _read_entry(entry: Any, name: str) -> dict[str, tuple]:
+    if not isinstance(entry, (Mapping, ConfigDict)):
+        raise ValueError(f"{name} must be a dict of some of {', '.join(AXES.keys)}; got {entry!r}")
+    AXES.check_names(entry, name)
+    values = {}
+    for key, value in entry.items():
+        several = isinstance(value, (tuple, list))
+        if key == "weights" and several:  # one trial's weights, or a tuple of such
+            several = any(isinstance(item, (tuple, list)) for item in value)
+        values[key] = AXES.at(key).read(value if several else (value,), f"{name}.{key}")
+    return values
+
+
+def check_trials(config: Mapping[str, Any]) -> None:
+    """Checks a config whose keys are allowed each by itself.
+
+    Args:
+      config: every key, with the list's entries as `read_entries` gives them.
+
+    Raises:
+      ValueError: an entry of the list holds a value that is not allowed, a method is unknown, or a trial cannot be
+        trained: its rank, S and weights do not go together.
+    """
+    methods = further_methods(config)
+    for number, entry in enumerate(config["trials"]["list"]):
+        AXES.validate(entry, f"{LIST}[{number}]")
+    for axes in (config["trials"], *config["trials"]["list"]):
+        for method in axes.get("method", ()):
+            get_method(method, methods)
+    for trial in expand_trials(ConfigDict(config)):
+        try:
+            trial.hierarchy(config["adapter"]["ranks"])
+        except ValueError as error:
+            raise ValueError(f"config.trials cannot make {trial}: {error}") from None
+        if trial.weights and not get_method(trial.method, methods).uses_weights:
+            users = ", ".join(name for name, method in {**METHODS, **methods}.items() if method.uses_weights)
+            raise ValueError(
+                f"config.trials.weights {trial.weights} would change nothing for {trial.method!r}; methods with "
+                f"weights: {users}. config.trials.list can give them weights of their own"
+            )

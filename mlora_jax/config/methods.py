@@ -1,0 +1,81 @@
+"""Methods of one's own: `config.methods`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlora_jax.core import METHODS, Method, Phase, get_method
+
+# Words behind the phases of a method, and what they stand for.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "rotate": {"start": "squeeze_rotated"},
+    "restart": {"schedule": "phase"},
+    "gate": {"gate": True},
+}
+
+
+def further_methods(config: Mapping[str, Any] | ConfigDict) -> dict[str, Method]:
+    """The methods of `config.methods`. One that the table of methods has in the same words by now is left out.
+
+    Args:
+      config: a config with every key present.
+
+    Raises:
+      ValueError: the table has a method of that name in other words, or the method cannot be; the message names it.
+    """
+    found = {}
+    for name, entries in config["methods"].items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"config.methods.{name}: a name is made of letters, digits, _ and -")
+        try:
+            found[name] = _method(entries)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"config.methods.{name} must be phases like (('lora', 0.7), ('per_example', 0.3)), got {entries!r}: "
+                f"{error}"
+            ) from None
+        if name in METHODS:
+            if dataclasses.replace(METHODS[name], summary="") != dataclasses.replace(found[name], summary=""):
+                raise ValueError(f"config.methods.{name} is a method of that name already: give yours another one")
+            del found[name]
+    return found
+
+
+def _method(entries: Iterable[Any]) -> Method:
+    """A method from its phases, each (policy, fraction[, start[, update]]), and words of `METHOD_OPTIONS`."""
+    words = [entry for entry in entries if isinstance(entry, str)]
+    unknown = [word for word in words if word not in METHOD_OPTIONS]
+    if unknown:
+        raise ValueError(f"unknown word {unknown[0]!r}; known: {', '.join(METHOD_OPTIONS)}")
+    options = {key: value for word in words for key, value in METHOD_OPTIONS[word].items()}
+    # A later phase that says nothing else begins with a squeeze.
+    start = options.pop("start", "squeeze")
+    phases = []
+    for entry in (entry for entry in entries if not isinstance(entry, str)):
+        policy, fraction, *rest = entry
+        begins = rest[0] if rest else (start if phases else "")
+        phases.append(Phase(policy, float(fraction), begins, *rest[1:]))
+    return Method(phases=tuple(phases), summary=_summary(phases, options), **options)
+
+
+def _summary(phases: Sequence[Phase], options: Mapping[str, Any]) -> str:
+    parts = []
+    for phase in phases:
+        before = f"{phase.start}, then " if phase.start not in ("", "none") else ""
+        behind = f" with {phase.update}" if phase.update != "none" else ""
+        parts.append(f"{before}{phase.policy} for {phase.fraction:.0%} of the steps{behind}")
+    notes = ["gated"] if options.get("gate") else []
+    notes += ["the learning rate starts anew in every phase"] if options.get("schedule") == "phase" else []
+    return "; ".join([", ".join(parts), *notes])
+
+
+def check_readout_methods(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if `config.evaluation.readouts` has a key that names no method."""
+    methods = further_methods(config)
+    for name in config["evaluation"]["readouts"]:
+        get_method(name, methods)

@@ -1,0 +1,114 @@
+"""From the config that a file gives to one with every key present and checked, and what has changed since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlora_jax.config.grid import check_trials, read_entries
+from mlora_jax.config.keys import CHANGEABLE, ELSEWHERE, KEYS
+from mlora_jax.config.methods import check_readout_methods
+from mlora_jax.config.schema import Group, Key
+
+
+def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] = MappingProxyType({})) -> ConfigDict:
+    """The config with every key present and checked.
+
+    Args:
+      config: nested mapping that sets some of the keys of `DEFAULTS`.
+      groups: name -> groups that the caller reads besides those of the table, such as the study's.
+
+    Returns:
+      A locked `ConfigDict` with all keys.
+
+    Raises:
+      ValueError: an unknown key (the message names the nearest one), a value of another type, or a value that is not
+        allowed: outside its range, none of the choices, or one that does not go with the others.
+    """
+    given = config.to_dict() if isinstance(config, ConfigDict) else config
+    _check_elsewhere(name for name in given if name not in groups)
+    table = Group(doc=KEYS.doc, keys={**KEYS.keys, **groups})
+    values = table.read(given, "config")
+    values["trials"]["list"] = read_entries(values["trials"]["list"])
+    if values["data"]["file"] or values["data"]["evaluation_file"]:
+        values["data"]["task"] = "jsonl"  # own data is its own task, whatever the key was left at
+    table.validate(values, "config")
+    check_readout_methods(values)
+    check_trials(values)
+    return ConfigDict(values).lock()
+
+
+def resolve_stored(config: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run's config.json, which an earlier version may have written, with every key present and checked.
+
+    Args:
+      config: what config.json holds. Groups that a run does not read and that earlier versions wrote are left out.
+
+    Raises:
+      ValueError: as for `resolve`.
+    """
+    return resolve({name: values for name, values in config.items() if name not in ELSEWHERE})
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys, other than those that a begun run may change, in which two resolved configs differ.
+
+    Args:
+      old: what config.json of a begun run holds. A key that it lacks, since it was written before there was such a key,
+        has its default.
+      new: the config that the run is to go on with, as JSON has it: lists in place of tuples.
+
+    Returns:
+      A line for each key, like "config.train.epochs was 3 and is 4".
+    """
+    return _changed(KEYS, old, new, "")
+
+
+def _changed(group: Group, old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> list[str]:
+    found = []
+    defaults = json.loads(json.dumps(group.defaults()))
+    for key in dict.fromkeys((*old, *new)):
+        name, before, after = f"{path}{key}", old.get(key, defaults.get(key)), new.get(key)
+        added = key not in old and key not in group.keys  # a name of one's own that the run begins to use
+        if name in CHANGEABLE or before == after or added:
+            continue
+        inner = group.keys.get(key)
+        if isinstance(inner, Group) and isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _changed(inner, before, after, f"{name}.")
+        else:
+            found.append(f"config.{name} was {before!r} and is {after!r}")
+    return found
+
+
+def _check_elsewhere(names: Iterable[str]) -> None:
+    for name in names:
+        if name in ELSEWHERE:
+            raise ValueError(
+                f"unknown config key config.{name}: only {ELSEWHERE[name]} reads it, from the config file of a cell. "
+                f"Keys of config: {', '.join(KEYS.keys)}"
+            )
+
+
+def check_key(name: str) -> None:
+    """Raises ValueError if a dotted name begins with "config." and is no key of a config; names the nearest one.
+
+    >>> check_key("config.train.epoch")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown config key config.train.epoch; did you mean config.train.epochs? Keys of config.train: ...
+    """
+    first, *keys = name.split(".")
+    if first != "config":
+        return
+    _check_elsewhere(keys[:1])
+    item: Group | Key = KEYS
+    path = "config"
+    for key in keys:
+        if isinstance(item, Key):
+            raise ValueError(f"{path} is a value and has no key {key!r}")
+        item.check_names((key,), path)
+        item, path = item.at(key), f"{path}.{key}"
