@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from mlora_jax.core.hierarchy import RankHierarchy, powers_of_two
 from mlora_jax.core.product import factors_and_scales, initialize_factors, path_hash
-from mlora_jax.core.rank_axes import FACTORS, adapter_rank, by_parent, layer_name, leaf_name, path_names
+from mlora_jax.core.rank_axes import (
+    FACTORS,
+    PROFILE,
+    adapter_rank,
+    by_parent,
+    layer_name,
+    leading_axes,
+    leaf_name,
+    path_names,
+)
 
 Tree = Any
 

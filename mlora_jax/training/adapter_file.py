@@ -199,7 +199,8 @@ def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
     if gated and len(gated) < len(leaves):
         bare = ", ".join(sorted(set(leaves) - set(gated)))
         raise ValueError(
-            f"{pathlib.Path(folder) / TENSORS} has a gate in {', '.join(gated)}, but none in {bare}: all layers have one or none"
+            f"{pathlib.Path(folder) / TENSORS} has a gate in {', '.join(gated)}, but none in {bare}: all layers have "
+            "one or none"
         )
     targets = [re.escape(layer) for layer in sorted(leaves)]
     adapted = adapt(model, record["rank"], targets, key=jax.random.key(0), gate=bool(gated))
