@@ -148,7 +148,7 @@ def test_the_moments_of_a_gate_become_zero(action):
     )
     for moments, moments_before in ((adam.mu, old.mu), (adam.nu, old.nu)):
         assert np.any(moments_before["layer"]["gate"]) and not np.any(moments["layer"]["gate"])
-        assert np.any(moments["layer"]["a"]) == (carry == "rotate")
+        assert np.any(moments["layer"]["a"]) == (action == "squeeze_rotated")
 
 
 def phases_of(method, steps=100, **trials):
