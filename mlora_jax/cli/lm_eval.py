@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command == "run" and arguments:
             arguments = _prepare(arguments)
-        _call_harness([command, *arguments])
+        # The harness prints its help when it is told to run nothing.
+        _call_harness([command, *(arguments or (["--help"] if command == "run" else []))])
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -64,16 +65,21 @@ def _local_tasks(names: Sequence[str], raw_dir: str, cache_dir: str) -> str:
 
 
 def _call_harness(arguments: Sequence[str]) -> None:
-    from lm_eval.__main__ import cli_evaluate
+    """Does what `lm_eval.__main__.cli_evaluate` does, with these arguments in the place of the process's."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
 
     from mlora_jax.evaluate import language_model  # noqa: F401  registers the model
 
-    before = sys.argv
-    sys.argv = ["python -m experiments.lm_eval", *arguments]  # the harness reads it
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
+    class CommandLine(HarnessCLI):
+        """The harness's command line, whose own `parse_args` reads and changes `sys.argv`."""
+
+        def parse_given(self, given: Sequence[str]) -> argparse.Namespace:
+            return self._parser.parse_args(given)
+
+    setup_logging()
+    command_line = CommandLine()
+    command_line.execute(command_line.parse_given(arguments))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import lm_eval.utils
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 
+from mlora_jax.evaluate.kept_tasks import keeping
 from mlora_jax.evaluate.language_model import MODEL_NAME, NestedLM, TokenRequest, Variant, options_key
 from mlora_jax.evaluate.task_files import load_tasks
 
@@ -87,7 +86,7 @@ def evaluate_all(
       lm: the model; its own adapter and rank do not matter. Its count of truncated requests grows by those of this
         pass, each counted once.
       variants: name -> (adapter, p), adapters of one rank R and the same targets as the model's.
-      tasks: names, or what `load_tasks` gave.
+      tasks: names, or what `load_tasks` gave, which stays as it is.
       raw_dir, cache_dir: of `load_tasks`.
       num_fewshot: overrides the tasks' own, except where that is 0; None: their own.
       gen_kwargs: options of generation to change in the tasks.
@@ -107,18 +106,16 @@ def evaluate_all(
         raise ValueError("there is nothing to evaluate: variants is empty")
     answers = AnswersFromMemory(lm, variants)
     results = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_seeded())
-        stack.enter_context(_templates_compiled_once())
+    with _seeded():
         loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, raw_dir=raw_dir, cache_dir=cache_dir)
-        for task in loaded["tasks"].values():
+        kept = {name: keeping(task) for name, task in loaded["tasks"].items()}
+        for task in kept.values():
             _configure(task, num_fewshot, gen_kwargs)
-            stack.enter_context(_requests_built_once(task))
         for name in variants:
             answers.answering = name
             found = evaluate(
                 answers,
-                loaded,
+                {**loaded, "tasks": kept},
                 limit=limit,
                 bootstrap_iters=bootstrap_iters,
                 log_samples=log_samples,
@@ -168,35 +165,6 @@ def _configure(task, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | No
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-
-
-@contextlib.contextmanager
-def _requests_built_once(task) -> Iterator[None]:
-    """Keeps a task's requests from one evaluation to the next: writing them takes longer than scoring them."""
-    build, built = task.build_all_requests, []
-
-    def again(**options: Any) -> None:
-        if not built:
-            build(**options)
-            built.append(options)
-        for instance in task.instances:
-            instance.resps, instance.filtered_resps = [], {}  # new ones: the samples logged before hold the old
-
-    task.build_all_requests = again
-    try:
-        yield
-    finally:
-        del task.build_all_requests
-
-
-@contextlib.contextmanager
-def _templates_compiled_once() -> Iterator[None]:
-    """Keeps the harness's compiled templates: it compiles one for every item anew, four fifths of its own time."""
-    lm_eval.utils.env.from_string = functools.lru_cache(maxsize=4096)(lm_eval.utils.env.from_string)
-    try:
-        yield
-    finally:
-        del lm_eval.utils.env.from_string  # the class's own again
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.evaluate.harness import AnswersFromMemory, NestedLM, Variant, evaluate_all
+from mlora_jax.evaluate.kept_tasks import keeping
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.evaluate.task_files import load_tasks
 from mlora_jax.models import load_decoder, save_decoder
@@ -287,14 +288,82 @@ def test_all_variants_in_one_pass_equal_one_after_the_other(lm, variants, tasks,
     compiled = lm.scorer.compiled._cache_size()
     for name, variant in variants.items():
         single = NestedLM(lm.scorer, lm.generator, lm.tokenizer, variant, max_length=lm.max_length)
-        alone = evaluate(single, prepared(tasks, 2), **options)
+        alone = evaluate(single, prepared(tasks, 2, max_gen_toks=16), **options)
         assert check_equal(everything[name], alone, tolerance=1e-4) == 16
     assert lm.scorer.compiled._cache_size() == compiled
     texts = {name: json.dumps([s["resps"] for s in r["samples"]["gsm8k"]]) for name, r in everything.items()}
     assert len(set(texts.values())) == len(texts)
-    # What is kept between the variants is not kept any longer.
-    assert "build_all_requests" not in vars(tasks["tasks"]["arc_challenge"])
-    assert "from_string" not in vars(lm_eval.utils.env)
+
+
+def state_of_the_harness(tasks) -> dict[str, object]:
+    """Every attribute of lm-eval's modules and classes, of its template environment, and of loaded tasks."""
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "lm_eval"}
+    owners = dict(modules)
+    for name, module in modules.items():
+        classes = {each for each in vars(module).values() if isinstance(each, type)}
+        owners |= {f"{name}:{each.__qualname__}": each for each in classes if each.__module__.startswith("lm_eval")}
+    owners |= {"environment": lm_eval.utils.env, **{f"task {name}": task for name, task in tasks["tasks"].items()}}
+    owners |= {f"sampler of {name}": task.sampler for name, task in tasks["tasks"].items()}
+    found = {f"{owner}.{key}": value for owner, each in owners.items() for key, value in vars(each).items()}
+    for name, task in tasks["tasks"].items():
+        found |= {f"config of {name}.{key}": repr(value) for key, value in vars(task.config).items()}
+    return found
+
+
+def test_nothing_of_the_harness_is_changed(lm, variants, raw, cache, monkeypatch):
+    """Neither after an evaluation nor while one runs."""
+    tasks = load_tasks(NAMES, raw_dir=str(raw), cache_dir=cache)
+    options = {"limit": 2, "bootstrap_iters": 0, "num_fewshot": 1, "gen_kwargs": {"max_gen_toks": 4}}
+    evaluate_all(lm, variants, load_tasks(NAMES, raw_dir=str(raw), cache_dir=cache), **options)  # imports what is slow
+    before, changed, looks = state_of_the_harness(tasks), [], []
+    assert len(before) > 1000 and f"task {NAMES[0]}._config" in before and "lm_eval.utils.env" in before
+
+    def look():
+        now = state_of_the_harness(tasks)
+        looks.append(len(now))
+        changed.extend(key for key, value in before.items() if now.get(key) is not value and now.get(key) != value)
+        changed.extend(key for key in now if key not in before)
+
+    prepare = lm.scorer.prepare
+    monkeypatch.setattr(lm.scorer, "prepare", lambda requests: look() or prepare(requests))
+    evaluate_all(lm, variants, tasks, keep=lambda results: look(), **options)
+    look()
+    assert len(looks) == 1 + len(variants) + 1 and not changed
+
+
+@pytest.mark.parametrize("template", ["{{ question }}?", "question", lambda doc: doc["question"].upper()])
+def test_texts_are_kept_by_document_and_template(tasks, template):
+    """And are those of the harness's own task; what a function makes is made every time."""
+    own = tasks["tasks"]["arc_challenge"]
+    kept, docs = keeping(own), list(own.eval_docs)[:2]
+    assert type(own) is ConfigurableTask and isinstance(kept, ConfigurableTask)
+    for _ in range(2):
+        for doc in docs:
+            assert kept.doc_to_text(doc, template) == own.doc_to_text(doc, template)
+            for make in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+                assert getattr(kept, make)(doc) == getattr(own, make)(doc)
+            kept.doc_to_choice(doc).append("another")  # the caller's own list
+    assert sum(key[1] == template for key in kept.texts) == (2 if template == "{{ question }}?" else 0)
+
+
+def test_a_task_that_is_a_class_keeps_its_requests(tasks, monkeypatch):
+    class Python(ConfigurableTask):
+        built = 0
+
+        def build_all_requests(self, **options):
+            type(self).built += 1
+            super().build_all_requests(**options)
+
+    own = object.__new__(Python)
+    vars(own).update(vars(tasks["tasks"]["arc_challenge"]))
+    kept = keeping(own)
+    kept.set_fewshot_seed(1)
+    kept.set_config("num_fewshot", 0)
+    for _ in range(2):
+        kept.build_all_requests(limit=2)
+        assert kept.instances and all(instance.resps == [] for instance in kept.instances)
+        kept.instances[0].resps.append("an answer")
+    assert isinstance(kept, Python) and type(kept).built == 1
 
 
 def test_repeated_draws_differ_and_are_each_variants_own(lm, variants):
