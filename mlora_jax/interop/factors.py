@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ class LayerFactors(NamedTuple):
 
 
 def layer_factors(
-    adapter,
+    adapter: Any,
     hierarchy: RankHierarchy,
     rank: RankOrRanks,
     *,
