@@ -36,7 +36,7 @@ class LayerFactors(NamedTuple):
 
 
 def layer_factors(
-    adapter,
+    adapter: Any,
     hierarchy: RankHierarchy,
     rank: RankOrRanks,
     *,

@@ -29,7 +29,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as in huggingface_hub
 
 def export_merged(
     path: str | os.PathLike,
-    adapter,
+    adapter: Any,
     hierarchy: RankHierarchy,
     rank: RankOrRanks,
     *,

@@ -20,7 +20,7 @@ from mlora_jax.training.adapter_file import save_adapter
 
 def export_adapter(
     path: str | os.PathLike,
-    adapter,
+    adapter: Any,
     hierarchy: RankHierarchy,
     rank: RankOrRanks,
     *,

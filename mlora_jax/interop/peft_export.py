@@ -52,7 +52,7 @@ def accepted_rank(rank: int, program: str) -> int:
 
 def export_peft(
     path: str | os.PathLike,
-    adapter,
+    adapter: Any,
     hierarchy: RankHierarchy,
     rank: RankOrRanks,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ FORMAT = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
-def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[str, Any]) -> pathlib.Path:
+def save_adapter(
+    folder: str | os.PathLike, adapter: Any, hierarchy: RankHierarchy, description: Mapping[str, Any]
+) -> pathlib.Path:
     """Writes an adapter; a reader never sees half of it.
 
     Args:
@@ -62,7 +65,7 @@ def save_adapter(folder, adapter, hierarchy: RankHierarchy, description: dict[st
     return folder
 
 
-def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
+def load_adapter(folder: str | os.PathLike, template: Any) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     """Reads what `save_adapter` wrote.
 
     Args:
@@ -96,7 +99,7 @@ def load_adapter(folder, template) -> tuple[Any, RankHierarchy, dict[str, Any]]:
     return adapter, _hierarchy(record), record
 
 
-def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarchy, dict[str, Any]]:
+def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarchy, dict[str, Any]]:
     """Reads what `save_adapter` wrote without the model that it belongs to.
 
     Args:
@@ -126,7 +129,7 @@ def read_adapter(folder) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarch
     return adapter, _hierarchy(record), record
 
 
-def read_description(folder) -> dict[str, Any]:
+def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     """The JSON values of an adapter that `save_adapter` wrote.
 
     Raises:
@@ -175,7 +178,7 @@ class AdaptedModel(NamedTuple):
     description: dict[str, Any]
 
 
-def load_adapted(folder, model: nnx.Module) -> AdaptedModel:
+def load_adapted(folder: str | os.PathLike, model: nnx.Module) -> AdaptedModel:
     """Adapts the layers of a model that an adapter's folder has factors for, and reads them.
 
     Args:
