@@ -120,6 +120,7 @@ def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:
         name = "the prompt" if PROMPTS.value is None else f"prompt {number} of {PROMPTS.value}"
         if not ids:
             raise ValueError(f"{name} has no tokens, and an answer needs something to follow")
+        tokenizer.check_known(ids, name=name)
         if len(ids) >= context:
             raise ValueError(
                 f"{name} has {len(ids)} tokens, which leaves no room for an answer in the model's context of "
@@ -157,7 +158,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
         max_length=context,
         batch_size=BATCH_SIZE.value,
         pad_multiple=PAD_MULTIPLE,
-        eos=[*tokenizer.eos_ids, *model.config.eos_token_ids],
+        eos=tokenizer.eos_ids,
     )
     asked = [(number, rank) for number in range(len(prompts)) for rank in ranks]
     answers = generator.generate(

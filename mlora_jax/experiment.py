@@ -414,7 +414,7 @@ class Experiment:
             self.tokenizer,
             task=data.task,
             max_new_tokens=config.evaluation.max_new_tokens,
-            stop=sorted({*self.tokenizer.eos_ids, *self.model.config.eos_token_ids}),
+            stop=sorted(self.tokenizer.eos_ids),
             **shapes,
         )
 

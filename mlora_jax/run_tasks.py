@@ -157,9 +157,8 @@ def _language_model(experiment: Experiment, rank: int, make, variant):
         pad_multiple=config.data.pad_multiple,
         mesh=experiment.mesh,
     )
-    eos = sorted({*experiment.tokenizer.eos_ids, *model.eos_token_ids})
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
-    generator = Generator(*trees, eos=eos, **shapes)
+    generator = Generator(*trees, eos=sorted(experiment.tokenizer.eos_ids), **shapes)
     return make(scorer, generator, experiment.tokenizer, variant, max_length=model.max_position_embeddings)
 
 

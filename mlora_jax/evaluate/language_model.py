@@ -129,7 +129,7 @@ class NestedLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context."""
-        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        return self.tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -142,11 +142,14 @@ class NestedLM(TemplateLM):
         return {"model_name": self.name, "adapter_parameters": sum(leaf.size for leaf in leaves)}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; BOS in front where the tokenizer adds it, but not before a text that begins with it."""
-        if add_special_tokens is None:
-            return self.tokenizer.encode(string, bos=True)
-        ids = self.tokenizer.encode(string, bos=False)
-        return [self.tokenizer.bos_id, *ids] if add_special_tokens and self.tokenizer.adds_bos else ids
+        """Token ids; BOS in front where the tokenizer adds it, but not before a text that begins with it.
+
+        Raises:
+          ValueError: the text holds a token that the tokenizer has and the model lacks.
+        """
+        ids = self.tokenizer.encode(string, bos=add_special_tokens is None)
+        self.tokenizer.check_known(ids, name=f"the text {string[:40]!r}")
+        return [*self.tokenizer.opening, *ids] if add_special_tokens else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as text, open for the assistant's turn or, without that, for more of the last message."""

@@ -113,7 +113,7 @@ def _load(
         p=p,
         hierarchy=hierarchy,
         tokenizer=tokenizer,
-        eos=tuple(sorted({*tokenizer.eos_ids, *model.config.eos_token_ids})),
+        eos=tuple(sorted(tokenizer.eos_ids)),
         max_length=max_length or context,
         batch_size=int(batch_size),
         pad_multiple=int(pad_multiple),

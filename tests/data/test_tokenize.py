@@ -7,6 +7,7 @@ import tokenizers
 from mlora_jax.data.load import load_task
 from mlora_jax.data.tokenize import encode_row, prompt_tokens, tokenize
 from mlora_jax.inputs import model_folder
+from mlora_jax.models.token_roles import TokenRoles
 from mlora_jax.models.tokenizer import Tokenizer
 
 ROWS = [
@@ -51,7 +52,7 @@ def test_own_pairs_are_trained_as_they_stand(jsonl, cache):
 
 def test_a_row_that_cannot_be_spelled_is_named():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "upon": 2}, unk_token="<unk>"))
-    words = Tokenizer(backend, bos_id=None, eos_ids=(1,))
+    words = Tokenizer(backend, TokenRoles(eos_id=1, pad_id=1, stops=(1,)))
     with pytest.raises(ValueError, match="train row 7: the tokenizer merges the end of the prompt 'up'"):
         tokenize([{"prompt": "up", "answer": "on", "row": 7}], words, seam="lossless", max_length=9)
 
