@@ -157,9 +157,10 @@ def _language_model(experiment: Experiment, rank: int, make, variant):
         pad_multiple=config.data.pad_multiple,
         mesh=experiment.mesh,
     )
+    tokenizer = experiment.tokenizer
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
-    generator = Generator(*trees, eos=sorted(experiment.tokenizer.eos_ids), **shapes)
-    return make(scorer, generator, experiment.tokenizer, variant, max_length=model.max_position_embeddings)
+    generator = Generator(*trees, eos=sorted({*tokenizer.eos_ids} - {*tokenizer.shown_stops}), **shapes)
+    return make(scorer, generator, tokenizer, variant, max_length=model.max_position_embeddings)
 
 
 def _records(curve: RankCurve, fields: dict[str, Any]) -> list[dict[str, Any]]:

@@ -90,9 +90,10 @@ class NestedLM(TemplateLM):
         """A loaded model at the rank it was loaded for."""
         shapes = {"batch_size": loaded.batch_size, "pad_multiple": loaded.pad_multiple}
         trees = loaded.graphdef, loaded.base, loaded.profile
+        eos = {*loaded.eos} - {*loaded.tokenizer.shown_stops}  # which `generate_until` itself looks for
         return cls(
             Scorer(*trees, max_length=loaded.max_length, **shapes),
-            Generator(*trees, max_length=loaded.max_length, eos=loaded.eos, **shapes),
+            Generator(*trees, max_length=loaded.max_length, eos=sorted(eos), **shapes),
             loaded.tokenizer,
             Variant(loaded.adapter, loaded.p),
             max_length=loaded.max_length,
@@ -260,11 +261,18 @@ class NestedLM(TemplateLM):
             raise ValueError(
                 f"max_gen_toks={count} leaves no room for a context in the model's {self.max_length} tokens"
             )
-        encoded = [self.tok_encode(text) or [self.prefix_token_id] for text in contexts]
+        # For generation the backend looks for BOS at the head of a text, not for the prefix that stands in for it.
+        opens = None if self.tokenizer.bos_id is not None else True
+        encoded = [self.tok_encode(text, opens) or [self.prefix_token_id] for text in contexts]
         self.truncated += sum(len(ids) > room for ids in encoded)
         prompts = [ids[-room:] for ids in encoded]
 
+        # The backend's texts hold an ordinary token that stops them; the generator leaves out the ids that it knows.
+        shown = {*self.tokenizer.shown_stops}
+
         def ends(ids: list[int]) -> bool:
+            if not shown.isdisjoint(ids):
+                return True
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             return any(term and term in text for term in until)
 

@@ -32,6 +32,7 @@ class Tokenizer:
         bos_id: id of the token that begins a text, or None.
         eos_id: id of the token that ends a text.
         eos_ids: every id at which generation stops; `eos_id` first (chat models have several).
+        shown_stops: those of them that are ordinary tokens, so that decoded text shows them.
         pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
         prefix_id: id that stands before a text without a context. `TokenRoles` says how these are chosen.
         opening: ids with which the model's own tokenizer begins every text; mostly none, or BOS.
@@ -58,6 +59,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.eos_ids = roles.bos_id, roles.eos_id, roles.stops
         self.pad_id, self.prefix_id = roles.pad_id, roles.prefix_id
         self.opening = tuple(opening)
+        special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.shown_stops = tuple(id for id in self.eos_ids if id not in special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.largest_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
         self.chat_template, self.known_below = chat_template, known_below
