@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -36,6 +36,23 @@ _QWEN2_WORDS = (
 )
 
 
+def _other_steps(written, made, model) -> Iterator[str]:
+    for step in ("normalizer", "pre_tokenizer"):
+        there, here = (repr(getattr(tokenizer, step)) for tokenizer in (written, made))
+        if _without_offsets(there) != _without_offsets(here):
+            yield f"takes {here} as {step}, not {there}"
+
+
+def _without_offsets(step: str) -> str:
+    return step.replace("trim_offsets=False", "trim_offsets=True")  # which changes no ids
+
+
+def _lost_characters(written, made, model) -> Iterator[str]:
+    # Normalizer and pre-tokenizer are not compared: files from before transformers 5 write the same steps otherwise.
+    if model.get("unk_token") and not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        yield f"leaves out characters that the vocabulary lacks, and does not write {model['unk_token']} for them"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerClass:
     """A class that builds its own pipeline.
@@ -43,11 +60,14 @@ class TokenizerClass:
     Args:
         build: (vocab, merges, values of `tokenizer_config.json`) -> tokenizer without added tokens.
         named: role -> token where `tokenizer_config.json` does not have the key.
+        differences: (tokenizer of `tokenizer.json`, the one built, its model in `tokenizer.json`) -> what the class
+            does that the file does not say, for a warning.
         names_again: whether the class adds its named and extra tokens a second time, as plain special tokens.
     """
 
     build: Callable[[Mapping[str, int], list[tuple[str, str]], Mapping[str, Any]], tokenizers.Tokenizer]
     named: Mapping[str, str | None]
+    differences: Callable[..., Iterator[str]] = _other_steps
     names_again: bool = False
 
 
@@ -88,7 +108,9 @@ def _gpt2(vocab, merges, values):
 _END = "<|endoftext|>"
 CLASSES = {
     "LlamaTokenizer": TokenizerClass(
-        build=_llama, named={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        build=_llama,
+        named={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        differences=_lost_characters,
     ),
     "Qwen2Tokenizer": TokenizerClass(
         build=_qwen2,
@@ -167,20 +189,6 @@ def build_backend(
         )
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     made = CLASSES[name].build(model["vocab"], merges, values)
-    if name != "LlamaTokenizer":  # whose files from before transformers 5 write the same steps in another way
-        _warn_of_other_steps(name, file, written, made, way_out)
+    for difference in CLASSES[name].differences(written, made, model):
+        logger.warning("tokenizer_class %r %s, as in transformers 5, unlike %s: %s", name, difference, file, way_out)
     return made, CLASSES[name]
-
-
-def _warn_of_other_steps(name, file, written, made, way_out) -> None:
-    for step in ("normalizer", "pre_tokenizer"):
-        there, here = (repr(getattr(tokenizer, step)) for tokenizer in (written, made))
-        if _without_offsets(there) != _without_offsets(here):
-            logger.warning(
-                "tokenizer_class %r ignores the %s in %s (%s), as in transformers 5, and takes %s: %s",
-                *(name, step, file, there, here, way_out),
-            )
-
-
-def _without_offsets(step: str) -> str:
-    return step.replace("trim_offsets=False", "trim_offsets=True")  # which changes no ids

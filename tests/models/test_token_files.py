@@ -147,11 +147,24 @@ def test_a_class_that_ignores_a_step_of_the_file_says_so(tmp_path, caplog):
     layout = pipeline("bytes") | {"pre_tokenizer": pipeline("digits")["pre_tokenizer"]}
     counts = {}
     for name in ("PreTrainedTokenizerFast", "GPT2Tokenizer"):
-        assert "ignores the" not in caplog.text
+        assert "tokenizer_class" not in caplog.text
         _, ours = check_equal(write_layout(tmp_path, layout, listed={}, name=name, model_type="llama"))
         counts[name] = len(ours.encode("123", bos=False))
     assert counts == {"PreTrainedTokenizerFast": 3, "GPT2Tokenizer": 2}
-    assert "tokenizer_class 'GPT2Tokenizer' ignores the pre_tokenizer in" in caplog.text
+    assert "tokenizer_class 'GPT2Tokenizer' takes ByteLevel(add_prefix_space=False" in caplog.text
+
+
+def test_a_class_that_leaves_out_characters_says_so(tmp_path, caplog):
+    layout = pipeline("pieces")
+    write_layout(tmp_path, layout, listed={}, name="LlamaTokenizer", model_type="llama")
+    check_equal(tmp_path)
+    assert "tokenizer_class" not in caplog.text
+    for byte in range(128, 256):
+        layout = json.loads(json.dumps(layout).replace(f"<0x{byte:02X}>", f"<byte {byte}>"))
+    write_layout(tmp_path, layout, listed={}, name="LlamaTokenizer", model_type="llama")
+    _, ours = check_equal(tmp_path)
+    assert ours.encode("the 漢", bos=False) == ours.encode("the ", bos=False)
+    assert "leaves out characters that the vocabulary lacks, and does not write <unk> for them" in caplog.text
 
 
 def test_a_class_that_does_as_the_file_says_is_silent(tmp_path, caplog):
@@ -162,10 +175,10 @@ def test_a_class_that_does_as_the_file_says_is_silent(tmp_path, caplog):
     assert '"trim_offsets": true' in layout
     (tmp_path / "tokenizer.json").write_text(layout.replace('"trim_offsets": true', '"trim_offsets": false'))
     check_equal(tmp_path)
-    assert "ignores the" not in caplog.text
+    assert "tokenizer_class" not in caplog.text
     write_layout(tmp_path, pipeline("bytes"), listed={}, name="GPT2Tokenizer", model_type="llama")
     check_equal(tmp_path)
-    assert "ignores the" not in caplog.text
+    assert "tokenizer_class" not in caplog.text
 
 
 def test_chats_with_tokens_from_several_files(tmp_path):
