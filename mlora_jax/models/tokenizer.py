@@ -217,8 +217,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(
-                f"this tokenizer has no chat template: put one into {TEMPLATE_FILE} beside {TOKENIZER_FILE}, or give "
-                f"prompt and completion instead of messages"
+                f"this tokenizer has no chat template, or several and none named default: put one into {TEMPLATE_FILE} "
+                f"beside {TOKENIZER_FILE}, or give prompt and completion instead of messages"
             )
         try:
             return compiled(self.chat_template).render(
