@@ -8,7 +8,7 @@ import pathlib
 import secrets
 from typing import Any, Protocol
 
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import write_aside
 
 STEP_FIELDS = ("trial", "step", "time")
 WANDB_ID = "wandb_id"
