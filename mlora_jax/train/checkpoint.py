@@ -177,9 +177,12 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception) if self._partial else contextlib.nullcontext():
                 self._manager.close()
-            if self._partial and hosts.is_first():
-                shutil.rmtree(self._partial, ignore_errors=True)
-            self._quiet.close()
+            if self._partial:
+                # asyncio speaks of a failed task whenever that is collected, so the quiet stays.
+                if hosts.is_first():
+                    shutil.rmtree(self._partial, ignore_errors=True)
+            else:
+                self._quiet.close()
 
     def remove(self) -> None:
         """Closes, and deletes the folder."""
