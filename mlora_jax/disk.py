@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 
 # NumPy tells how many items it wrote, and no reason.
@@ -100,6 +101,17 @@ def size_on_disk(path) -> int:
         with contextlib.suppress(FileNotFoundError):
             taken += file.stat().st_blocks * 512
     return taken
+
+
+def ignore_echoes() -> None:
+    """Keeps Python quiet, from now on, about a full disk that objects find once more when they are collected."""
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if lack_of_room(unraisable.exc_value) is None:
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from mlora_jax.train.records import JsonLines, read_json_lines
 
 # Its fixtures are of the run that is interrupted here by a disk instead of a signal.
 from tests.test_resume import (
+    ROOT,
     command,
     config,
     finish,
@@ -159,6 +161,34 @@ def test_the_command_goes_on_when_there_is_room(config, undisturbed, disk, tmp_p
     disk.empty()
     assert resumed_from(finish(start(command(tmp_path, config, disk.folder / "run"), config))) == [step]
     assert outcome(disk.folder / "run") == undisturbed[0]
+
+
+TENSORBOARD = """
+import sys, time
+from mlora_jax.train.trackers import TensorBoard
+board = TensorBoard(sys.argv[1])
+try:
+    for step in range(3000):
+        board.write({"trial": "a", "step": step, "time": 0.0, "loss": 1.0})
+        time.sleep(0.001)
+except OSError as error:
+    sys.exit(f"error: {error}")
+finally:
+    board.close()
+"""
+
+
+def test_tensorboard_neither_hangs_nor_prints_a_traceback(disk):
+    """Its thread ends where there is no room, and nobody empties its queue from then on."""
+    disk.fill(but=8192)
+    done = subprocess.run(
+        [sys.executable, "-c", TENSORBOARD, str(disk.folder / "board")],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: .*/board/a could not be written: the disk is full, .* were free\. Make .*\n", done.stderr
+    )
 
 
 @contextlib.contextmanager
