@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from experiments import adapter_flags, deploy_flags
 from experiments.adapter_flags import READOUT, TRIAL
 from experiments.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
+from mlora_jax.disk import naming
 
 flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(deploy_flags)
@@ -61,7 +62,8 @@ def _run(arguments: Sequence[str]) -> None:
     records = _answer(folder, prompts, ranks)
     if OUTPUT.value is not None:
         lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
-        pathlib.Path(OUTPUT.value).write_text(lines, encoding="utf-8")
+        with naming(OUTPUT.value):
+            pathlib.Path(OUTPUT.value).write_text(lines, encoding="utf-8")
         print(f"{len(records)} answers in {OUTPUT.value}")
         return
     for record in records:

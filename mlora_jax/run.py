@@ -29,7 +29,7 @@ from mlora_jax.report import write_report
 from mlora_jax.run_folder import CURVES, METRICS, RunFolder, only_one_run, task_key
 from mlora_jax.run_tasks import measure_tasks, readouts_of, unavailable_tasks, wanted_curves
 from mlora_jax.train.adapter_file import load_adapter, save_adapter
-from mlora_jax.train.checkpoint import Checkpoints
+from mlora_jax.train.checkpoint import Checkpoints, saying_what_stands
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.loop import Cadence, Interrupted, Memory, State, TrialKeys, select_trials, take_trial, train_trials
 from mlora_jax.train.progress import RunProgress
@@ -109,12 +109,13 @@ def train(config: ConfigDict | dict, workdir) -> Results:
       FileNotFoundError: a file of the model or the data is missing.
       ModuleNotFoundError: the config asks for Weights & Biases, which is not installed.
       OSError: a checkpoint could not be written.
+      DiskFullError: there is no room for a file of the run; everything before it is safe.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     config = resolve(config)
     hosts.join(config.parallel)
     trials = expand_trials(config)
-    with hosts.leaving_together(), contextlib.ExitStack() as stack:
+    with saying_what_stands(workdir), hosts.leaving_together(), contextlib.ExitStack() as stack:
         hosts.together(lambda: stack.enter_context(only_one_run(workdir)))
         hosts.check_shared(workdir)
         folder = RunFolder(workdir, config)

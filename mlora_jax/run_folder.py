@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlora_jax.config import Trial, changed_keys, expand_trials, resolve
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import write_aside
 from mlora_jax.parallel import hosts
 from mlora_jax.train.grid import TrialBatch
 from mlora_jax.train.records import keep_records, read_json_lines
@@ -152,7 +152,7 @@ class RunFolder:
 
     def _drop_partial_files(self) -> None:
         """What a killed process was writing; a lock keeps out any other one."""
-        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial"):
+        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial", "verdicts/*/.*.partial"):
             for file in self.path.glob(pattern):
                 file.unlink()
 

@@ -16,19 +16,20 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {"core", "adapt", "config", "models", "data", "parallel", "train"}
+BELOW_EVALUATE = {"core", "disk", "adapt", "config", "models", "data", "parallel", "train"}
 MAY_IMPORT = {
     "core": set(),
+    "disk": set(),
     "adapt": {"core"},
     "config": {"core"},
-    "models": {"core"},
+    "models": {"core", "disk"},
     "data": {"core", "models"},
-    "parallel": {"core"},
-    "train": {"core", "adapt", "config", "models", "data", "parallel"},
+    "parallel": {"core", "disk"},
+    "train": {"core", "disk", "adapt", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
     "lm_eval": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "config", "train.records"},
+    "report": {"core", "disk", "config", "train.records"},
     "inputs": BELOW_EVALUATE,
     "experiment": BELOW_EVALUATE | {"evaluate", "inputs", "interop"},
     "compile_report": BELOW_EVALUATE | {"evaluate"},

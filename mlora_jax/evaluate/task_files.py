@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlora_jax.data.published import SCHEMAS, Row
+from mlora_jax.disk import write_aside
 from mlora_jax.evaluate.raw import OWN_TASKS, LocalTask, local_tasks, own_task
-from mlora_jax.models.hugging_face import write_aside
 
 # Our task -> the harness's file; those of MMLU are found in its folder.
 HARNESS_FILES = {

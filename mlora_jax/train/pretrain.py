@@ -22,6 +22,7 @@ import tokenizers
 from flax import nnx
 
 from mlora_jax.data import quickstart_text
+from mlora_jax.disk import write_aside
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.decoder import Decoder
 from mlora_jax.models.hugging_face import save_decoder
@@ -232,7 +233,8 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
         },
         "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},
     }
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with write_aside(folder / RECORD_FILE) as file:
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
@@ -265,8 +267,10 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, lengt
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
     }
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with write_aside(folder / "tokenizer.json") as file:
+        tokenizer.save(str(file))
+    with write_aside(folder / "tokenizer_config.json") as file:
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(config: Any) -> Any:
