@@ -159,7 +159,7 @@ def _language_model(experiment: Experiment, rank: int, make, variant):
     )
     eos = sorted({*experiment.tokenizer.eos_ids, *model.eos_token_ids})
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
-    generator = Generator(*trees, eos=eos, **shapes)
+    generator = Generator(*trees, eos=eos, settings=experiment.generation_settings, **shapes)
     return make(scorer, generator, experiment.tokenizer, variant, max_length=model.max_position_embeddings)
 
 
