@@ -221,7 +221,7 @@ def generation_settings(values: Mapping[str, Any], *, vocab_size: int | None, fi
     fields: dict[str, Any] = {}
     told: dict[str, list[str]] = {REFUSED: [], WARNED: [], SAMPLING: []}
     for name, value in values.items():
-        field = FIELDS.get(name, Field(WARNED, "neither transformers nor this program is known to have such a field"))
+        field = FIELDS.get(name, Field(WARNED, "it is no field that transformers or this program knows"))
         if any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in field.neutral):
             continue
         if field.effect == APPLIED:

@@ -183,7 +183,7 @@ def test_settings_of_draws_are_named_and_what_is_unknown_too(folder, trees, tmp_
     made, run = answers_of(copy, trees)
     assert made == generate(copy)[0]
     assert [r.getMessage().partition(".json: ")[2] for r in caplog.records] == [
-        "chat_format='x' is not applied: neither transformers nor this program is known to have such a field"
+        "chat_format='x' is not applied: it is no field that transformers or this program knows"
     ]
     caplog.clear()
     for _ in range(2):
