@@ -3,6 +3,10 @@
 The adapter is a trial of a run, or a folder of its own by `--adapter FOLDER`. `--rank 0,4,8` answers each prompt at
 each of these ranks, all in the same batches; rank 0 is the base model. `--prompts FILE` answers every line of a file:
 JSON lines of {"prompt": ...} if its name ends in .jsonl, else one prompt a line.
+
+The settings in the base's generation_config.json that change logits, such as repetition_penalty, are applied as in
+transformers. Whether and how tokens are drawn is said by the flags alone: the file's do_sample, temperature, top_k,
+top_p and their like are not applied, and a warning names them where tokens are drawn.
 """
 
 import json
@@ -105,15 +109,17 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _load_base(folder: pathlib.Path, description: Mapping):
-    """The frozen base of an adapter and its tokenizer; in the run's dtype and quantisation, else as it is stored."""
+    """The frozen base of an adapter, in the run's dtype and quantisation or else as stored, tokenizer and settings."""
     from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
+    from mlora_jax.models.generation_config import read_generation_settings
 
     base = base_folder(folder, description)
     config = pathlib.Path(RUN.value or folder) / "config.json"
     options = json.loads(config.read_text(encoding="utf-8"))["model"] if RUN.value and config.is_file() else {}
     model = load_decoder(base, dtype=options.get("dtype") or None)
     quantization = options.get("quantization")
-    return quantize_decoder(model, quantization) if quantization else model, Tokenizer.load(base)
+    model = quantize_decoder(model, quantization) if quantization else model
+    return model, Tokenizer.load(base), read_generation_settings(base)
 
 
 def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:
@@ -144,7 +150,8 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     for rank in ranks:
         check_rank(rank, f"--rank for the adapter in {folder}", low=0, high=description["rank"])
     found = find_readout(folder, READOUT.value)
-    model, tokenizer = _load_base(folder, description)
+    model, tokenizer, settings = _load_base(folder, description)
+    settings.check()
     context = model.config.max_position_embeddings
     encoded = _encode(prompts, tokenizer, context)
     graphdef, base, adapter, profile, hierarchy, _ = load_adapted(found.folder, model)
@@ -161,6 +168,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
         batch_size=BATCH_SIZE.value,
         pad_multiple=PAD_MULTIPLE,
         eos=tokenizer.eos_ids,
+        settings=settings,
     )
     asked = [(number, rank) for number in range(len(prompts)) for rank in ranks]
     answers = generator.generate(

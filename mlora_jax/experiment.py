@@ -27,9 +27,18 @@ from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
-from mlora_jax.inputs import check_context, hold_out_validation, load_data, load_model, model_digest, run_mesh
+from mlora_jax.inputs import (
+    check_context,
+    hold_out_validation,
+    load_data,
+    load_model,
+    model_digest,
+    model_folder,
+    run_mesh,
+)
 from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer
+from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import (
     GlobalBatches,
@@ -130,6 +139,8 @@ class Experiment:
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
         experiment = cls(config, model, tokenizer, data, examples, rows, mesh)
+        if data.task.metric == "exact_match":
+            experiment.generation_settings.check()
         if experiment.validates_by_loss:
             experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
         if config.adapter.start_from:
@@ -149,6 +160,11 @@ class Experiment:
             text = json.dumps(rows, sort_keys=True, default=str)
             found[f"{name} rows"] = hashlib.sha256(text.encode()).hexdigest()
         return {name: digest[:16] for name, digest in found.items()}
+
+    @functools.cached_property
+    def generation_settings(self) -> GenerationSettings:
+        """What the base's files say of generation."""
+        return read_generation_settings(model_folder(self.config.model.path))
 
     @property
     def validates_by_loss(self) -> bool:
@@ -415,6 +431,7 @@ class Experiment:
             task=data.task,
             max_new_tokens=config.evaluation.max_new_tokens,
             stop=sorted(self.tokenizer.eos_ids),
+            settings=self.generation_settings,
             **shapes,
         )
 

@@ -159,7 +159,9 @@ def _language_model(experiment: Experiment, rank: int, make, variant):
     )
     tokenizer = experiment.tokenizer
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
-    generator = Generator(*trees, eos=sorted({*tokenizer.eos_ids} - {*tokenizer.shown_stops}), **shapes)
+    eos = sorted({*tokenizer.eos_ids} - {*tokenizer.shown_stops})
+    settings = experiment.generation_settings
+    generator = Generator(*trees, eos=eos, ends=tokenizer.eos_ids, settings=settings, **shapes)
     return make(scorer, generator, tokenizer, variant, max_length=model.max_position_embeddings)
 
 

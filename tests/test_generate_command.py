@@ -143,6 +143,22 @@ def test_readouts_stops_and_draws(run, tmp_path, capsys):
     assert all(block in both for block in alone.split("\n--- "))
 
 
+def test_settings_of_generation_of_the_base(run, tmp_path, capsys):
+    """Those that change logits are applied as in transformers, those of draws are not, others are refused."""
+    model, p = tmp_path / "model", np.full(4, 0.5)
+    shutil.copytree(run / "model", model)
+    shutil.copytree(run / "adapters", tmp_path / "adapters")
+    asked = {"run": str(tmp_path), "trial": "lora-r4", "model": str(model), "rank": ["4"], "prompt": PROMPTS[0]}
+    settings = {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2, "do_sample": True, "top_k": 3, "temperature": 0.7}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    text = answered(capsys, **asked)
+    assert text == f"{expected(tmp_path, 'lora-r4', p, PROMPTS[:1])[0]}\n"
+    assert text != f"{expected(run, 'lora-r4', p, PROMPTS[:1])[0]}\n"
+    (model / "generation_config.json").write_text(json.dumps({"num_beams": 2}))
+    with pytest.raises(ValueError, match=r"generation_config.json: num_beams=2 is not supported \(there is no beam"):
+        answered(capsys, **asked)
+
+
 def test_a_run_of_one_trial_needs_no_name(run, tmp_path):
     shutil.copytree(run / "adapters/lora-r4", tmp_path / "adapters/lora-r4")
     assert generate.find_adapter(str(tmp_path), None) == tmp_path / "adapters/lora-r4"

@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from mlora_jax.evaluate.generation import Generator
+from mlora_jax.evaluate.generation import Generator, warn_once
 from mlora_jax.evaluate.loading import Loaded, load_adapted
 from mlora_jax.evaluate.scoring import Request, Scorer
 from mlora_jax.models import Tokenizer
@@ -93,7 +93,14 @@ class NestedLM(TemplateLM):
         eos = {*loaded.eos} - {*loaded.tokenizer.shown_stops}  # which `generate_until` itself looks for
         return cls(
             Scorer(*trees, max_length=loaded.max_length, **shapes),
-            Generator(*trees, max_length=loaded.max_length, eos=sorted(eos), **shapes),
+            Generator(
+                *trees,
+                max_length=loaded.max_length,
+                eos=sorted(eos),
+                ends=loaded.eos,
+                settings=loaded.settings,
+                **shapes,
+            ),
             loaded.tokenizer,
             Variant(loaded.adapter, loaded.p),
             max_length=loaded.max_length,
@@ -256,6 +263,12 @@ class NestedLM(TemplateLM):
         unknown = [name for name in options if sampled or name not in SAMPLING_ONLY]
         if unknown:
             raise ValueError(f"generation options {', '.join(unknown)} are not supported; temperature and top_p are")
+        own = self.generator.settings
+        if own.max_new_tokens not in (None, count):
+            warn_once(
+                f"{own.file}: max_new_tokens={own.max_new_tokens} is not applied: the task's limit of {count} tokens "
+                f"holds, which lm-eval's Hugging Face backend would replace by this"
+            )
         room = self.max_length - count
         if room < 1:
             raise ValueError(

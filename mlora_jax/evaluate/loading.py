@@ -16,6 +16,7 @@ from mlora_jax.config import READOUT_NAMES
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
+from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.train.adapter_file import load_adapted as read_adapted
 from mlora_jax.train.adapter_file import read_description, trained_function
 from mlora_jax.train.fitted import find_readout
@@ -33,6 +34,7 @@ class Loaded:
       hierarchy: S, scaling and weights; None without an adapter.
       tokenizer: of the checkpoint.
       eos: token ids that end an answer.
+      settings: of generation, of the checkpoint.
       max_length, batch_size, pad_multiple: shapes of evaluation.
       name: checkpoint, adapter, rank and read-out.
       seed: of sampled generation.
@@ -46,6 +48,7 @@ class Loaded:
     hierarchy: RankHierarchy | None
     tokenizer: Tokenizer
     eos: tuple[int, ...]
+    settings: GenerationSettings
     max_length: int
     batch_size: int
     pad_multiple: int
@@ -114,6 +117,7 @@ def _load(
         hierarchy=hierarchy,
         tokenizer=tokenizer,
         eos=tuple(sorted(tokenizer.eos_ids)),
+        settings=read_generation_settings(folder),
         max_length=max_length or context,
         batch_size=int(batch_size),
         pad_multiple=int(pad_multiple),
