@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from experiments import adapter_flags, deploy_flags
 from experiments.adapter_flags import READOUT, TRIAL
 from experiments.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
+from mlora_jax.models.text_file import check_text, read_lines
 
 flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(deploy_flags)
@@ -56,7 +57,7 @@ def _run(arguments: Sequence[str]) -> None:
     _one_of(prompt=PROMPT.value, prompts=PROMPTS.value)
     if TRIAL.value is not None and RUN.value is None:
         raise ValueError("--trial names an adapter of a run: give --run, or --adapter alone")
-    prompts = [PROMPT.value] if PROMPTS.value is None else read_prompts(PROMPTS.value)
+    prompts = [check_text(PROMPT.value, "--prompt")] if PROMPTS.value is None else read_prompts(PROMPTS.value)
     folder = pathlib.Path(ADAPTER.value) if RUN.value is None else find_adapter(RUN.value, TRIAL.value)
     records = _answer(folder, prompts, ranks)
     if OUTPUT.value is not None:
@@ -80,23 +81,23 @@ def read_prompts(path: str) -> list[str]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line of another form, named by its number, or no prompt at all.
+      ValueError: a line that is not text or of another form, named by its number, or no prompt at all.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of prompts {path}")
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in read_lines(file):
         if not line.strip():
             continue
-        if file.suffix == ".jsonl":
+        if file.suffix.lower() == ".jsonl":
             try:
                 line = json.loads(line)["prompt"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 line = None
             if not isinstance(line, str):
                 raise ValueError(f'{path}, line {number}: it must be an object like {{"prompt": "text"}}')
-        prompts.append(line.removesuffix("\r"))
+        prompts.append(check_text(line, f"{path}, line {number}: the prompt"))
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
@@ -105,10 +106,11 @@ def read_prompts(path: str) -> list[str]:
 def _load_base(folder: pathlib.Path, description: Mapping):
     """The frozen base of an adapter and its tokenizer; in the run's dtype and quantisation, else as it is stored."""
     from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
+    from mlora_jax.models.json_file import read_json_object
 
     base = base_folder(folder, description)
     config = pathlib.Path(RUN.value or folder) / "config.json"
-    options = json.loads(config.read_text(encoding="utf-8"))["model"] if RUN.value and config.is_file() else {}
+    options = read_json_object(config)["model"] if RUN.value and config.is_file() else {}
     model = load_decoder(base, dtype=options.get("dtype") or None)
     quantization = options.get("quantization")
     return quantize_decoder(model, quantization) if quantization else model, Tokenizer.load(base)

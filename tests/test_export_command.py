@@ -189,7 +189,7 @@ def test_ranks_per_layer_of_a_report(run, tmp_path, capsys):
         {"kind": "allocated", "rank": 2, "readout": "prefix",
          "ranks": "; ".join(f"{path}: {' '.join(map(str, each))}" for path, each in ranks.items())},
     ]  # fmt: skip
-    with (tmp_path / "ranks.csv").open("w", newline="") as file:
+    with (tmp_path / "ranks.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as Excel saves it
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

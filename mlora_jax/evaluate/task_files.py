@@ -20,6 +20,7 @@ from typing import Any
 from mlora_jax.data.published import SCHEMAS, Row
 from mlora_jax.evaluate.raw import OWN_TASKS, LocalTask, local_tasks, own_task
 from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.models.text_file import read_text
 
 # Our task -> the harness's file; those of MMLU are found in its folder.
 HARNESS_FILES = {
@@ -103,7 +104,11 @@ def load_tasks(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for what is no task, group or tag of the harness and none of ours."""
+    """Checks that tasks can be found, and that files of one's own are YAML.
+
+    Raises:
+      ValueError: a name that is no task, group or tag of the harness and none of ours, or a file that cannot be read.
+    """
     others = [name for name in names if name not in OWN_TASKS and not _known_folder(name)]
     if not others:
         return  # reading the harness's thousands of files takes seconds
@@ -111,10 +116,24 @@ def check_names(names: Sequence[str]) -> None:
 
     known = [*TaskManager().task_index, *OWN_TASKS]
     for name in others:
-        if name not in known and not pathlib.Path(name).is_file():  # a task file of one's own
+        if name in known:
+            continue
+        if pathlib.Path(name).is_file():  # a task file of one's own
+            _check_yaml(name)
+        else:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown task {name!r} of config.evaluation.tasks{hint}")
+
+
+def _check_yaml(path: str) -> None:
+    import yaml
+
+    text = read_text(path)
+    try:
+        yaml.compose(text, Loader=yaml.SafeLoader)  # the harness resolves its own tags
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
 
 
 def gather_local(

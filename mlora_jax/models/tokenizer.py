@@ -18,6 +18,7 @@ import tokenizers
 
 from mlora_jax.models.hub import checkpoint_folder
 from mlora_jax.models.json_file import read_json_object
+from mlora_jax.models.text_file import read_text
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -310,7 +311,7 @@ def _chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str | Non
     """The template: a file of its own goes before the entry in tokenizer_config.json."""
     file = folder / TEMPLATE_FILE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = values.get("chat_template")
     if isinstance(template, list):  # Several by name.
         return {entry["name"]: entry["template"] for entry in template}.get("default")
