@@ -6,7 +6,6 @@ JSON lines of {"prompt": ...} if its name ends in .jsonl, else one prompt a line
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +14,7 @@ from absl import app, flags, logging
 from experiments import adapter_flags, deploy_flags
 from experiments.adapter_flags import READOUT, TRIAL
 from experiments.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
+from experiments.number_flags import define_float, define_integer
 from mlora_jax.models.text_file import check_text, read_lines
 
 flags.adopt_module_key_flags(adapter_flags)
@@ -23,12 +23,12 @@ RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.", upper_bound=1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+MAX_NEW_TOKENS = define_integer("max_new_tokens", 128, "Tokens of an answer at most.")
+TEMPERATURE = define_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.")
+TOP_P = define_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.")
+SEED = define_integer("seed", 0, "Of the draws.")
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Answers made at once at most.", lower_bound=1)
+BATCH_SIZE = define_integer("batch_size", 32, "Answers made at once at most.")
 
 PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
 
@@ -49,10 +49,6 @@ def _run(arguments: Sequence[str]) -> None:
         )
     logging.set_verbosity(logging.WARNING)
     ranks = chosen_ranks(RANK.value)
-    if not 0 < TOP_P.value <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, got {TOP_P.value}")
-    if not math.isfinite(TEMPERATURE.value):
-        raise ValueError(f"--temperature must be finite, got {TEMPERATURE.value}")
     _one_of(run=RUN.value, adapter=ADAPTER.value)
     _one_of(prompt=PROMPT.value, prompts=PROMPTS.value)
     if TRIAL.value is not None and RUN.value is None:
