@@ -475,10 +475,10 @@ def _check(config: dict) -> None:
     harness_tasks(config["evaluation"]["tasks"])
     _check_study(config["study"])
     axes = {key: values for key, values in config["trials"].items() if key != "list"}
-    _check_numbers(config, "config")
     _check_axes(axes, "config.trials", methods)
     for number, entry in enumerate(config["trials"]["list"]):
         _check_axes(entry, f"config.trials.list[{number}]", methods)
+    _check_numbers(config, "config")
     for trial in expand_trials(ConfigDict(config)):
         try:
             trial.hierarchy(config["adapter"]["ranks"])

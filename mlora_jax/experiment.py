@@ -27,6 +27,7 @@ from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
+from mlora_jax.evaluate.limits import warn_of_limits
 from mlora_jax.inputs import check_context, hold_out_validation, load_data, load_model, model_digest, run_mesh
 from mlora_jax.interop import start_from_peft
 from mlora_jax.models import Decoder, Tokenizer
@@ -129,6 +130,8 @@ class Experiment:
         for name, some in {"train": train, **rows}.items():
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
+        eos = {*tokenizer.eos_ids, *model.config.eos_token_ids}
+        warn_of_limits(config, data, rows, tokenizer, context=model.config.max_position_embeddings, eos=eos)
         experiment = cls(config, model, tokenizer, data, examples, rows, mesh)
         if experiment.validates_by_loss:
             experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left

@@ -18,6 +18,8 @@ def test_a_task_file_that_can_be_read(tmp_path, content):
     [
         (b"task: own\nname: caf\xe9\n", r"own.yaml, line 2: byte 10 of the line, 0xE9, is not UTF-8 text"),
         (b"\xff\xfet\0", "own.yaml is UTF-16 text: save it as UTF-8"),
+        (b"- task\n", "own.yaml is no task file of the harness: it names no task or group"),
+        (b"output_type: generate_until\n", "own.yaml is no task file of the harness"),
         (b"task: [own\n", r"(?s)own.yaml is not valid YAML: while parsing a flow sequence.* line 1, column 7"),
     ],
 )
