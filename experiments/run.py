@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
 
 from mlora_jax.config import NAMED, check_key, resolve
 
@@ -72,6 +73,19 @@ def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
     raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
 
 
+class LastTupleParser(flags.ArgumentParser):
+    """Parses a tuple as ml_collections does; of a key that is given several times the last value counts.
+
+    ml_collections' own parser is the sign by which it makes a flag whose values add up, unlike those of other types.
+    """
+
+    def parse(self, argument):
+        return tuple_parser.TupleParser().parse(argument)
+
+    def flag_type(self) -> str:
+        return "tuple"
+
+
 def run_with_config(action: Callable[[ConfigDict], None]) -> None:
     """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
     try:
@@ -81,9 +95,10 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
             check_key(name)
         default = read_config(path)
         _make_room(default, names)
+        config_flags.register_flag_parser_for_type(tuple, LastTupleParser())
         config = config_flags.DEFINE_config_dict("config", default, sys_argv=arguments)
         app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -103,7 +118,7 @@ def _quietly(action, config: ConfigDict, left: list[str]) -> None:
         raise ValueError(f"what is {' '.join(left)!r}? Options begin with --, and values with spaces need quotes")
     # absl prints every library's chatter as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
-    action(config)
+    action(resolve(config))
 
 
 def main() -> None:

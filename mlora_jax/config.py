@@ -23,13 +23,13 @@ from mlora_jax.core import (
     get_method,
     powers_of_two,
 )
+from mlora_jax.core.ranges import SEEDS, check_number
 
 # Groups whose keys are names of methods.
 NAMED = ("config.methods", "config.evaluation.readouts")
 QUANTIZATIONS = ("", "int8", "nf4")
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
-MAX_SEED = 2**32
 FACTOR_READOUTS = (*READOUTS, "squeeze")  # those that take nothing but the adapter
 READOUT_NAMES = (*FACTOR_READOUTS, "squeeze_inputs", "calibrated")
 # Keys that a run may change when it is continued: they do not touch a trial that is trained already.
@@ -478,6 +478,7 @@ def _check(config: dict) -> None:
     _check_axes(axes, "config.trials", methods)
     for number, entry in enumerate(config["trials"]["list"]):
         _check_axes(entry, f"config.trials.list[{number}]", methods)
+    _check_numbers(config, "config")
     for trial in expand_trials(ConfigDict(config)):
         try:
             trial.hierarchy(config["adapter"]["ranks"])
@@ -500,10 +501,26 @@ def _check(config: dict) -> None:
                 )
 
 
+def _check_numbers(value, name: str) -> None:
+    """Raises ValueError for a number that arrays cannot hold, wherever in a config it stands."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_numbers(each, f"{name}.{key}")
+    elif isinstance(value, tuple):
+        for each in value:
+            _check_numbers(each, name if name.startswith("an entry of ") else f"an entry of {name}")
+    elif not name.endswith(("trials.seed", "study.seeds", ".list.seed")):  # these have a range of their own
+        check_number(name, value)
+
+
 def _check_study(study: Mapping) -> None:
     for name in ("rates", "start", "seeds"):
         if not study[name] or len(set(study[name])) != len(study[name]):
             raise ValueError(f"config.study.{name} must name at least one value and none twice, got {study[name]}")
+    if any(not 0 < rate < math.inf for rate in study["rates"]):
+        raise ValueError(f"config.study.rates must be positive and finite, got {study['rates']}")
+    if any(seed not in SEEDS for seed in study["seeds"]):
+        raise ValueError(f"config.study.seeds must be in 0..{SEEDS.high}, got {study['seeds']}")
     if list(study["rates"]) != sorted(study["rates"]) or not set(study["start"]) <= set(study["rates"]):
         raise ValueError(
             f"config.study.rates must be in rising order and hold those of config.study.start {study['start']}, "
@@ -521,8 +538,8 @@ def _check_axes(axes: Mapping, path: str, methods: Mapping[str, Method]) -> None
         get_method(method, methods)
     if any(not 0 < rate < math.inf for rate in axes.get("learning_rate", ())):
         raise ValueError(f"{path}.learning_rate must be positive and finite, got {axes['learning_rate']}")
-    if any(not 0 <= seed < MAX_SEED for seed in axes.get("seed", ())):
-        raise ValueError(f"{path}.seed must be in 0..{MAX_SEED - 1}, got {axes['seed']}")
+    if any(seed not in SEEDS for seed in axes.get("seed", ())):
+        raise ValueError(f"{path}.seed must be in 0..{SEEDS.high}, got {axes['seed']}")
 
 
 def _get(config: Mapping, dotted: str):

@@ -27,6 +27,7 @@ from mlora_jax.data.load import hold_out
 from mlora_jax.data.pipeline import collate
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
 from mlora_jax.evaluate import ChoiceEvaluator, GenerationEvaluator, Scorer, TokenEvaluator
+from mlora_jax.evaluate.limits import warn_of_limits
 from mlora_jax.inputs import (
     check_context,
     hold_out_validation,
@@ -138,6 +139,8 @@ class Experiment:
         for name, some in {"train": train, **rows}.items():
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, seam=data.seam, split=name)
+        context = model.config.max_position_embeddings
+        warn_of_limits(config, data, rows, tokenizer, context=context, eos={*tokenizer.eos_ids})
         experiment = cls(config, model, tokenizer, data, examples, rows, mesh)
         if data.task.metric == "exact_match":
             experiment.generation_settings.check()

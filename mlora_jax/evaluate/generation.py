@@ -238,6 +238,7 @@ class Generator:
                     f"p must have shape [R], or [{len(prompts)}, R] for {len(prompts)} prompts, got {list(p.shape)}"
                 )
         sampling = make_sampling(temperature, top_p, seed)
+        max_new_tokens = min(max_new_tokens, self._max_length)  # arrays are made of this length
         numbers = range(len(prompts)) if numbers is None else numbers
         answers: list[list[int]] = [[] for _ in prompts]
         adapter, broken = self.place(adapter), 0

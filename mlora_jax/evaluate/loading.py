@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mlora_jax.adapt import adapt, split
 from mlora_jax.config import READOUT_NAMES
 from mlora_jax.core import RankHierarchy
+from mlora_jax.core.ranges import LARGEST_INTEGER, SEEDS, Range
 from mlora_jax.evaluate.curve import read_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
@@ -70,7 +71,8 @@ def load_adapted(**options: Any) -> Loaded:
       batch_size, pad_multiple, seed: see `Loaded`.
 
     Raises:
-      ValueError: an unknown option (the message names the nearest), rank or read-out; a rank of no adapter.
+      ValueError: an unknown option (the message names the nearest), rank or read-out; a rank of no adapter; a number
+        outside its range.
       FileNotFoundError: a file of the checkpoint or the adapter is missing.
     """
     known = inspect.signature(_load).parameters
@@ -96,6 +98,9 @@ def _load(
     pad_multiple: int = PAD_MULTIPLE,
     seed: int = 0,
 ) -> Loaded:
+    for name, value in {"batch_size": batch_size, "pad_multiple": pad_multiple}.items():
+        Range(low=1, high=LARGEST_INTEGER).check(name, int(value))
+    SEEDS.check("seed", seed)
     folder = checkpoint_folder(checkpoint)
     model, tokenizer = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None), Tokenizer.load(folder)
     if quantization:

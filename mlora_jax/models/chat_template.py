@@ -14,6 +14,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+from mlora_jax.models.text_file import read_text
+
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -37,7 +39,7 @@ def read_chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
     templates = {"default": file} if file.is_file() else {}
     templates |= {file.stem: file for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if "default" in templates:
-        return templates["default"].read_text(encoding="utf-8")
+        return read_text(templates["default"])
     if templates:
         return None
     template = values.get("chat_template")

@@ -24,6 +24,7 @@ from typing import Any
 import tokenizers
 
 from mlora_jax.models.json_file import read_json_object
+from mlora_jax.models.text_file import read_text
 from mlora_jax.models.tokenizer_classes import TokenizerClass, build_backend
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -73,7 +74,7 @@ def read_token_files(folder: pathlib.Path, config: Mapping[str, Any]) -> TokenFi
     """
     values, file = _optional(folder / CONFIG), folder / TOKENIZER_FILE
     _check(folder / CONFIG, values)
-    content = file.read_text(encoding="utf-8")
+    content = read_text(file)
     backend, row = build_backend(file, content, values, config)
     layout = json.loads(content)
     named, extra, added = _listed(folder, values, layout, row)

@@ -21,6 +21,7 @@ import optax
 import tokenizers
 from flax import nnx
 
+from mlora_jax.core.ranges import LARGEST_FLOAT, LARGEST_INTEGER, SEEDS, Range
 from mlora_jax.data import quickstart_text
 from mlora_jax.disk import write_aside
 from mlora_jax.models.config import DecoderConfig
@@ -30,6 +31,24 @@ from mlora_jax.train.progress import RunProgress
 
 RECORD_FILE = "pretraining.json"
 BOS, EOS = "<s>", "</s>"
+
+_COUNT = Range(low=1, high=LARGEST_INTEGER)
+RANGES = {
+    "seed": SEEDS,
+    "text.documents": _COUNT,
+    "text.held_out": _COUNT,
+    "tokenizer.vocab_size": _COUNT,
+    "model.initializer_range": Range(low=0.0, high=LARGEST_FLOAT),
+    "train.steps": _COUNT,
+    "train.batch_size": _COUNT,
+    "train.length": Range(low=2, high=LARGEST_INTEGER),
+    "train.learning_rate": Range(low=0.0, high=LARGEST_FLOAT, open_low=True),
+    "train.warmup_steps": Range(low=0, high=LARGEST_INTEGER),
+    "train.beta1": Range(low=0.0, high=0.999999),
+    "train.beta2": Range(low=0.0, high=0.999999),
+    "train.weight_decay": Range(low=0.0, high=LARGEST_FLOAT),
+    "train.clip": Range(low=0.0, high=LARGEST_FLOAT, open_low=True),
+}
 
 _LOG_EVERY = 50  # steps; reading a loss waits for the device
 
@@ -184,8 +203,13 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
         parameters, SHA-256 of weights and tokenizer, versions of jax and tokenizers.
 
     Raises:
-        ValueError: an impossible size of the model, a document longer than a row, or fewer rows than a batch.
+        ValueError: a number outside its range, an impossible size of the model, a document longer than a row, or fewer
+            rows than a batch.
     """
+    for key, within in RANGES.items():
+        group, _, name = key.rpartition(".")
+        if name in (values := config[group] if group else config):
+            within.check(f"config.{key}", values[name])
     folder = pathlib.Path(folder)
     seed, text, train = config["seed"], config["text"], config["train"]
 
