@@ -94,6 +94,10 @@ def render_chat(
     if style.headers is None:
         pieces = _pieces_by_template(messages, weights, tokenizer, name, given)
     else:
+        messages = [
+            {**m, "content": without_end(m["content"], tokenizer)} if m["role"] == "assistant" and "content" in m else m
+            for m in messages
+        ]
         pieces = _pieces_by_headers(messages, weights, style, name, given)
     answer = messages[-1].get("content", "")
     if style.headers is None and any(key in messages[-1] for key in TURN_KEYS):
@@ -122,6 +126,16 @@ def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError("every message of the assistant has the weight 0, so there is nothing to learn")
     if messages[0]["role"] == "assistant":
         raise ValueError("the chat begins with the assistant: there is nothing it answers")
+
+
+def without_end(answer: str, tokenizer: Tokenizer | None) -> str:
+    """An answer without the name of the eos token at its end, which would be trained and compared twice.
+
+    TRL appends its eos_token to no completion that ends in it either. An answer of the token alone stays.
+    """
+    if tokenizer is None:
+        return answer
+    return answer.removesuffix(tokenizer.token(tokenizer.eos_id)) or answer
 
 
 def _learned(message: Mapping[str, Any]) -> bool:

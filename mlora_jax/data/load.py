@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mlora_jax.data.chat import render_chat
+from mlora_jax.data.chat import render_chat, without_end
 from mlora_jax.data.tasks import ChatStyle, Style, Task, find_task
 from mlora_jax.models.tokenizer import Tokenizer
 
@@ -170,7 +170,7 @@ def _render(
     if isinstance(style, Style):
         return style.render(stored)
     if not stored["chat"]:
-        return COMPLETION.render(stored)
+        return COMPLETION.render({**stored, "completion": without_end(stored["completion"], tokenizer)})
     chat = json.loads(stored["chat"])
     return render_chat(chat.pop("messages"), style, tokenizer, f"{file}, line {row + 1}", **chat)
 

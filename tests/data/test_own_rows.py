@@ -361,11 +361,22 @@ def test_line_separators_and_nul_are_letters(tokenizer, jsonl, cache):
     assert sorted(row["answer"] for row in (*chats.train, *chats.test)) == texts
 
 
-def test_eos_in_a_completion_is_its_token_and_the_end_follows(tokenizer, jsonl, cache):
-    """The end is appended whatever the completion ends in, as TRL appends its eos_token to completions."""
-    row = load_one({"prompt": "Hello", "completion": " there</s>"}, tokenizer, jsonl, cache)
-    example = encode_row(row, tokenizer, seam="lossless")
-    assert (example.tokens == tokenizer.eos_id).sum() == 2 and example.loss_mask[-2:].all()
+def test_eos_at_the_end_of_an_answer_is_the_only_one(tokenizer, chat_tokenizer, jsonl, cache):
+    """As in TRL, which appends its eos_token to completions that do not end in it."""
+    ended = {**ANSWER, "content": "48 miles</s>"}
+    for style, row, other in (
+        ("", {"prompt": "Hello", "completion": " there</s>"}, {"prompt": "Hello", "completion": " there"}),
+        ("plain-chat", {"messages": [USER, ended]}, {"messages": [USER, ANSWER]}),
+    ):
+        found, expected = (load_one(some, tokenizer, jsonl, cache, style=style) for some in (row, other))
+        assert found == expected and "</s>" not in found["answer"]  # evaluation compares with text before the end
+        tokens = encode_row(found, tokenizer, seam="lossless").tokens
+        assert (tokens == tokenizer.eos_id).sum() == 1 and tokens[-1] == tokenizer.eos_id
+    inside = load_one({"prompt": "Hello", "completion": " the</s>re"}, tokenizer, jsonl, cache)
+    assert inside["answer"] == " the</s>re"
+    # A chat template decides on its own ends, as in transformers.
+    twice = load_one({"messages": [USER, {**ANSWER, "content": "48<|im_end|>"}]}, chat_tokenizer, jsonl, cache)
+    assert twice["pieces"][-1].text == "48<|im_end|><|im_end|>\n"
 
 
 @pytest.mark.parametrize("template", [tool_templates.LLAMA, tool_templates.MISTRAL])
