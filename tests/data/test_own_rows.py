@@ -164,6 +164,13 @@ def test_arguments_as_json_text_are_given_as_they_stand(pair, jsonl, cache, capl
     with caplog.at_level(logging.WARNING, logger="mlora_jax"):
         tokenize([load_one(row, tokenizer, jsonl, cache)] * 3, tokenizer, seam="lossless", max_length=999)
     assert "3 rows of train hold tool calls whose arguments are JSON text" in caplog.text
+    # Templates that write the text as it stands are told nothing.
+    raw, _ = pair(
+        "{% for m in messages %}[{{ m.role }}]{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}"
+        "{{ m.content }}{% endfor %}{{ tools and '' }}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    written = load_one(row, raw, jsonl, cache)
+    assert '[assistant]{"to": "Aspen"}' in written["prompt"] and not written["quotes_arguments"]
     # A template that wants an object says so of a text.
     wants, _ = pair("{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}"
                     "{% endfor %}{{ m.content }}{% endfor %}{{ tools }}")  # fmt: skip
@@ -193,6 +200,25 @@ def test_several_templates_by_name(tmp_path, jsonl, cache):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tool_templates.QWEN + "\n")
     assert compare().tool_template == tool_templates.QWEN + "\n"
+
+
+NULLS = [
+    [{**USER, "tool_calls": None, "name": None}, {**ANSWER, "tool_calls": None}],
+    [USER, {**ASKS, "name": None}],
+    [USER, {**ANSWER, "reasoning": None, "thinking": "It is near."}],
+    [USER, {**ANSWER, "reasoning": "It is near.", "reasoning_content": "No."}],
+    [USER, {**ANSWER, "reasoning_content": None, "reasoning": "It is near."}],
+]
+
+
+@pytest.mark.parametrize("messages", NULLS)
+def test_messages_are_given_to_a_template_as_transformers_gives_them(messages, pair):
+    """This template writes every message whole, with its keys in their order."""
+    tokenizer, oracle = pair("{% for m in messages %}{{ m | tojson }}{% endfor %}{{ tools | tojson }}{{ documents }}")
+    for tools, documents in ((None, None), (TOOLS, None), ([], [{"title": "Map"}])):
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": False}
+        expected = oracle.apply_chat_template(messages, tokenize=False, **given)
+        assert tokenizer.render_chat(messages, **given) == expected
 
 
 def test_documents_reasoning_and_template_arguments(pair, jsonl, cache):
