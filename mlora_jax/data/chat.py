@@ -181,7 +181,9 @@ def _pieces_by_template(
         try:
             return tokenizer.render_chat(messages, add_generation_prompt=begin_turn, **given)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            empty = [number for number, message in enumerate(messages, start=1) if message.get("content") is None]
+            hint = f" (message {empty[0]} has no content: where the template needs one, write a text)" if empty else ""
+            raise ValueError(f"{name}: {error}{hint}") from error
 
     whole = rendered(messages, False)
     _check_read(messages, tokenizer, name, given, lambda others: rendered(others, False) != whole)
@@ -219,7 +221,7 @@ def _check_read(
     free = {"role", "content", *ADDRESS_KEYS, *METADATA}
     for number, message in enumerate(messages, start=1):
         for key in message:
-            if key in free or key in names or not message[key]:
+            if key in free or key in names or message[key] in ([], {}, ""):
                 continue
             if key in REASONING_KEYS and names.intersection(REASONING_KEYS):
                 continue

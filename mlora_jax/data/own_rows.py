@@ -8,11 +8,12 @@ Four forms are understood, and a file may mix them:
   assistant's messages in `completion` are trained;
 - `{"conversations": [{"from": ..., "value": ...}, ...]}`, ShareGPT's form.
 
-A key beside these says something about the training (`CHAT_KEYS`, `MESSAGE_KEYS`), is refused with the way out
-(`REFUSED_ROW_KEYS`, `REFUSED_MESSAGE_KEYS`), or says where the row comes from (`METADATA`) and is not read. Any other
-key of a row is an error until `data.ignored_keys` names it, because a key that nobody reads may say what is to be
-trained. Any other key of a message is for the chat template, and `render_chat` refuses it where the template does not
-read it. A key whose value is null counts as absent, as in transformers: tables write one where a row has no value.
+A key beside these says something about the training (`CHAT_KEYS` of a row; `weight`, `tool_calls` and the like of a
+message), or is refused with the way out (`REFUSED_ROW_KEYS`, `REFUSED_MESSAGE_KEYS`), or says where the row comes from
+(`chat.METADATA`) and is not read. Any other key of a row is an error until `data.ignored_keys` names it, because a key
+that nobody reads may say what is to be trained. Any other key of a message is for the chat template, and `render_chat`
+refuses it where the template does not read it. A key whose value is null counts as absent, as in transformers: tables
+write one where a row has no value.
 """
 
 import json
@@ -49,10 +50,8 @@ REFUSED_ROW_KEYS = {
     "tool_choice": _REQUEST,
     "response_format": _REQUEST,
     "text": "no whole texts are trained here; split it into 'prompt' and 'completion'",
-    **dict.fromkeys(
-        ("chosen", "rejected", "preferred_output", "non_preferred_output", "preferred_completion"), _PREFERENCE
-    ),
-    **dict.fromkeys(("non_preferred_completion", "label"), _PREFERENCE),
+    **dict.fromkeys(("chosen", "rejected", "label"), _PREFERENCE),
+    **dict.fromkeys(("preferred_output", "non_preferred_output"), _PREFERENCE),
     **dict.fromkeys(("instruction", "input", "output", "response"), _ALPACA),
     **dict.fromkeys(("input_ids", "labels", "attention_mask", "assistant_masks", "completion_mask"), _TOKENS),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
@@ -92,7 +91,10 @@ def parse_row(row: Mapping[str, Any], ignored_keys: Collection[str] = ()) -> dic
     row = {key: value for key, value in row.items() if value is not None and key not in ignored_keys}
     for key in row:
         if key in REFUSED_ROW_KEYS:
-            raise ValueError(f"the key {key!r} is not understood: {REFUSED_ROW_KEYS[key]}")
+            raise ValueError(
+                f"the key {key!r} is not understood: {REFUSED_ROW_KEYS[key]}; if it says nothing about the training, "
+                "name it in data.ignored_keys"
+            )
     pair = [key for key in ("prompt", "completion") if key in row]
     chats = [key for key in ("messages", "conversations") if key in row]
     if len(chats) + bool(pair) > 1:

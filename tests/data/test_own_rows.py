@@ -245,6 +245,8 @@ def test_documents_reasoning_and_template_arguments(pair, jsonl, cache):
             {"messages": [USER, {**ANSWER, "tool_calls": ASKS["tool_calls"]}]},
             "message 2 holds 'tool_calls', which the model's chat template does not read",
         ),
+        ({"messages": CHAT}, r"the chat template does not render these messages: .* \(message 2 has no content: where"),
+        ({"messages": [USER, {**ANSWER, "learn": False}]}, "message 2 holds 'learn', .* does not read"),
         ({"messages": [{**USER, "mood": "!"}, ANSWER]}, "message 1 holds 'mood', .* name it in data.ignored_keys"),
     ]
     for row, message in unread:
