@@ -31,10 +31,10 @@ def read_chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
         values: of its `tokenizer_config.json`.
 
     Returns:
-        Jinja source, or None where the checkpoint has no template.
+        Jinja source, or None where the checkpoint has no template, or several and none named "default".
 
     Raises:
-        ValueError: there are templates, but none is the default one, or the entry is no template.
+        ValueError: the entry in `tokenizer_config.json` is no template.
     """
     file = folder / TEMPLATE_FILE
     templates = {"default": file} if file.is_file() else {}
@@ -42,20 +42,12 @@ def read_chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
     if "default" in templates:
         return templates["default"].read_text(encoding="utf-8")
     if templates:
-        raise ValueError(
-            f"{folder / TEMPLATE_FOLDER} holds the chat templates {', '.join(templates)}, but none is the default one: "
-            f"copy the one to use to {TEMPLATE_FILE}"
-        )
+        return None
     template = values.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
-        if "default" not in template:
-            raise ValueError(
-                f"{folder}: chat_template in tokenizer_config.json names the templates "
-                f'{", ".join(map(str, template))}, but none is "default": write the one to use to {TEMPLATE_FILE}'
-            )
-        template = template["default"]
+        template = template.get("default")
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{folder}: chat_template in tokenizer_config.json is {template!r}, not Jinja source")
     return template

@@ -256,8 +256,8 @@ class Tokenizer:
         template = self.chat_template if tools is None or self.tool_template is None else self.tool_template
         if template is None:
             raise ValueError(
-                f"this tokenizer has no chat template: put one into {TEMPLATE_FILE} beside {TOKENIZER_FILE}, or give "
-                f"prompt and completion instead of messages"
+                f"this tokenizer has no chat template, or several and none named default: put one into {TEMPLATE_FILE} "
+                f"beside {TOKENIZER_FILE}, or give prompt and completion instead of messages"
             )
         return template
 

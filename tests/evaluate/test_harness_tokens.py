@@ -117,3 +117,14 @@ def test_the_prefix_makes_a_difference(plain, tmp_path):
             instances("loglikelihood_rolling", [(TEXTS[0],)])
         )
     assert not math.isclose(*found, rel_tol=1e-3)
+
+
+def test_a_token_that_the_model_lacks_is_refused(plain, tmp_path):
+    """An additional token that the vocabulary lacks gets an id of its own, which has no embedding."""
+    for file in plain.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    change(tmp_path / "tokenizer_config.json", {"additional_special_tokens": ["<1>", "<2>", "<3>"]})
+    ours = NestedLM.load(checkpoint=str(tmp_path))
+    assert ours.tok_encode("<2>") == [1, 331]
+    with pytest.raises(ValueError, match=r"the text 'a <3> b' holds the token '<3>' of id 332, .* ids below 332 only"):
+        ours.loglikelihood(instances("loglikelihood", [("a <3>", " b")]))
