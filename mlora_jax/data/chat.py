@@ -171,7 +171,7 @@ def _pieces_by_template(
 ) -> list[Piece]:
     if tokenizer is None:
         raise ValueError(f"{name} is a chat: load_task needs the model's tokenizer, whose template writes it")
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and (given.get("tools") is None or not tokenizer.tool_template):
         raise ValueError(
             f"{name} is a chat, and the model's tokenizer has no chat template: set data.style='plain-chat', "
             "or add a chat_template to the model's tokenizer_config.json"

@@ -67,7 +67,8 @@ def read_tool_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = values.get("chat_template")
-    if (folder / TEMPLATE_FILE).is_file() or isinstance(template, str) or not template:
+    files = (folder / TEMPLATE_FILE).is_file() or any((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    if files or not isinstance(template, (list, dict)):  # files go before the entry, whatever their names
         return None
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -194,10 +194,19 @@ def test_several_templates_by_name(tmp_path, jsonl, cache):
         return tokenizer
 
     assert compare().tool_template == tool_templates.QWEN
+    # Where the template of tools is the only one, it renders chats with tools and no others.
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": entries[1:]}))
+    only, oracle = Tokenizer.load(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    check({"messages": CHAT, "tools": TOOLS}, only, oracle, jsonl, cache, tools=TOOLS)
+    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+        load_one({"messages": [USER, ANSWER]}, only, jsonl, cache)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": entries}))
     (folder / "chat_template.jinja").write_text(tool_templates.QWEN)  # a file alone goes before all entries
     assert compare().tool_template is None
-    (folder / "chat_template.jinja").write_text(CHATML)
     (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("not asked for")
+    assert compare().tool_template is None
+    (folder / "chat_template.jinja").write_text(CHATML)
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tool_templates.QWEN + "\n")
     assert compare().tool_template == tool_templates.QWEN + "\n"
 
