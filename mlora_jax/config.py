@@ -65,6 +65,7 @@ DEFAULTS: dict[str, Any] = {
         "style": "",  # prompt style; "" is the task's default
         "file": "",  # task "jsonl": own data, one JSON object a line
         "evaluation_file": "",  # task "jsonl": own test rows; "" holds rows of `file` out
+        "ignored_keys": (),  # task "jsonl": keys of rows and messages that are not looked at
         "holdout": 0.1,  # share of the training rows held out to test on, where a data set has no test rows of its own
         "limit": 0,  # at most so many training rows, always the same ones; 0 is all
         "max_length": 512,  # tokens of prompt, answer and end together; at most the model's context

@@ -78,6 +78,7 @@ def test_a_key_can_be_set_and_changes_nothing_else(name):
             "trials.weights": ((1.0,) * 6,),
             "trials.list": ({"method": ("lora",)},),
             "study.rates": v[1:],
+            "data.ignored_keys": ("mood",),
         }.get(name, v[:1]),
     }
     value = kinds[type(default)](default)

@@ -9,7 +9,14 @@ from typing import Any
 import jinja2
 import tokenizers
 
-from mlora_jax.models.chat_template import TEMPLATE_FILE, compiled, read_chat_template
+from mlora_jax.models.chat_template import (
+    TEMPLATE_FILE,
+    compiled,
+    names_in,
+    read_chat_template,
+    read_tool_template,
+    template_messages,
+)
 from mlora_jax.models.hub import checkpoint_folder
 from mlora_jax.models.json_file import read_json_object
 from mlora_jax.models.token_files import TOKENIZER_FILE, read_token_files
@@ -39,6 +46,7 @@ class Tokenizer:
         vocab_size: number of tokens including added ones; a model's V may be larger.
         largest_id: the largest id of any token.
         chat_template: Jinja source, or None.
+        tool_template: Jinja source for chats with tools; None: `chat_template` renders them too.
         known_below: the model knows the ids below this one; None: nobody said.
     """
 
@@ -49,6 +57,7 @@ class Tokenizer:
         *,
         opening: Sequence[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         cleans_up: bool = False,
         known_below: int | None = None,
@@ -63,7 +72,7 @@ class Tokenizer:
         self.shown_stops = tuple(id for id in self.eos_ids if id not in special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.largest_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
-        self.chat_template, self.known_below = chat_template, known_below
+        self.chat_template, self.tool_template, self.known_below = chat_template, tool_template, known_below
         self._prefix_text = self.decode([self.prefix_id], skip_special_tokens=False)
 
     @classmethod
@@ -101,6 +110,7 @@ class Tokenizer:
             token_roles(ids, folder, generation, config or {}),
             opening=read.opening,
             chat_template=read_chat_template(folder, read.values),
+            tool_template=read_tool_template(folder, read.values),
             special_tokens=read.named,
             cleans_up=read.cleans_up,
             known_below=(config or {}).get("vocab_size"),
@@ -202,12 +212,23 @@ class Tokenizer:
             raise ValueError(f"no token has the id {id}")
         return token
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a chat by the model's own template, as transformers' `apply_chat_template` renders it.
 
         Args:
             messages: dicts with "role" and "content" and whatever else the template reads.
             add_generation_prompt: whether to open the assistant's next turn.
+            tools: the functions that the assistant may call, as JSON schemas; None: none are mentioned.
+            documents: texts to answer from, for templates that read them.
+            template_arguments: further variables of the template.
 
         Returns:
             The text, special tokens by name; encode it with either value of `bos`.
@@ -215,21 +236,30 @@ class Tokenizer:
         Raises:
             ValueError: the tokenizer has no template, or the template refuses the messages.
         """
-        if self.chat_template is None:
+        try:
+            return compiled(self._template(tools)).render(
+                messages=template_messages(messages),
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                documents=None if documents is None else [dict(document) for document in documents],
+                add_generation_prompt=add_generation_prompt,
+                **{**self._special_tokens, **(template_arguments or {})},
+            )
+        except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template is a program: it raises what Python raises, for instance where it adds a list to a text.
+            raise ValueError(f"the chat template does not render these messages: {error}") from error
+
+    def template_names(self, tools: Sequence[Mapping[str, Any]] | None = None) -> frozenset[str]:
+        """Every name by which the template of a chat with these tools may read something; see `names_in`."""
+        return names_in(self._template(tools))
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        template = self.chat_template if tools is None or self.tool_template is None else self.tool_template
+        if template is None:
             raise ValueError(
                 f"this tokenizer has no chat template, or several and none named default: put one into {TEMPLATE_FILE} "
                 f"beside {TOKENIZER_FILE}, or give prompt and completion instead of messages"
             )
-        try:
-            return compiled(self.chat_template).render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template does not render these messages: {error}") from error
+        return template
 
 
 def _separate(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
