@@ -12,8 +12,8 @@ from mlora_jax.config import harness_tasks
 from mlora_jax.data.load import TaskData
 from mlora_jax.data.tokenize import encode_row
 from mlora_jax.evaluate.exact_match import extract_answer
-from mlora_jax.evaluate.generation import StopStrings
 from mlora_jax.evaluate.requests import choice_items
+from mlora_jax.evaluate.stop_strings import StopStrings
 from mlora_jax.models.tokenizer import Tokenizer
 from mlora_jax.parallel import hosts
 
