@@ -16,20 +16,21 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {"core", "adapters", "trials", "config", "models", "data", "parallel", "training"}
+BELOW_EVALUATE = {"core", "disk", "adapters", "trials", "config", "models", "data", "parallel", "training"}
 BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report"}
 MAY_IMPORT = {
     "core": set(),
+    "disk": set(),
     "adapters": {"core"},
     "trials": {"core"},
     "config": {"core", "trials"},
-    "models": {"core"},
+    "models": {"core", "disk"},
     "data": {"core", "models"},
-    "parallel": {"core"},
-    "training": {"core", "adapters", "trials", "config", "models", "data", "parallel"},
+    "parallel": {"core", "disk"},
+    "training": {"core", "disk", "adapters", "trials", "config", "models", "data", "parallel"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "trials", "config", "training.curve_records"},
+    "report": {"core", "disk", "trials", "config", "training.curve_records"},
     "run": BELOW_RUN,
     "compile_report": BELOW_EVALUATE | {"evaluate"},
     "cost": BELOW_RUN | {"compile_report", "run"},

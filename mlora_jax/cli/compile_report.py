@@ -15,21 +15,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import flags
 
 from mlora_jax.cli.config_flags import run_with_config
+from mlora_jax.cli.number_flags import define_float, define_integer, integers
 
 TOPOLOGY = flags.DEFINE_list("topology", None, "Slices, like v5e:16x16,v5p:2x2x2.", required=True)
 MODEL = flags.DEFINE_list("model", [], "Folders, hub ids or known names; config.model.path if not given.")
 RANK = flags.DEFINE_list("rank", [], "Ranks R; those of config.trials if not given.")
 BATCH = flags.DEFINE_list("batch", [], "Sequences a step, or `largest`; config.train.batch_size if not given.")
 PROGRAM = flags.DEFINE_list("program", ["train", "prefill", "decode"], "What is compiled.")
-FLASH_FROM = flags.DEFINE_integer(
+FLASH_FROM = define_integer(
     "flash_from", None, "Tokens of a row from which attention is a kernel, 0 for never; the model's own if not given."
 )
-EFFORT = flags.DEFINE_float(
+EFFORT = define_float(
     "effort",
     0.0,
     "Of the compiler, -1 to 1. At -1 it takes a quarter of the time, and programs move more bytes through HBM.",
-    lower_bound=-1.0,
-    upper_bound=1.0,
 )
 RECORDS = flags.DEFINE_string("records", None, "File of JSON lines: what is in it is not compiled again.")
 OUT = flags.DEFINE_string("out", None, "Markdown file whose tables are written anew, from its first `## ` on.")
@@ -38,14 +37,6 @@ OUT = flags.DEFINE_string("out", None, "Markdown file whose tables are written a
 def main() -> None:
     """Parses the command line and reports."""
     run_with_config(_report)
-
-
-def _numbers(name: str, values: list[str], words: tuple[str, ...] = ()) -> list:
-    found = [value if value in words else int(value) if value.isdigit() else 0 for value in values]
-    if not all(found):
-        allowed = " or ".join(("positive numbers", *words))
-        raise ValueError(f"--{name} must be {allowed} with commas between them, got {','.join(values)}")
-    return found
 
 
 def _report(config) -> None:
@@ -75,8 +66,8 @@ def _report(config) -> None:
         itertools.product(
             MODEL.value or [config.model.path],
             TOPOLOGY.value,
-            _numbers("rank", RANK.value) or config.trials.rank,
-            _numbers("batch", BATCH.value, (LARGEST,)) or [config.train.batch_size],
+            integers("rank", RANK.value, low=1) or config.trials.rank,
+            integers("batch", BATCH.value, words=(LARGEST,)) or [config.train.batch_size],
         ),
     )
     results = []

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
 
 from mlora_jax.cli.help import HELP_FLAGS, print_help
-from mlora_jax.config import NAMED, check_key
+from mlora_jax.config import NAMED, check_key, resolve
 from mlora_jax.study.keys import resolve_cell, without_study
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
@@ -99,6 +100,21 @@ def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
     raise SystemExit("--config PATH is required, for example --config configs/quickstart.py")
 
 
+class LastTupleParser(flags.ArgumentParser):
+    """Parses a tuple as ml_collections does; of a key that is given several times the last value counts.
+
+    ml_collections makes a flag whose values add up for its own tuple parser only, which this class is not.
+    """
+
+    def parse(self, argument):
+        """The tuple that a text or a tuple stands for."""
+        return tuple_parser.TupleParser().parse(argument)
+
+    def flag_type(self) -> str:
+        """The name of the type for --help."""
+        return "tuple"
+
+
 def run_with_config(action: Callable[[ConfigDict], None]) -> None:
     """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
     try:
@@ -111,9 +127,10 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
             print_help(default)
             raise SystemExit(0)
         _make_room(default, names)
+        config_flags.register_flag_parser_for_type(tuple, LastTupleParser())
         config = config_flags.DEFINE_config_dict("config", default, sys_argv=arguments)
         app.run(lambda left: _quietly(action, config.value, left[1:]), argv=arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -133,4 +150,4 @@ def _quietly(action, config: ConfigDict, left: list[str]) -> None:
         raise ValueError(f"what is {' '.join(left)!r}? Options begin with --, and values with spaces need quotes")
     # absl prints every library's chatter as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
-    action(config)
+    action(resolve(config))

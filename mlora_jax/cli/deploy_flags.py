@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags
 
+from mlora_jax.cli.number_flags import integers
+
 MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the base model, if not where the adapter says.")
 OUTPUT = flags.DEFINE_string("output", None, "What to write: JSONL file of answers, or folder of an export.")
 RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.")
@@ -12,9 +14,7 @@ RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.
 
 def chosen_ranks(values: Sequence[str]) -> list[int]:
     """The ranks of --rank, each once."""
-    if not values or not all(value.isdecimal() for value in values):
-        raise ValueError(f"--rank must be integers with commas between them, got {','.join(values)!r}")
-    return list(dict.fromkeys(map(int, values)))
+    return list(dict.fromkeys(integers("rank", values or [""])))
 
 
 def find_adapter(run: str, trial: str | None) -> pathlib.Path:

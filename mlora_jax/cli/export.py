@@ -12,6 +12,7 @@ they lie in `exports` of the run or adapter. `--ranks-for vllm` pads with zeros 
 """
 
 import csv
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,7 @@ from mlora_jax.core.readouts import fitted_profile
 from mlora_jax.interop import RANKS_FOR as ACCEPTED
 from mlora_jax.interop import accepted_rank, export_adapter, export_merged, export_peft
 from mlora_jax.models.hub import hub_id
+from mlora_jax.models.text_file import decode_text
 from mlora_jax.training.adapter_file import read_adapter, read_description, trained_profile
 from mlora_jax.training.readout_files import find_readout
 
@@ -112,8 +114,8 @@ def _targets(given: pathlib.Path, folder: pathlib.Path, ranks: Sequence[int]) ->
 
 def _allocation(path: str, budget: int) -> dict[str, tuple[int, ...]]:
     """Ranks per layer for the parameters of a uniform rank, from a ranks.csv."""
-    with pathlib.Path(path).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("kind") == "allocated"]
+    table = io.StringIO(decode_text(pathlib.Path(path).read_bytes(), path), newline="")
+    rows = [row for row in csv.DictReader(table) if row.get("kind") == "allocated"]
     found = {row["rank"]: row for row in rows}
     if str(budget) not in found:
         raise ValueError(f"{path} has no ranks per layer for rank {budget}; it has {', '.join(found) or 'none'}")

@@ -3,10 +3,13 @@
 The adapter is a trial of a run, or a folder of its own by `--adapter FOLDER`. `--rank 0,4,8` answers each prompt at
 each of these ranks, all in the same batches; rank 0 is the base model. `--prompts FILE` answers every line of a file:
 JSON lines of {"prompt": ...} if its name ends in .jsonl, else one prompt a line.
+
+The settings in the base's generation_config.json that change logits, such as repetition_penalty, are applied as in
+transformers. Whether and how tokens are drawn is said by the flags alone: the file's do_sample, temperature, top_k,
+top_p and their like are not applied, and a warning names them where tokens are drawn.
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +18,9 @@ from absl import app, flags, logging
 from mlora_jax.cli import adapter_flags, deploy_flags
 from mlora_jax.cli.adapter_flags import READOUT, TRIAL
 from mlora_jax.cli.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
+from mlora_jax.cli.number_flags import define_float, define_integer
+from mlora_jax.disk import naming
+from mlora_jax.models.text_file import check_text, read_lines
 
 flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(deploy_flags)
@@ -22,12 +28,12 @@ RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.", upper_bound=1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+MAX_NEW_TOKENS = define_integer("max_new_tokens", 128, "Tokens of an answer at most.")
+TEMPERATURE = define_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.")
+TOP_P = define_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.")
+SEED = define_integer("seed", 0, "Of the draws.")
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Answers made at once at most.", lower_bound=1)
+BATCH_SIZE = define_integer("batch_size", 32, "Answers made at once at most.")
 
 PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
 
@@ -48,20 +54,17 @@ def _run(arguments: Sequence[str]) -> None:
         )
     logging.set_verbosity(logging.WARNING)
     ranks = chosen_ranks(RANK.value)
-    if not 0 < TOP_P.value <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, got {TOP_P.value}")
-    if not math.isfinite(TEMPERATURE.value):
-        raise ValueError(f"--temperature must be finite, got {TEMPERATURE.value}")
     _one_of(run=RUN.value, adapter=ADAPTER.value)
     _one_of(prompt=PROMPT.value, prompts=PROMPTS.value)
     if TRIAL.value is not None and RUN.value is None:
         raise ValueError("--trial names an adapter of a run: give --run, or --adapter alone")
-    prompts = [PROMPT.value] if PROMPTS.value is None else read_prompts(PROMPTS.value)
+    prompts = [check_text(PROMPT.value, "--prompt")] if PROMPTS.value is None else read_prompts(PROMPTS.value)
     folder = pathlib.Path(ADAPTER.value) if RUN.value is None else find_adapter(RUN.value, TRIAL.value)
     records = _answer(folder, prompts, ranks)
     if OUTPUT.value is not None:
         lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
-        pathlib.Path(OUTPUT.value).write_text(lines, encoding="utf-8")
+        with naming(OUTPUT.value):
+            pathlib.Path(OUTPUT.value).write_text(lines, encoding="utf-8")
         print(f"{len(records)} answers in {OUTPUT.value}")
         return
     for record in records:
@@ -80,38 +83,41 @@ def read_prompts(path: str) -> list[str]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line of another form, named by its number, or no prompt at all.
+      ValueError: a line that is not text or of another form, named by its number, or no prompt at all.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of prompts {path}")
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in read_lines(file):
         if not line.strip():
             continue
-        if file.suffix == ".jsonl":
+        if file.suffix.lower() == ".jsonl":
             try:
                 line = json.loads(line)["prompt"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 line = None
             if not isinstance(line, str):
                 raise ValueError(f'{path}, line {number}: it must be an object like {{"prompt": "text"}}')
-        prompts.append(line.removesuffix("\r"))
+        prompts.append(check_text(line, f"{path}, line {number}: the prompt"))
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
 
 
 def _load_base(folder: pathlib.Path, description: Mapping):
-    """The frozen base of an adapter and its tokenizer; in the run's dtype and quantisation, else as it is stored."""
+    """The frozen base of an adapter, in the run's dtype and quantisation or else as stored, tokenizer and settings."""
     from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
+    from mlora_jax.models.generation_config import read_generation_settings
+    from mlora_jax.models.json_file import read_json_object
 
     base = base_folder(folder, description)
     config = pathlib.Path(RUN.value or folder) / "config.json"
-    options = json.loads(config.read_text(encoding="utf-8"))["model"] if RUN.value and config.is_file() else {}
+    options = read_json_object(config)["model"] if RUN.value and config.is_file() else {}
     model = load_decoder(base, dtype=options.get("dtype") or None)
     quantization = options.get("quantization")
-    return quantize_decoder(model, quantization) if quantization else model, Tokenizer.load(base)
+    model = quantize_decoder(model, quantization) if quantization else model
+    return model, Tokenizer.load(base), read_generation_settings(base)
 
 
 def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:
@@ -120,6 +126,7 @@ def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:
         name = "the prompt" if PROMPTS.value is None else f"prompt {number} of {PROMPTS.value}"
         if not ids:
             raise ValueError(f"{name} has no tokens, and an answer needs something to follow")
+        tokenizer.check_known(ids, name=name)
         if len(ids) >= context:
             raise ValueError(
                 f"{name} has {len(ids)} tokens, which leaves no room for an answer in the model's context of "
@@ -141,7 +148,8 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     for rank in ranks:
         check_rank(rank, f"--rank for the adapter in {folder}", low=0, high=description["rank"])
     found = find_readout(folder, READOUT.value)
-    model, tokenizer = _load_base(folder, description)
+    model, tokenizer, settings = _load_base(folder, description)
+    settings.check()
     context = model.config.max_position_embeddings
     encoded = _encode(prompts, tokenizer, context)
     graphdef, base, adapter, profile, hierarchy, _ = load_adapted(found.folder, model)
@@ -156,7 +164,8 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
         max_length=context,
         batch_size=BATCH_SIZE.value,
         pad_multiple=PAD_MULTIPLE,
-        eos=[*tokenizer.eos_ids, *model.config.eos_token_ids],
+        eos=tokenizer.eos_ids,
+        settings=settings,
     )
     asked = [(number, rank) for number in range(len(prompts)) for rank in ranks]
     answers = generator.generate(

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mlora_jax.cli.config_flags import run_with_config
+from mlora_jax.cli.number_flags import define_float, define_integer
 
-TIMED_STEPS = flags.DEFINE_integer("timed_steps", 3, "Steps of each kind of batch that are timed.", lower_bound=1)
+TIMED_STEPS = define_integer("timed_steps", 3, "Steps of each kind of batch that are timed.")
 ESTIMATE = flags.DEFINE_bool("estimate", False, "Counts by arithmetic, without weights; times nothing.")
-TERAFLOPS = flags.DEFINE_float("teraflops", 100.0, "Sustained by one device, for --estimate.", lower_bound=0.001)
+TERAFLOPS = define_float("teraflops", 100.0, "Sustained by one device, for --estimate.")
 
 
 def duration(seconds: float) -> str:

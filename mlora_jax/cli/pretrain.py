@@ -11,8 +11,15 @@ OUT = flags.DEFINE_string("out", None, "Folder to write, in Hugging Face layout.
 flags.mark_flags_as_required(["config", "out"])
 
 
-def main(arguments: list[str]) -> None:
-    """Trains and writes the folder."""
+def main() -> None:
+    """Parses the command line, trains and writes the folder; bad input ends in one line."""
+    try:
+        app.run(_run)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
     # absl prints every library's chatter as soon as an app runs.
@@ -26,4 +33,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

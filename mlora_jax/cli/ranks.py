@@ -12,10 +12,11 @@ from absl import app, flags, logging
 from mlora_jax.cli import adapter_flags
 from mlora_jax.cli.adapter_flags import READOUT, TRIAL
 from mlora_jax.cli.deploy_flags import find_adapter
+from mlora_jax.cli.number_flags import define_float, define_integer, integers
 from mlora_jax.report import SPLITS
 
 flags.adopt_module_key_flags(adapter_flags)
-WITHIN = flags.DEFINE_float("within", 0.01, "Accuracy, in 0..1, that the smallest rank may lack of the best.")
+WITHIN = define_float("within", 0.01, "Accuracy, in 0..1, that the smallest rank may lack of the best.")
 BUDGET = flags.DEFINE_list("budget", [], "Average ranks per layer to allocate; all of S but R if not given.")
 CHOOSE_ON = flags.DEFINE_enum(
     "choose_on",
@@ -27,18 +28,8 @@ MEASURE = flags.DEFINE_enum("measure", "likelihood", ["likelihood", "accuracy"],
 BY = flags.DEFINE_enum("by", "both", ["both", "layer", "module"], "What gets a rank of its own.")
 START = flags.DEFINE_enum("start", "both", ["uniform", "full", "both"], "Allocation that the search begins with.")
 LEVELS = flags.DEFINE_list("levels", [], "Ranks that a layer may have; 0, S and R if not given.")
-LIMIT = flags.DEFINE_integer("limit", 500, "The most allocations that are tried for one budget.", lower_bound=1)
+LIMIT = define_integer("limit", 500, "The most allocations that are tried for one budget.")
 OUT = flags.DEFINE_string("out", None, "Folder for the files; RUN if not given.")
-
-
-def integers(name: str, values: Sequence[str]) -> list[int]:
-    """The values of a flag as integers."""
-    try:
-        return [int(value) for value in values]
-    except ValueError:
-        raise ValueError(
-            f"--{name} must be ranks with commas between them, like 4,8,16; got {','.join(values)}"
-        ) from None
 
 
 def main() -> None:

@@ -17,11 +17,12 @@ import time
 from absl import app, flags, logging
 
 from mlora_jax.cli.config_flags import SHIPPED, WORKDIR, read_cell
+from mlora_jax.cli.number_flags import define_float
 
 CELLS = flags.DEFINE_list("cells", [], "Names such as trec_656k of configs/study_NAME.py; all if not given.")
 MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")
 DATA = flags.DEFINE_string("data", "", "Folder that holds the raw data's folders; without it they are downloaded.")
-HOURS = flags.DEFINE_float("hours", 0.0, "Stops after so many hours, everything saved; 0 is no limit.", lower_bound=0.0)
+HOURS = define_float("hours", 0.0, "Stops after so many hours, everything saved; 0 is no limit.")
 TRAIN = flags.DEFINE_bool("train", True, "--notrain only writes the tables and figures.")
 
 

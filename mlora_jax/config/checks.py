@@ -5,6 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlora_jax.core.ranges import check_number
+
+# Keys whose numbers have a larger range of their own.
+SEED_KEYS = ("trials.seed", "study.seeds", ".list.seed")
+
+
+def check_numbers(value: Any, name: str = "config") -> None:
+    """Raises ValueError for a number that arrays cannot hold, wherever it stands in a config.
+
+    Args:
+      value: the config, a group of it, or a value.
+      name: the dotted name of the value.
+    """
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            check_numbers(each, f"{name}.{key}")
+    elif isinstance(value, tuple):
+        for each in value:
+            check_numbers(each, name if name.startswith("an entry of ") else f"an entry of {name}")
+    elif not name.endswith(SEED_KEYS):
+        check_number(name, value)
+
 
 def check_train(train: Mapping[str, Any]) -> None:
     """Raises ValueError if the values of `config.train` do not go together."""

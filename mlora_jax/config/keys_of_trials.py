@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from mlora_jax.config.schema import Group, Key
 from mlora_jax.core import INITIALIZERS, SCALINGS
+from mlora_jax.core.ranges import LARGEST_SEED
 
 QUANTIZATIONS = ("", "int8", "nf4")
 DTYPES = ("", "float32", "bfloat16", "float16", "float64")
 OVERFLOWS = ("error", "drop", "truncate")
-MAX_SEED = 2**32 - 1
+MAX_SEED = LARGEST_SEED
 
 MODEL = Group(
     doc="The frozen base model.",
@@ -66,6 +67,13 @@ DATA = Group(
             default="",
             form="a file of JSON lines",
             doc='The task "jsonl" tests on the rows of this file. "" holds rows of data.file out.',
+        ),
+        "ignored_keys": Key(
+            default=(),
+            entry=str,
+            distinct=True,
+            doc='The task "jsonl" does not look at these keys of rows and messages. Any other key that it does not '
+            "know is an error.",
         ),
         "holdout": Key(
             default=0.1,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mlora_jax.config.checks import check_numbers
 from mlora_jax.config.grid import check_trials, read_entries
 from mlora_jax.config.keys import CHANGEABLE, ELSEWHERE, KEYS
 from mlora_jax.config.methods import check_readout_methods
@@ -39,6 +40,7 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
     table.validate(values, "config")
     check_readout_methods(values)
     check_trials(values)
+    check_numbers(values)
     return ConfigDict(values).lock()
 
 

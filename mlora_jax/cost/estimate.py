@@ -226,7 +226,7 @@ def _text_size(config: ConfigDict) -> TextSize:
             f"the size of the task {options.task!r} is not known: give its rows by config.data.raw_dir; known: "
             f"{', '.join(PUBLISHED)}"
         )
-    names = ("raw_dir", "cache_dir", "style", "file", "evaluation_file", "holdout")
+    names = ("raw_dir", "cache_dir", "style", "file", "evaluation_file", "holdout", "ignored_keys")
     data = load_task(options.task, **{name: options[name] for name in names})
     rows = list(itertools.islice(data.train, SAMPLE))
     prompt, answer = (sum(len(row[name]) for row in rows) / len(rows) for name in ("prompt", "answer"))

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mlora_jax.data.chat import render_chat
+from mlora_jax.data.chat import render_chat, without_end
 from mlora_jax.data.tasks import ChatStyle, Style, Task, find_task
 from mlora_jax.models.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ class Rows(Sequence):
 
     A row is {"prompt": str, "answer": str, "choices": list of str, "label": int, "row": int}; `choices` is
     empty and `label` -1 where the answer is generated; `row` counts from 0 in the stored split (in a file:
-    line - 1). A chat has two keys more, "pieces" and "joined" (see `render_chat`).
+    line - 1). A chat has further keys, "pieces" among them (see `render_chat`).
     """
 
     def __init__(self, source: Sequence, indices: Sequence[int], render: Callable[[Mapping, int], dict]):
@@ -75,6 +75,7 @@ def load_task(
     file: str = "",
     evaluation_file: str = "",
     holdout: float = 0.1,
+    ignored_keys: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
 ) -> TaskData:
     """A task's rows; the first call builds them, later ones read the build.
@@ -91,17 +92,21 @@ def load_task(
         holdout: the fraction of the training rows held out as test rows where there are no others (own data without
             an evaluation file, "platypus"): those with the smallest sha256 of "0:ROW", at least one, so the same rows
             always and, nearly, when rows are added.
+        ignored_keys: keys of own rows and of their messages that are not looked at; `own_rows` says what the others do.
         tokenizer: the model's; needed for chats written by its chat template.
 
     Raises:
-        ValueError: an unknown task or style, a malformed line, or a holdout that leaves no rows.
+        ValueError: an unknown task or style, a malformed line or one with a key that is not understood, or a holdout
+            that leaves no rows.
         FileNotFoundError: names the missing file and its folder.
     """
     if file or evaluation_file:
         name = "jsonl"
     task = find_task(name)
     chosen = task.style(style)
-    config = task.builder.config_for(raw_dir=raw_dir, file=file, evaluation_file=evaluation_file)
+    config = task.builder.config_for(
+        raw_dir=raw_dir, file=file, evaluation_file=evaluation_file, ignored_keys=tuple(ignored_keys)
+    )
     builder = _prepare(task.builder, config, cache_dir)
     sources = builder.as_data_source()
     parts = {split: (source, range(len(source))) for split, source in sources.items()}
@@ -164,9 +169,10 @@ def _render(
 ) -> dict[str, Any]:
     if isinstance(style, Style):
         return style.render(stored)
-    if not stored["messages"]:
-        return COMPLETION.render(stored)
-    return render_chat(json.loads(stored["messages"]), style, tokenizer, f"{file}, line {row + 1}")
+    if not stored["chat"]:
+        return COMPLETION.render({**stored, "completion": without_end(stored["completion"], tokenizer)})
+    chat = json.loads(stored["chat"])
+    return render_chat(chat.pop("messages"), style, tokenizer, f"{file}, line {row + 1}", **chat)
 
 
 def _plain(value: Any) -> Any:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from mlora_jax.core.ranges import SEEDS
 from mlora_jax.data.tokenize import Example
 
-MAX_SEED = 2**32
 # A thread of its own makes the next few batches while the device works; state counts what was handed out.
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
@@ -197,8 +197,8 @@ def make_pipeline(
     for name, value in {"epochs": epochs, "pad_multiple": pad_multiple}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= seed < MAX_SEED:
-        raise ValueError(f"the seed must be in 0..{MAX_SEED - 1}, got {seed}")
+    if seed not in SEEDS:
+        raise ValueError(f"the seed must be in 0..{SEEDS.high}, got {seed}")
     # `seed` hashes the seed before `shuffle` adds the epoch's number: neighbouring seeds share no epoch.
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)

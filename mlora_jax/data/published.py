@@ -10,12 +10,16 @@ import csv
 import dataclasses
 import io
 import json
+import lzma
 import pathlib
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from mlora_jax.models.text_file import MalformedLineError, decode_text, text_lines
 
 Row = dict[str, Any]
 
@@ -95,10 +99,7 @@ def json_rows(path: pathlib.Path) -> Iterator[Row]:
 
 def rows_of_text(path, content: bytes) -> Iterator[Row]:
     """The rows of a JSON list, or one of each line; `path` is what errors call it."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+    text = decode_text(content, path)
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -106,7 +107,7 @@ def rows_of_text(path, content: bytes) -> Iterator[Row]:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         numbered = enumerate(rows)
     else:
-        numbered = _parsed_lines(path, text)
+        numbered = _parsed_lines(path, content)
     for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
@@ -123,13 +124,13 @@ def _parquet_rows(path, content: bytes) -> list[Row]:
         raise ValueError(f"{path} is not a sound Parquet file: {error}") from None
 
 
-def _parsed_lines(path, text: str) -> Iterator[tuple[int, Any]]:
-    lines = (line for line in text.split("\n") if line.strip())
-    for number, line in enumerate(lines):
+def _parsed_lines(path, content: bytes) -> Iterator[tuple[int, Any]]:
+    lines = ((number, line) for number, line in text_lines(io.BytesIO(content), path) if line.strip())
+    for row, (number, line) in enumerate(lines):
         try:
-            yield number, json.loads(line)
+            yield row, json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, row {number} is not valid JSON: {error}") from None
+            raise MalformedLineError(path, number, f"not valid JSON: {error}") from None
 
 
 def archive_rows(path: pathlib.Path, member: str) -> Iterator[Row]:
@@ -148,21 +149,25 @@ def archive_rows(path: pathlib.Path, member: str) -> Iterator[Row]:
 
 
 def _members(path: pathlib.Path, member: str) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of an archive's files that are `member` or, if it ends in a slash, lie in it; by name."""
+    """Name and bytes of an archive's files that are `member` or, if it ends in a slash, lie in it; by name.
+
+    Raises:
+      ValueError: the file is no archive, or a damaged one.
+    """
     chosen = lambda name: name.startswith(member) if member.endswith("/") else name == member  # noqa: E731
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(filter(chosen, archive.namelist())):
-                if not name.endswith("/"):
-                    yield name, archive.read(name)
-        return
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(filter(chosen, archive.namelist())):
+                    if not name.endswith("/"):
+                        yield name, archive.read(name)
+            return
         with tarfile.open(path) as archive:
             files = {entry.name: entry for entry in archive.getmembers() if entry.isfile() and chosen(entry.name)}
             for name in sorted(files):
                 yield name, archive.extractfile(files[name]).read()
-    except tarfile.ReadError as error:
-        raise ValueError(f"{path} is neither a zip nor a tar archive: {error}") from None
+    except (tarfile.ReadError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} is neither a zip nor a tar archive that can be read: {error}") from None
 
 
 def mmlu_rows(label: str, name: str, content: bytes) -> Iterator[Row]:
@@ -172,7 +177,7 @@ def mmlu_rows(label: str, name: str, content: bytes) -> Iterator[Row]:
       ValueError: a line of another form; the message has its number.
     """
     subject = re.sub(r"_(?:dev|val|test)$", "", pathlib.PurePosixPath(name).stem)
-    for number, line in enumerate(csv.reader(io.StringIO(content.decode("utf-8"), newline=""))):
+    for number, line in enumerate(csv.reader(io.StringIO(decode_text(content, label), newline=""))):
         if len(line) != 6 or line[5] not in ("A", "B", "C", "D"):
             raise ValueError(f"{label}, row {number}: expected question, four choices and a letter A..D, got {line!r}")
         yield {"question": line[0], "subject": subject, "choices": line[1:5], "answer": "ABCD".index(line[5])}
@@ -234,8 +239,11 @@ def hellaswag_rows(path: pathlib.Path) -> list[Row]:
     Raises:
       ValueError: lines that are no item; the message has the first one's number.
     """
-    with bz2.open(path, "rt", encoding="utf-8") as file:
-        lines = [line.rstrip("\n") for line in file]
+    try:
+        with bz2.open(path, "rb") as file:
+            lines = [line for _, line in text_lines(file, path)]
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a sound bzip2 file: {error}") from None
     rows = []
     for start in range(0, len(lines), HELLASWAG_LINES):
         context, *rest = lines[start : start + HELLASWAG_LINES]

@@ -11,12 +11,16 @@ way, so a run states its boundary; see `Tokenizer.encode_pair`.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mlora_jax.data.chat import Piece
 from mlora_jax.models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,13 +109,14 @@ def tokenize(
     if max_length < 2:
         raise ValueError(f"data.max_length must be at least 2, got {max_length}")
     examples: list[Example] = []
-    dropped = truncated = 0
+    dropped = truncated = quoted = 0
     for index, row in enumerate(rows):
         name = f"{split} row {row.get('row', index)}"
         example = encode_row(row, tokenizer, boundary=boundary, name=name, index=row.get("row", index))
         if len(example.tokens) > max_length:
             example = OVERFLOW[overflow](example, max_length, name)
             truncated += example is not None
+        quoted += row.get("quotes_arguments", False)
         if example is None:
             dropped += 1
         else:
@@ -119,6 +124,14 @@ def tokenize(
     if not examples:
         why = f"all {dropped} rows are over data.max_length={max_length}" if dropped else "there are no rows"
         raise ValueError(f"nothing to train on in {split}: {why}")
+    if quoted:
+        logger.warning(
+            "%d rows of %s hold tool calls whose arguments are JSON text, and the model's chat template writes such a "
+            'text in quotes ("{\\"city\\": ...}"), as transformers\' apply_chat_template does with the same rows: to '
+            "train calls with plain arguments, write the arguments in the file as an object",
+            quoted,
+            split,
+        )
     return Tokenized(examples, kept=len(examples), dropped=dropped, truncated=truncated)
 
 
@@ -135,25 +148,23 @@ def encode_row(
             prompt, answer = tokenizer.encode_pair(row["prompt"], row["answer"], boundary=boundary)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        parts = [(prompt, False), (answer, True)]
         # A choice is scored without an end, so it is learned without one.
-        ends = [] if row.get("choices") else [tokenizer.eos_id]
+        parts = [(prompt, False, False), (answer, True, not row.get("choices"))]
     elif row["joined"]:
         parts = _encode_joined(row["pieces"], tokenizer)
-        ends = []
     else:
         parts = [
-            (tokenizer.encode(text, bos=number == 0), learned) for number, (text, learned) in enumerate(row["pieces"])
+            (tokenizer.encode(piece.text, bos=number == 0), piece.learned, piece.ended)
+            for number, piece in enumerate(row["pieces"])
         ]
-        ends = [tokenizer.eos_id]
     tokens: list[int] = []
     mask: list[bool] = []
-    for ids, learned in parts:
+    for ids, learned, ended in parts:
         if learned and not ids:
             raise ValueError(f"{name}: the answer {row['answer'][:40]!r} has no tokens of its own")
         if learned and not tokens:
             raise ValueError(f"{name}: the prompt {row['prompt'][:40]!r} has no tokens, so nothing predicts the answer")
-        ids = [*ids, *ends] if learned else ids
+        ids = [*ids, tokenizer.eos_id] if ended else ids
         tokens += ids
         mask += [learned] * len(ids)
     return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), index)
@@ -204,17 +215,17 @@ def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, boundary: str
     return example.tokens[:before].tolist()
 
 
-def _encode_joined(pieces: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+def _encode_joined(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[tuple[list[int], bool, bool]]:
     """Pieces of one text: encoded whole, and cut where the text up to a border alone has the same tokens."""
-    whole = tokenizer.encode("".join(text for text, _ in pieces), bos=True)
+    whole = tokenizer.encode("".join(piece.text for piece in pieces), bos=True)
     parts = []
     text, start = "", 0
-    for number, (piece, learned) in enumerate(pieces, start=1):
-        text += piece
+    for number, piece in enumerate(pieces, start=1):
+        text += piece.text
         end = len(whole)
         if number < len(pieces):
             end = max(start, _common_prefix(whole, tokenizer.encode(text, bos=True)))
-        parts.append((whole[start:end], learned))
+        parts.append((whole[start:end], piece.learned, piece.ended))
         start = end
     return parts
 

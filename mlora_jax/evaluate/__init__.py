@@ -11,10 +11,11 @@ from mlora_jax.evaluate.choice import (
 )
 from mlora_jax.evaluate.curve import RankCurve, accuracy_and_error, rank_curve
 from mlora_jax.evaluate.exact_match import GenerationEvaluator, extract_answer
-from mlora_jax.evaluate.generation import Generator, StopStrings
+from mlora_jax.evaluate.generation import Generator
 from mlora_jax.evaluate.likelihood import ChoiceEvaluator
 from mlora_jax.evaluate.scoring import Prepared, Request, Scorer, Scores
 from mlora_jax.evaluate.statistics import Comparison, Interval, bootstrap_aurac, compare
+from mlora_jax.evaluate.stop_strings import StopStrings
 from mlora_jax.evaluate.token_accuracy import TokenEvaluator
 
 __all__ = [

@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 
 from mlora_jax.data.tasks import Task
 from mlora_jax.data.tokenize import prompt_tokens
-from mlora_jax.evaluate.generation import Generator, StopStrings
+from mlora_jax.evaluate.generation import Generator
 from mlora_jax.evaluate.requests import warn_of_not_finite
 from mlora_jax.evaluate.sampling import NOT_FINITE
+from mlora_jax.evaluate.stop_strings import StopStrings
+from mlora_jax.models.generation_config import GenerationSettings
 from mlora_jax.models.tokenizer import Tokenizer
 
 
@@ -46,6 +48,7 @@ class GenerationEvaluator:
       batch_size: the largest B; batches are cut evenly.
       pad_multiple: prompt lengths are padded to a multiple of this.
       stop: token ids that end an answer.
+      settings: of the checkpoint, as in `Generator`; what cannot be applied of them is refused at once.
       mesh: as in `Generator`.
 
     Attributes:
@@ -68,6 +71,7 @@ class GenerationEvaluator:
         batch_size: int,
         pad_multiple: int,
         stop: Sequence[int],
+        settings: GenerationSettings | None = None,
         mesh: Mesh | None = None,
     ):
         self.generator = Generator(
@@ -78,8 +82,10 @@ class GenerationEvaluator:
             batch_size=batch_size,
             pad_multiple=pad_multiple,
             eos=stop,
+            settings=settings,
             mesh=mesh,
         )
+        self.generator.settings.check()
         self._ends = StopStrings(tokenizer, task.stop)
         self._task, self._max_new_tokens = task, max_new_tokens
         self._answers = [extract_answer(row["answer"], task.answer_pattern) for row in rows]

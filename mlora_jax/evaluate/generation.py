@@ -14,9 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlora_jax.adapters import fold_where_cheaper, set_profile
+from mlora_jax.evaluate.logit_rules import Texts, begin_texts, make_rules
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
-from mlora_jax.models.tokenizer import Tokenizer
+from mlora_jax.models.generation_config import GenerationSettings
 from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import EVALUATED, shards_of
 from mlora_jax.parallel.rules import replicated
@@ -58,10 +59,11 @@ class _State(NamedTuple):
     newest: jax.Array  # [B] int32
     made: jax.Array  # int32 scalar, tokens made by the rows that are not done
     done: jax.Array  # [B] bool
+    tokens: jax.Array | None = None  # [B, S] int32 of `Texts`, where the checkpoint's settings look at them
 
 
 # On a mesh all but `made` has the mesh's parts of the rows in front: [S, B / S].
-_STATE_AXES = _State(0, 0, None, 0)
+_STATE_AXES = _State(0, 0, None, 0, 0)
 
 
 class Generator:
@@ -78,10 +80,14 @@ class Generator:
       max_length: of prompt and answer together, in tokens: the model's context. An answer ends where it is full.
       batch_size: the largest B; batches are cut evenly.
       pad_multiple: the lengths of prompts and answers that there are slots for are multiples of this.
-      eos: token ids that end an answer.
+      eos: token ids that end an answer and are left out of it.
+      ends: every id that ends a text, which rules such as a least length hide; None: those of `eos`.
+      settings: of the checkpoint, which change what the next token is; None: they change nothing. What cannot be
+        applied of them is refused with the first answer, or a warning names it.
       mesh: None for one device. On a mesh the rows of a batch lie along all axes but `tensor`.
 
     Attributes:
+      settings: of the checkpoint.
       prefill, decode: the jitted functions; their cache sizes count compilations.
     """
 
@@ -95,16 +101,31 @@ class Generator:
         batch_size: int,
         pad_multiple: int,
         eos: Sequence[int],
+        ends: Sequence[int] | None = None,
+        settings: GenerationSettings | None = None,
         mesh: Mesh | None = None,
     ):
+        text_ends = np.asarray(sorted(set(eos if ends is None else ends)), np.int32)
         ends = np.asarray(sorted(set(eos)), np.int32)
+        rules = make_rules(settings)
 
-        def choose(model, hidden, rows: PromptRows, sampling, made, done):
+        def choose(model, hidden, rows: PromptRows, sampling, made, done, tokens):
             """The next token [B] of hidden states [B, D], that token or -1 where the row is over, who is done."""
-            newest = next_tokens(model.head(hidden), sampling, rows.numbers, made)
+            logits = chosen_from = model.head(hidden)
+            if rules is not None:
+                chosen_from = rules(logits, Texts(tokens, rows.lengths, made, rows.limits, text_ends))
+            newest = next_tokens(chosen_from, sampling, rows.numbers, made)
+            if rules is not None:  # a rule may hide a logit that is not finite
+                newest = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), newest, NOT_FINITE)
             over = done | jnp.any(newest[:, None] == ends, axis=-1)
             shown = jnp.where(over, -1, newest)
             return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
+
+        def extended(tokens, rows, newest, made):
+            """The rows of tokens with the newest, if there are any."""
+            if tokens is None:
+                return None
+            return tokens.at[jnp.arange(len(tokens)), rows.lengths + made].set(jnp.maximum(newest, 0), mode="drop")
 
         def prefill(slots, per_example, base, adapter, p, tokens, rows, sampling):
             values = set_profile(profile, p, per_example=per_example)
@@ -112,8 +133,9 @@ class Generator:
             hidden, cache = model.prefill(tokens, slots)
             last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
             made = jnp.zeros((), jnp.int32)
-            newest, shown, done = choose(model, last, rows, sampling, made, rows.limits < 1)
-            return _State(cache, newest, made + 1, done), shown
+            texts = None if rules is None else begin_texts(tokens, rows.lengths, slots)
+            newest, shown, done = choose(model, last, rows, sampling, made, rows.limits < 1, texts)
+            return _State(cache, newest, made + 1, done, extended(texts, rows, newest, made)), shown
 
         def decode(per_example, base, adapter, p, state, rows, sampling):
             model = nnx.merge(graphdef, base, adapter, set_profile(profile, p, per_example=per_example))
@@ -128,12 +150,13 @@ class Generator:
 
             def advance(carry):
                 step, state, shown = carry
-                cache, newest, made, done = state
+                cache, newest, made, done, texts = state
                 positions = (rows.lengths + made - 1)[:, None]
                 tokens = jnp.maximum(newest, 0)[:, None]
                 hidden, cache = model.hidden(tokens, positions=positions, cache=cache, layers=layers)
-                newest, new, done = choose(model, hidden[:, 0], rows, sampling, made, done)
-                return step + 1, _State(cache, newest, made + 1, done), shown.at[:, step].set(new)
+                newest, new, done = choose(model, hidden[:, 0], rows, sampling, made, done, texts)
+                texts = extended(texts, rows, newest, made)
+                return step + 1, _State(cache, newest, made + 1, done, texts), shown.at[:, step].set(new)
 
             shown = jnp.full((len(state.done), STEPS), -1, jnp.int32)
             _, state, shown = jax.lax.while_loop(going, advance, (jnp.zeros((), jnp.int32), state, shown))
@@ -146,6 +169,7 @@ class Generator:
         self.decode = jax.jit(decode, static_argnums=0, donate_argnums=4)
         self._base = base
         self._max_length, self._batch_size, self._pad_multiple = max_length, batch_size, pad_multiple
+        self.settings = settings or GenerationSettings()
 
     def _on_mesh(self, function, *arguments):
         """`prefill` or `decode` over parts of the rows; what the host looks at is the same on every device."""
@@ -201,8 +225,8 @@ class Generator:
           One list per prompt. An answer ends before logits that are not finite, and a logged warning counts those.
 
         Raises:
-          ValueError: a prompt without tokens or without room for one more, a p of another shape, or options outside
-            their range.
+          ValueError: a prompt without tokens or without room for one more, a p of another shape, options outside
+            their range, or settings of the checkpoint that cannot be applied.
         """
         if isinstance(p, Mapping):
             each = None
@@ -214,6 +238,7 @@ class Generator:
                     f"p must have shape [R], or [{len(prompts)}, R] for {len(prompts)} prompts, got {list(p.shape)}"
                 )
         sampling = make_sampling(temperature, top_p, seed)
+        max_new_tokens = min(max_new_tokens, self._max_length)  # arrays are made of this length
         numbers = range(len(prompts)) if numbers is None else numbers
         answers: list[list[int]] = [[] for _ in prompts]
         adapter, broken = self.place(adapter), 0
@@ -299,6 +324,11 @@ class Generator:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.settings.check()
+        for sentence in self.settings.warnings:
+            warn_once(f"{self.settings.file}: {sentence}")
+        if sampling is not None and self.settings.sampling:
+            warn_once(f"{self.settings.file}: draws do not apply {', '.join(self.settings.sampling)}: ask for it")
         size, length = batch.tokens.shape
         limits = np.minimum(max_new_tokens, self._max_length - batch.lengths)
         limits[len(batch.members) :] = 0
@@ -346,6 +376,12 @@ class Generator:
         return -(-length // self._pad_multiple) * self._pad_multiple
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning that was not logged before."""
+    logger.warning("%s", message)
+
+
 def _cut(row: np.ndarray, start: int, stop: Callable[[list[int]], bool]) -> bool:
     """Whether a row [N] stops; its tokens from `start` on are new, and those after the one that stops it become -1."""
     tokens = row[row >= 0].tolist()
@@ -354,29 +390,3 @@ def _cut(row: np.ndarray, start: int, stop: Callable[[list[int]], bool]) -> bool
     kept = next(kept for kept in range(start + 1, len(tokens) + 1) if stop(tokens[:kept]))
     row[kept:] = -1
     return True
-
-
-class StopStrings:
-    """Strings that end an answer: the `stop` of `Generator.generate`, and the text before the first of them.
-
-    Args:
-      tokenizer: of the model.
-      strings: may be none.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
-        if "" in strings:
-            raise ValueError("a stop string must not be empty: every text would end before it begins")
-        self._tokenizer, self._strings = tokenizer, tuple(strings)
-
-    def __call__(self, tokens: list[int]) -> bool:
-        """Whether one of the strings is in the text of these tokens; special tokens are part of it."""
-        if not self._strings:
-            return False
-        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
-        return any(string in text for string in self._strings)
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of these tokens up to the first of the strings."""
-        text = self._tokenizer.decode(tokens)
-        return min((text.partition(string)[0] for string in self._strings), key=len, default=text)

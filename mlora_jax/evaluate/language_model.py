@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from mlora_jax.evaluate.generation import Generator
+from mlora_jax.evaluate.generation import Generator, warn_once
 from mlora_jax.evaluate.loading import Loaded, load_adapted
 from mlora_jax.evaluate.scoring import Request, Scorer
 from mlora_jax.models import Tokenizer
@@ -90,9 +90,17 @@ class NestedLM(TemplateLM):
         """A loaded model at the rank it was loaded for."""
         shapes = {"batch_size": loaded.batch_size, "pad_multiple": loaded.pad_multiple}
         trees = loaded.graphdef, loaded.base, loaded.profile
+        eos = {*loaded.eos} - {*loaded.tokenizer.shown_stops}  # which `generate_until` itself looks for
         return cls(
             Scorer(*trees, max_length=loaded.max_length, **shapes),
-            Generator(*trees, max_length=loaded.max_length, eos=loaded.eos, **shapes),
+            Generator(
+                *trees,
+                max_length=loaded.max_length,
+                eos=sorted(eos),
+                ends=loaded.eos,
+                settings=loaded.settings,
+                **shapes,
+            ),
             loaded.tokenizer,
             Variant(loaded.adapter, loaded.p),
             max_length=loaded.max_length,
@@ -129,7 +137,7 @@ class NestedLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context."""
-        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        return self.tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -142,11 +150,14 @@ class NestedLM(TemplateLM):
         return {"model_name": self.name, "adapter_parameters": sum(leaf.size for leaf in leaves)}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; BOS in front where the tokenizer adds it, but not before a text that begins with it."""
-        if add_special_tokens is None:
-            return self.tokenizer.encode(string, bos=True)
-        ids = self.tokenizer.encode(string, bos=False)
-        return [self.tokenizer.bos_id, *ids] if add_special_tokens and self.tokenizer.adds_bos else ids
+        """Token ids; BOS in front where the tokenizer adds it, but not before a text that begins with it.
+
+        Raises:
+          ValueError: the text holds a token that the tokenizer has and the model lacks.
+        """
+        ids = self.tokenizer.encode(string, bos=add_special_tokens is None)
+        self.tokenizer.check_known(ids, name=f"the text {string[:40]!r}")
+        return [*self.tokenizer.opening, *ids] if add_special_tokens else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as text, open for the assistant's turn or, without that, for more of the last message."""
@@ -252,16 +263,29 @@ class NestedLM(TemplateLM):
         unknown = [name for name in options if sampled or name not in SAMPLING_ONLY]
         if unknown:
             raise ValueError(f"generation options {', '.join(unknown)} are not supported; temperature and top_p are")
+        own = self.generator.settings
+        if own.max_new_tokens not in (None, count):
+            warn_once(
+                f"{own.file}: max_new_tokens={own.max_new_tokens} is not applied: the task's limit of {count} tokens "
+                f"holds, which lm-eval's Hugging Face backend would replace by this"
+            )
         room = self.max_length - count
         if room < 1:
             raise ValueError(
                 f"max_gen_toks={count} leaves no room for a context in the model's {self.max_length} tokens"
             )
-        encoded = [self.tok_encode(text) or [self.prefix_token_id] for text in contexts]
+        # For generation the backend looks for BOS at the head of a text, not for the prefix that stands in for it.
+        opens = None if self.tokenizer.bos_id is not None else True
+        encoded = [self.tok_encode(text, opens) or [self.prefix_token_id] for text in contexts]
         self.truncated += sum(len(ids) > room for ids in encoded)
         prompts = [ids[-room:] for ids in encoded]
 
+        # The backend's texts hold an ordinary token that stops them; the generator leaves out the ids that it knows.
+        shown = {*self.tokenizer.shown_stops}
+
         def ends(ids: list[int]) -> bool:
+            if not shown.isdisjoint(ids):
+                return True
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             return any(term and term in text for term in until)
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
+from mlora_jax.core.ranges import LARGEST_INTEGER, SEEDS, Range
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
+from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.training.adapter_file import load_adapted as read_adapted
 from mlora_jax.training.adapter_file import read_description, trained_profile
 from mlora_jax.training.readout_files import find_readout
@@ -31,6 +33,7 @@ class Loaded:
       hierarchy: S, scaling and weights; None without an adapter.
       tokenizer: of the checkpoint.
       eos: token ids that end an answer.
+      settings: of generation, of the checkpoint.
       max_length, batch_size, pad_multiple: shapes of evaluation.
       name: checkpoint, adapter, rank and read-out.
       seed: of sampled generation.
@@ -44,6 +47,7 @@ class Loaded:
     hierarchy: RankHierarchy | None
     tokenizer: Tokenizer
     eos: tuple[int, ...]
+    settings: GenerationSettings
     max_length: int
     batch_size: int
     pad_multiple: int
@@ -65,7 +69,8 @@ def load_adapted(**options: Any) -> Loaded:
       batch_size, pad_multiple, seed: see `Loaded`.
 
     Raises:
-      ValueError: an unknown option (the message names the nearest), rank or read-out; a rank of no adapter.
+      ValueError: an unknown option (the message names the nearest), rank or read-out; a rank of no adapter; a number
+        outside its range.
       FileNotFoundError: a file of the checkpoint or the adapter is missing.
     """
     known = inspect.signature(_load).parameters
@@ -91,6 +96,9 @@ def _load(
     pad_multiple: int = PAD_MULTIPLE,
     seed: int = 0,
 ) -> Loaded:
+    for name, value in {"batch_size": batch_size, "pad_multiple": pad_multiple}.items():
+        Range(low=1, high=LARGEST_INTEGER).check(name, int(value))
+    SEEDS.check("seed", seed)
     folder = checkpoint_folder(checkpoint)
     model, tokenizer = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None), Tokenizer.load(folder)
     if quantization:
@@ -111,7 +119,8 @@ def _load(
         p=p,
         hierarchy=hierarchy,
         tokenizer=tokenizer,
-        eos=tuple(sorted({*tokenizer.eos_ids, *model.config.eos_token_ids})),
+        eos=tuple(sorted(tokenizer.eos_ids)),
+        settings=read_generation_settings(folder),
         max_length=max_length or context,
         batch_size=int(batch_size),
         pad_multiple=int(pad_multiple),

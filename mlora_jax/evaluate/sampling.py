@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mlora_jax.core.ranges import LARGEST_FLOAT, SEEDS
 
 NOT_FINITE = -2  # in place of a token where no logit is the largest
 
@@ -32,15 +33,20 @@ def make_sampling(temperature: float, top_p: float, seed: int) -> Sampling | Non
       None for a temperature of 0, which is greedy.
 
     Raises:
-      ValueError: a temperature that is negative or not finite, or a top_p outside (0, 1].
+      ValueError: a temperature that is negative or not finite, a top_p outside (0, 1], or a seed outside 32 bits.
     """
-    if not 0 <= temperature < math.inf:
+    if not 0 <= temperature <= LARGEST_FLOAT:
         raise ValueError(f"temperature must be finite and at least 0 (greedy), got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    SEEDS.check("seed", seed)
     if not temperature:
         return None
-    return Sampling(jax.random.key(seed), jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32))
+    # What is 0 in float32 stands for the least number that is not: the likeliest token alone.
+    least = jnp.finfo(jnp.float32).tiny
+    return Sampling(
+        jax.random.key(seed), jnp.asarray(temperature, jnp.float32), jnp.asarray(max(top_p, least), jnp.float32)
+    )
 
 
 def next_tokens(logits: jax.Array, sampling: Sampling | None, numbers: jax.Array, step: jax.Array) -> jax.Array:

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlora_jax.data.published import SCHEMAS, Row
+from mlora_jax.disk import write_aside
 from mlora_jax.evaluate.raw import OWN_TASKS, LocalTask, local_tasks, own_task
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.models.text_file import read_text
 
 # Our task -> the harness's file; those of MMLU are found in its folder.
 HARNESS_FILES = {
@@ -29,6 +30,8 @@ HARNESS_FILES = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml",
 }
+# The names under which the harness takes the most tokens of an answer.
+GENERATED = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 MMLU_FOLDER, MMLU = "mmlu/default", "mmlu"
 DATA_DIGITS = 16
 
@@ -103,18 +106,74 @@ def load_tasks(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for what is no task, group or tag of the harness and none of ours."""
+    """Checks that tasks can be found, and that task files of a user's own can be read.
+
+    Raises:
+      ValueError: a name that is no task, group or tag of the harness and none of ours, or a file that cannot be read.
+    """
     others = [name for name in names if name not in OWN_TASKS and not _known_folder(name)]
+    files = [name for name in others if pathlib.Path(name).expanduser().is_file()]
+    for name in files:
+        _read_task_file(pathlib.Path(name).expanduser())
+    others = [name for name in others if name not in files]
     if not others:
         return  # reading the harness's thousands of files takes seconds
     from lm_eval.tasks import TaskManager
 
     known = [*TaskManager().task_index, *OWN_TASKS]
     for name in others:
-        if name not in known and not pathlib.Path(name).is_file():  # a task file of one's own
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown task {name!r} of config.evaluation.tasks{hint}")
+
+
+def _read_task_file(path: str | pathlib.Path) -> dict[str, Any]:
+    """The keys of a task file as they stand in it; what the harness's own tags stand for is None.
+
+    Raises:
+      ValueError: it is not YAML, or no task's.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    text = read_text(path)
+    try:
+        found = yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(found, dict) or not (found.get("task") or found.get("group")):
+        raise ValueError(f"{path} is no task file of the harness: it names no task or group")
+    return found
+
+
+def generated_tokens(name: str, default: int) -> int | None:
+    """The most tokens of an answer to a task, where that is in its own file and the file is known by the task's name.
+
+    Args:
+      name: of a task, or the path of a task file.
+      default: the number of a task that does not say.
+
+    Returns:
+      None for a task that generates nothing, or whose file is among the harness's thousands.
+
+    Raises:
+      ValueError: a task file that cannot be read.
+    """
+    if name in HARNESS_FILES:
+        path = harness_tasks_folder() / HARNESS_FILES[name]
+    else:
+        path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        return None
+    task = _read_task_file(path)
+    if task.get("output_type") != "generate_until":
+        return None
+    options = task.get("generation_kwargs") or {}
+    return next((int(options[key]) for key in GENERATED if options.get(key)), default)
 
 
 def gather_local(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlora_jax.core import RankHierarchy
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import DiskFullError, write_aside
 from mlora_jax.models.json_file import read_json_object
 
 # What was exported and how; it also marks a folder as an export, which a later one may replace.
@@ -101,6 +101,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield aside
         _put(aside, target)
+    except DiskFullError as error:
+        raise error.renamed(aside, target) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 
 from mlora_jax.core import RankHierarchy
 from mlora_jax.core.rank_axes import adapter_layers, leading_axes
+from mlora_jax.disk import write_aside
 from mlora_jax.interop.factors import LayerFactors, RankOrRanks, layer_factors
 from mlora_jax.interop.folder import check_free, new_folder, write_json, write_record
 from mlora_jax.interop.names import LINEAR_PATHS, module_name
 from mlora_jax.models.hub import hub_id
-from mlora_jax.models.hugging_face import write_aside
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name: PEFT's wrapper, and its tuner
@@ -125,7 +125,8 @@ def export_peft(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(each.a.T)  # [r, D]
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(each.b.T)  # [F, r]
     with new_folder(path) as folder:
-        with write_aside(folder / PEFT_TENSORS) as file:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        with write_aside(folder / PEFT_TENSORS, needed=needed) as file:
             save_file(tensors, file, metadata={"format": "pt"})
         write_json(folder / PEFT_CONFIG, config)
         write_record(folder, hierarchy, rank, readout, description)

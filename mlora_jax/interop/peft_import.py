@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from mlora_jax.adapters import AdaptedLinear, adapt, set_profile, split
+from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, powers_of_two
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import times_gate
@@ -24,19 +24,19 @@ from mlora_jax.interop.factors import LayerFactors
 from mlora_jax.interop.folder import read_record
 from mlora_jax.interop.names import KERNEL, LINEAR_PATHS, module_name
 from mlora_jax.interop.peft_export import PEFT_CONFIG, PEFT_TENSORS, PREFIX
-from mlora_jax.models.hugging_face import EMBEDDING, HEAD
+from mlora_jax.interop.peft_whole import compare_whole, refuse_changed
 from mlora_jax.models.json_file import read_json_object
 from mlora_jax.models.weight_files import STORED_DTYPES
 
 # Keys of adapter_config.json that are understood, and those that say nothing about the function of a trained adapter.
 _USED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
-    "init_lora_weights",
+    "init_lora_weights", "modules_to_save", "trainable_token_indices",
 }  # fmt: skip
 _HARMLESS = {
     "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode",
     "lora_dropout", "runtime_config", "megatron_core", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
-    "qalora_group_size",
+    "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
 # What any other key may have, so that it is as if it were not there.
 _UNSET = (None, False, "none", [], {}, "")
@@ -82,8 +82,9 @@ def import_peft(
 
     Raises:
       FileNotFoundError: no such folder, or one of the two files is missing (pickles are never opened).
-      ValueError: something that is not understood, such as DoRA, biases or modules saved whole; modules that the model
-        does not have; a tensor that is missing, not expected, misshapen or no float; a damaged file.
+      ValueError: something that is not understood, such as DoRA or biases; a tensor saved whole, such as an embedding,
+        that differs from the base's; modules that the model does not have; a tensor that is missing, not expected,
+        misshapen or no float; a damaged file.
     """
     layers, folder = _linear_layers(model), pathlib.Path(path).expanduser()
     found = _read_layers(folder, layers, model)
@@ -161,34 +162,17 @@ def _read_layers(folder: pathlib.Path, layers: Mapping[str, _Layer], model: nnx.
             elif tensor.shape != shape:
                 complaints.append(f"{PREFIX}{name}.{role}.weight: expected shape {list(shape)}, found {tensor.shape}")
             else:
-                pair.append(tensor.T)
+                pair.append(_at_least_float32(tensor).T)
         if len(pair) == 2:
             found[name] = _without_dead_columns(pair[0], scale * pair[1])
-    for name in sorted(tensors):
-        weight = _base_weight(model, name)
-        if weight is None:
-            complaints.append(f"{name}: nothing in {PEFT_CONFIG} asks for this tensor")
-        elif not np.array_equal(tensors[name].astype(weight.dtype), weight):
-            complaints.append(f"{name}: it is not the base model's, and only plain LoRA factors can be read")
+    whole = compare_whole(tensors, config, model)
+    complaints += whole.unexpected
     if complaints:
         shown = complaints[:12] + [f"and {len(complaints) - 12} more"] * (len(complaints) > 12)
         listing = "\n  ".join(shown)
         raise ValueError(f"the tensors in {folder} are not those its {PEFT_CONFIG} describes:\n  {listing}")
+    refuse_changed(folder, whole)
     return found
-
-
-def _base_weight(model: nnx.Module, name: str) -> np.ndarray | None:
-    """The base's own embedding or head, of which PEFT saves a copy with the factors where it finds either adapted.
-
-    Source: `save_embedding_layers` in peft/utils/save_and_load.py.
-    """
-    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    if plain == EMBEDDING:
-        return np.asarray(model.embed_tokens.embedding[...])
-    if plain != HEAD or not hasattr(model, "lm_head"):
-        return None
-    head = model.lm_head
-    return np.asarray((head.base if isinstance(head, AdaptedLinear) else head).kernel[...]).T
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -288,14 +272,17 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
                 code = stored.get_slice(name).get_dtype()
                 if code not in STORED_DTYPES:
                     raise ValueError(f"{name} in {file} is stored as {code}, not as {', '.join(STORED_DTYPES)}")
-                value = stored.get_tensor(name)
-                tensors[name] = value if value.dtype == np.float64 else value.astype(np.float32)
+                tensors[name] = stored.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
     wrong = sorted(name for name, value in tensors.items() if not np.isfinite(value).all())
     if wrong:
         raise ValueError(f"{', '.join(wrong[:4])} in {file} hold values that are not finite")
     return tensors
+
+
+def _at_least_float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
 def _without_dead_columns(a: np.ndarray, b: np.ndarray) -> LayerFactors:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import write_aside
 
 _CHUNK = 2**24  # bytes copied at one time
 
@@ -98,7 +98,7 @@ def write_tensors(
         at += tensor.size
     header = json.dumps(values, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the data is aligned
-    with write_aside(path) as aside, aside.open("wb") as file:
+    with write_aside(path, needed=8 + len(header) + at) as aside, aside.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name, tensor in tensors.items():

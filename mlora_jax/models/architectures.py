@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_OLDER_NAMES = {"attention": FULL}  # of kinds of layers, see `remap_legacy_layer_types` in transformers
 
 
 def _every_layer(values: Mapping[str, Any], layers: int) -> list[bool]:
@@ -133,9 +134,13 @@ def sliding_layers(model_type: str, values: Mapping[str, Any], layers: int) -> t
             whose layers are alike.
     """
     row = ARCHITECTURES[model_type]
-    if row.slides is None:
-        return None, None
     window, kinds = values.get("sliding_window"), values.get("layer_types")
+    if isinstance(kinds, Sequence) and not isinstance(kinds, str):
+        kinds = [_OLDER_NAMES.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    if row.slides is None:
+        if kinds is not None and any(kind != FULL for kind in kinds):
+            raise ValueError(f"a {model_type!r} has one kind of layer, {FULL!r}, but layer_types is {kinds!r}")
+        return None, None
     if row.switched and not values.get("use_sliding_window"):
         window = None
     if kinds is None:

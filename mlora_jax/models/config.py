@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlora_jax.models.architectures import ARCHITECTURES, layer_values, rotary_layers, sliding_layers
+from mlora_jax.models.config_keys import check_keys
 from mlora_jax.models.json_file import read_json_object
 
 CONFIG_FILE = "config.json"
@@ -192,8 +193,9 @@ class DecoderConfig:
         """Reads the content of a Hugging Face `config.json`.
 
         Both forms of the rotary settings are understood: `rope_theta` with `rope_scaling`, and the
-        `rope_parameters` that transformers 5 writes. A key that is absent has the default that transformers gives it
-        for the model type.
+        `rope_parameters` that transformers 5 writes. Where both are given, `rope_scaling` counts, as in transformers. A
+        key that is absent has the default that transformers gives it for the model type. What every key does is in
+        `mlora_jax.models.config_keys`.
 
         Args:
             values: the parsed JSON object.
@@ -202,22 +204,18 @@ class DecoderConfig:
             The configuration.
 
         Raises:
-            ValueError: a model type, activation, rotary type or quantisation that is not supported, or a
-                value that is missing, impossible or of another type.
+            ValueError: a model type, activation, rotary type, quantisation or other key that is not supported, or
+                a value that is missing, impossible or of another type.
         """
         model_type = values.get("model_type")
         _reject("model_type", model_type, MODEL_TYPES)
         row = ARCHITECTURES[model_type]
         values = {**row.defaults, **values}
         _reject("hidden_act", values.get("hidden_act", "silu"), ACTIVATIONS)
-        if values.get("quantization_config") is not None:
-            raise ValueError(
-                f"quantization_config {values['quantization_config']!r} is not supported: use a checkpoint whose "
-                f"weights are stored as {_listed(SOURCE_DTYPES)}"
-            )
         missing = [key for key in _REQUIRED.values() if values.get(key) is None]
         if missing:
             raise ValueError(f"config.json lacks {_listed(missing)}: without it the shape of the model is unknown")
+        check_keys(model_type, values)
         fields = {field: values[key] for field, key in _REQUIRED.items()}
         optional = {**_OPTIONAL, **row.keys}
         fields |= {field: values[key] for field, key in optional.items() if values.get(key) is not None}
@@ -308,22 +306,24 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     for key in ("rope_parameters", "rope_scaling"):
         if values.get(key) and not isinstance(values[key], Mapping):
             raise ValueError(f"{key} must be an object, not {values[key]!r}")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # in this order, as in transformers
     nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise ValueError(f"rotary settings per kind of layer ({_listed(nested)}) are not supported")
-    theta = _check_number("rope_theta", rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = _check_number("rope_theta", rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
     _reject("rope_type", kind, ROPE_TYPES)
-    partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1.0):
         raise ValueError(f"partial_rotary_factor {partial!r} is not supported: it must be 1.0")
     if kind == "default":
         return theta, None
     missing = [key for key in _SCALING_KEYS if rope.get(key) is None]
     if missing:
         raise ValueError(f"rope_type 'llama3' lacks {_listed(missing)} in config.json")
-    original = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings", 2048)
+    # Beside the object it counts first, as in transformers, and max_position_embeddings last.
+    original = rope.get("original_max_position_embeddings", values.get("max_position_embeddings", 2048))
+    original = values.get("original_max_position_embeddings", original)
     original = int(_check_number("original_max_position_embeddings", original))
     return theta, RopeScaling(*(_check_number(key, rope[key]) for key in _SCALING_KEYS), original)
 

@@ -12,7 +12,7 @@ from mlora_jax.models.weight_files import INDEX_FILE, WEIGHTS_FILE, shard_names
 # What is read of a repository besides its weights; others (pickles, PyTorch's own layout, other frameworks) stay there.
 SETTINGS = (
     CONFIG_FILE, "generation_config.json", INDEX_FILE, "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from mlora_jax.disk import write_aside
 from mlora_jax.models.config import CONFIG_FILE, SOURCE_DTYPES, DecoderConfig, read_config
 from mlora_jax.models.decoder import Decoder
 from mlora_jax.models.hub import checkpoint_folder
@@ -132,22 +133,11 @@ def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
         tensors |= {source.format(layer=layer): np.ascontiguousarray(value) for layer, value in stack}
     values = model.config.to_hugging_face() | {"torch_dtype": model.dtype.name}
     folder.mkdir(parents=True, exist_ok=True)
-    with write_aside(folder / WEIGHTS_FILE) as file:
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with write_aside(folder / WEIGHTS_FILE, needed=needed) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     with write_aside(folder / CONFIG_FILE) as file:
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def write_aside(target: pathlib.Path):
-    """A neighbour of `target` to write to, renamed to it on success and removed on failure."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        aside.chmod(0o644)  # safetensors writes files that only their owner may read
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _source_names(config: DecoderConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:

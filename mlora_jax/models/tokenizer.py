@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 import tokenizers
 
+from mlora_jax.models.chat_template import (
+    TEMPLATE_FILE,
+    compiled,
+    names_in,
+    read_chat_template,
+    read_tool_template,
+    template_messages,
+)
 from mlora_jax.models.hub import checkpoint_folder
 from mlora_jax.models.json_file import read_json_object
+from mlora_jax.models.token_files import TOKENIZER_FILE, read_token_files
+from mlora_jax.models.token_roles import GENERATION_FILE, TokenRoles, token_roles
 
-TOKENIZER_FILE = "tokenizer.json"
-TEMPLATE_FILE = "chat_template.jinja"
-
-# Files that say which token begins, ends and pads a text; the first that knows wins. The tokenizer's own
-# files name the token, the model's the id.
-_NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_NUMBERING_FILES = ("generation_config.json", "config.json")
+CONFIG_FILE = "config.json"
+# What transformers' clean_up_tokenization_spaces replaces in a decoded text, in this order.
+_CLEAN_UP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -37,58 +39,58 @@ class Tokenizer:
         bos_id: id of the token that begins a text, or None.
         eos_id: id of the token that ends a text.
         eos_ids: every id at which generation stops; `eos_id` first (chat models have several).
+        shown_stops: those of them that are ordinary tokens, so that decoded text shows them.
         pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
-        adds_bos: whether the model's own tokenizer begins every text with `bos_id`.
+        prefix_id: id that stands before a text without a context. `TokenRoles` says how these are chosen.
+        opening: ids with which the model's own tokenizer begins every text; mostly none, or BOS.
         vocab_size: number of tokens including added ones; a model's V may be larger.
         largest_id: the largest id of any token.
         chat_template: Jinja source, or None.
+        tool_template: Jinja source for chats with tools; None: `chat_template` renders them too.
+        known_below: the model knows the ids below this one; None: nobody said.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
+        roles: TokenRoles,
         *,
-        bos_id: int | None,
-        eos_ids: Sequence[int],
-        pad_id: int | None = None,
-        adds_bos: bool = False,
+        opening: Sequence[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        cleans_up: bool = False,
+        known_below: int | None = None,
     ):
-        if not eos_ids:
-            raise ValueError(
-                "the tokenizer has no token that ends a text: name it as eos_token in tokenizer_config.json"
-            )
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
-        self._special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.bos_id = bos_id
-        self.eos_ids = tuple(eos_ids)
-        self.eos_id = self.eos_ids[0]
-        self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.adds_bos = adds_bos and bos_id is not None
+        self._cleans_up = cleans_up
+        self.bos_id, self.eos_id, self.eos_ids = roles.bos_id, roles.eos_id, roles.stops
+        self.pad_id, self.prefix_id = roles.pad_id, roles.prefix_id
+        self.opening = tuple(opening)
+        special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.shown_stops = tuple(id for id in self.eos_ids if id not in special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.largest_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
-        self.chat_template = chat_template
+        self.chat_template, self.tool_template, self.known_below = chat_template, tool_template, known_below
+        self._prefix_text = self.decode([self.prefix_id], skip_special_tokens=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
         """Reads the tokenizer of a Hugging Face folder, or of a model on the hub.
 
-        Besides `tokenizer.json`, which must be there, it heeds `tokenizer_config.json`,
-        `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`.
+        It is the one that `AutoTokenizer` of transformers 5 reads. `tokenizer.json` must be there; `token_files` says
+        which other files count for the tokens, `tokenizer_classes` which class, and `token_roles` what ends a text.
 
         Args:
             path: the folder, or a hub id as for `load_decoder`.
 
         Returns:
-            The tokenizer. It begins texts with BOS if `add_bos_token` says so, or, where nothing is said,
-            if the post-processor in `tokenizer.json` does.
+            The tokenizer. It begins texts as the post-processor in `tokenizer.json` does.
 
         Raises:
             FileNotFoundError: there is no such folder or model, or no `tokenizer.json` in it.
-            ValueError: a file that cannot be read, a special token that is not in the vocabulary, or no token
-                that ends a text.
+            ValueError: a file that cannot be read, an entry that is not supported, or no token that ends a text.
         """
         folder = checkpoint_folder(path, weights=False)
         file = folder / TOKENIZER_FILE
@@ -97,32 +99,21 @@ class Tokenizer:
                 f"{folder} has no {TOKENIZER_FILE}: other formats are converted to it by "
                 f"`transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # The library raises no narrower class.
-            raise ValueError(f"{file} cannot be read ({error}): download it again") from None
-        backend.no_truncation()
-        backend.no_padding()
-        settings = {
-            name: read_json_object(folder / name) if (folder / name).is_file() else {}
-            for name in (*_NAMING_FILES, *_NUMBERING_FILES)
-        }
-        named = _named_tokens(settings)
-        # A named token is matched whole in a text even where tokenizer.json lists it as an ordinary one.
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        ids = {role: _token_id(backend, folder, role, token) for role, token in named.items()}
-        backend.add_special_tokens(sorted({token for token in named.values() if token not in known}))
-        numbered = {role: _numbered(settings, role) for role in ("bos", "eos", "pad")}
-        bos_id = _first(ids.get("bos_token"), *numbered["bos"])
-        adds_bos = settings["tokenizer_config.json"].get("add_bos_token")
+        config, generation = (
+            read_json_object(folder / name) if (folder / name).is_file() else None
+            for name in (CONFIG_FILE, GENERATION_FILE)
+        )
+        read = read_token_files(folder, config or {})
+        ids = {role: read.backend.token_to_id(token) for role, token in read.named.items()}
         return cls(
-            backend,
-            bos_id=bos_id,
-            eos_ids=list(dict.fromkeys([*_present(ids.get("eos_token")), *numbered["eos"]])),
-            pad_id=_first(ids.get("pad_token"), *numbered["pad"]),
-            adds_bos=_post_processor_adds(backend, bos_id) if adds_bos is None else bool(adds_bos),
-            chat_template=_chat_template(folder, settings["tokenizer_config.json"]),
-            special_tokens=named,
+            read.backend,
+            token_roles(ids, folder, generation, config or {}),
+            opening=read.opening,
+            chat_template=read_chat_template(folder, read.values),
+            tool_template=read_tool_template(folder, read.values),
+            special_tokens=read.named,
+            cleans_up=read.cleans_up,
+            known_below=(config or {}).get("vocab_size"),
         )
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
@@ -130,16 +121,34 @@ class Tokenizer:
 
         Args:
             text: any string; the names of special tokens in it become those tokens.
-            bos: whether a text begins here. The BOS token is put first only if the model's own tokenizer does
-                so, and not a second time before a text that already begins with it, as a rendered chat does.
+            bos: whether a text begins here. BOS is put first only if the model's own tokenizer does so (`opening`),
+                and not a second time before a text that already begins with its name, as a rendered chat does.
 
         Returns:
             The ids.
         """
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if bos and self.adds_bos and ids[:1] != [self.bos_id]:
-            return [self.bos_id, *ids]
-        return ids
+        return [*self.opening, *ids] if bos and not text.startswith(self._prefix_text) else ids
+
+    def check_known(self, ids: Sequence[int], *, name: str) -> None:
+        """Checks that the model knows every id.
+
+        Args:
+            ids: token ids of this tokenizer.
+            name: what an error calls the text.
+
+        Raises:
+            ValueError: an id is that of a token which the tokenizer has and the model lacks.
+        """
+        if self.known_below is None or self.largest_id < self.known_below:
+            return
+        for id in ids:
+            if id >= self.known_below:
+                raise ValueError(
+                    f"{name} holds the token {self.token(id)!r} of id {id}, and the model knows the ids below "
+                    f"{self.known_below} only (vocab_size in its config.json): the folder's tokenizer is another "
+                    f"model's, or tokens were added to it and not to the model"
+                )
 
     def encode_pair(self, prompt: str, answer: str, *, boundary: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of the answer that follows it.
@@ -186,9 +195,11 @@ class Tokenizer:
         Returns:
             The text.
         """
-        # Filtered here: the library does not recognise special tokens that tokenizer.json marks as normalized.
-        hidden = self._special_ids if skip_special_tokens else ()
-        return self._backend.decode([int(id) for id in ids if int(id) not in hidden], skip_special_tokens=False)
+        text = self._backend.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
+        if self._cleans_up:
+            for spaced, tight in _CLEAN_UP:
+                text = text.replace(spaced, tight)
+        return text
 
     def token(self, id: int) -> str:
         """How the vocabulary writes a token, such as "▁up" or "</s>".
@@ -201,12 +212,23 @@ class Tokenizer:
             raise ValueError(f"no token has the id {id}")
         return token
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a chat by the model's own template, as transformers' `apply_chat_template` renders it.
 
         Args:
             messages: dicts with "role" and "content" and whatever else the template reads.
             add_generation_prompt: whether to open the assistant's next turn.
+            tools: the functions that the assistant may call, as JSON schemas; None: none are mentioned.
+            documents: texts to answer from, for templates that read them.
+            template_arguments: further variables of the template.
 
         Returns:
             The text, special tokens by name; encode it with either value of `bos`.
@@ -214,21 +236,30 @@ class Tokenizer:
         Raises:
             ValueError: the tokenizer has no template, or the template refuses the messages.
         """
-        if self.chat_template is None:
-            raise ValueError(
-                f"this tokenizer has no chat template: put one into {TEMPLATE_FILE} beside {TOKENIZER_FILE}, or give "
-                f"prompt and completion instead of messages"
-            )
         try:
-            return _compiled(self.chat_template).render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
+            return compiled(self._template(tools)).render(
+                messages=template_messages(messages),
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                documents=None if documents is None else [dict(document) for document in documents],
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+                **{**self._special_tokens, **(template_arguments or {})},
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template is a program: it raises what Python raises, for instance where it adds a list to a text.
             raise ValueError(f"the chat template does not render these messages: {error}") from error
+
+    def template_names(self, tools: Sequence[Mapping[str, Any]] | None = None) -> frozenset[str]:
+        """Every name by which the template of a chat with these tools may read something; see `names_in`."""
+        return names_in(self._template(tools))
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        template = self.chat_template if tools is None or self.tool_template is None else self.tool_template
+        if template is None:
+            raise ValueError(
+                f"this tokenizer has no chat template, or several and none named default: put one into {TEMPLATE_FILE} "
+                f"beside {TOKENIZER_FILE}, or give prompt and completion instead of messages"
+            )
+        return template
 
 
 def _separate(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -265,84 +296,3 @@ def _lossless(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int]
 
 
 BOUNDARIES = {"separate": _separate, "joint": _joint, "lossless": _lossless}
-
-
-def _named_tokens(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Role ("bos_token", ...) -> text of the token, from the files that name tokens."""
-    named = {}
-    for file in _NAMING_FILES:
-        for role, value in settings[file].items():
-            token = value.get("content") if isinstance(value, dict) else value
-            if role.endswith("_token") and isinstance(token, str):
-                named.setdefault(role, token)
-    return named
-
-
-def _token_id(backend: tokenizers.Tokenizer, folder: pathlib.Path, role: str, token: str) -> int:
-    found = backend.token_to_id(token)
-    if found is None:
-        raise ValueError(f"{folder}: {role} {token!r} is not in the vocabulary of {TOKENIZER_FILE}")
-    return found
-
-
-def _numbered(settings: Mapping[str, Mapping[str, Any]], role: str) -> list[int]:
-    """The ids that the model's own files give a role; old configs write -1 for none."""
-    found = []
-    for file in _NUMBERING_FILES:
-        value = settings[file].get(f"{role}_token_id")
-        found += value if isinstance(value, list) else _present(value)
-    return [token for token in found if token >= 0]
-
-
-def _present(value) -> list:
-    return [] if value is None else [value]
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
-
-
-def _post_processor_adds(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
-    return bos_id in backend.encode("").ids[:1]
-
-
-def _chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str | None:
-    """The template: a file of its own goes before the entry in tokenizer_config.json."""
-    file = folder / TEMPLATE_FILE
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = values.get("chat_template")
-    if isinstance(template, list):  # Several by name.
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said; the text is its content."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
-    """The template in a sandbox (it comes with the model) with the functions that transformers gives it."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)

@@ -19,6 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mlora_jax.disk import lack_of_room
+
 T = TypeVar("T")
 
 
@@ -109,7 +111,8 @@ def leaving_together() -> Iterator[None]:
     except Exception as error:
         if count() == 1 or isinstance(error.__cause__, SharedError):
             raise
-        traceback.print_exc()
+        if lack_of_room(error) is None:
+            traceback.print_exc()
         print(f"error in process {jax.process_index()} of {count()}, which stops all of them: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from mlora_jax.disk import write_aside
 from mlora_jax.report.figure import PALETTE, PANEL
 from mlora_jax.report.formats import Table, to_markdown
 
@@ -97,13 +98,15 @@ def write_ranks(report: RankReport, out) -> pathlib.Path:
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "ranks.csv").open("w", newline="", encoding="utf-8") as file:
+    with write_aside(out / "ranks.csv") as aside, aside.open("w", newline="", encoding="utf-8") as file:
         records = _csv_rows(report)
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()
         writer.writerows(records)
-    draw_ranks(report).savefig(out / "ranks.png")
-    (out / "ranks.md").write_text(_markdown(report), encoding="utf-8")
+    with write_aside(out / "ranks.png") as aside:
+        draw_ranks(report).savefig(aside, format="png")
+    with write_aside(out / "ranks.md") as aside:
+        aside.write_text(_markdown(report), encoding="utf-8")
     return out / "ranks.md"
 
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mlora_jax.disk import write_aside
 from mlora_jax.report.captions import (
     describe_choice,
     describe_differences,
@@ -109,17 +110,21 @@ def _write(merged: MergedRuns, choice: Choice, out: pathlib.Path, suffix: str) -
     for name in ("differences.tex", *records, *figures):
         _path(out, name, suffix).unlink(missing_ok=True)
     for name, text in texts.items():
-        _path(out, name, suffix).write_text(text, encoding="utf-8")
+        with write_aside(_path(out, name, suffix)) as aside:
+            aside.write_text(text, encoding="utf-8")
     for name, rows in records.items():
         if rows:
-            with _path(out, name, suffix).open("w", newline="", encoding="utf-8") as file:
+            path = _path(out, name, suffix)
+            with write_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
                 writer.writeheader()
                 writer.writerows(rows)
     if figures["curves.png"]:
-        draw_curves(merged, choice).savefig(_path(out, "curves.png", suffix))
+        with write_aside(_path(out, "curves.png", suffix)) as aside:
+            draw_curves(merged, choice).savefig(aside, format="png")
     if figures["learning_rates.png"]:
-        draw_learning_rates(merged, choice).savefig(_path(out, "learning_rates.png", suffix))
+        with write_aside(_path(out, "learning_rates.png", suffix)) as aside:
+            draw_learning_rates(merged, choice).savefig(aside, format="png")
     return _path(out, "table.md", suffix)
 
 

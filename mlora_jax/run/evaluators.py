@@ -47,7 +47,8 @@ def make_evaluator(experiment: Experiment, graphdef, base, profile, rows: Sequen
         experiment.tokenizer,
         task=data.task,
         max_new_tokens=config.evaluation.max_new_tokens,
-        stop=sorted({*experiment.tokenizer.eos_ids, *experiment.model.config.eos_token_ids}),
+        stop=sorted(experiment.tokenizer.eos_ids),
+        settings=experiment.generation_settings,
         **shapes,
     )
 

@@ -17,11 +17,21 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, make_trials_pipeline
 from mlora_jax.data.load import hold_out
 from mlora_jax.data.tokenize import check_vocabulary, tokenize
+from mlora_jax.evaluate.limits import warn_of_limits
 from mlora_jax.models import Decoder, Tokenizer
+from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import GlobalBatches, local_rows
 from mlora_jax.run.adapted import Adapted, AdapterForm, make_adapted
-from mlora_jax.run.inputs import check_context, hold_out_validation, load_data, load_model, model_digest, run_mesh
+from mlora_jax.run.inputs import (
+    check_context,
+    hold_out_validation,
+    load_data,
+    load_model,
+    model_digest,
+    model_folder,
+    run_mesh,
+)
 from mlora_jax.training.phases import TrialPhases
 from mlora_jax.trials import Trial
 
@@ -76,7 +86,11 @@ class Experiment:
         for name, some in {"train": train, **rows}.items():
             size = model.config.vocab_size
             check_vocabulary(some, tokenizer, vocab_size=size, boundary=data.boundary, split=name)
+        context = model.config.max_position_embeddings
+        warn_of_limits(config, data, rows, tokenizer, context=context, eos={*tokenizer.eos_ids})
         experiment = cls(config, model, tokenizer, data, examples, rows, mesh)
+        if data.task.metric == "exact_match":
+            experiment.generation_settings.check()
         if experiment.validates_by_loss:
             experiment.validation  # noqa: B018 - now rather than after the first steps, if no row is left
         return experiment
@@ -92,6 +106,11 @@ class Experiment:
             text = json.dumps(rows, sort_keys=True, default=str)
             found[f"{name} rows"] = hashlib.sha256(text.encode()).hexdigest()
         return {name: digest[:16] for name, digest in found.items()}
+
+    @functools.cached_property
+    def generation_settings(self) -> GenerationSettings:
+        """What the base's files say of generation."""
+        return read_generation_settings(model_folder(self.config.model.path))
 
     @property
     def validates_by_loss(self) -> bool:

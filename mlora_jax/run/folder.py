@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlora_jax.config import changed_keys, resolve_stored
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import write_aside
 from mlora_jax.parallel import hosts
 from mlora_jax.training.curve_records import CURVES, CurvesOnRecord, drop_partial_curves, read_curves
 from mlora_jax.training.grid import TrialBatch
@@ -130,7 +130,7 @@ class RunFolder:
 
     def _drop_partial_files(self) -> None:
         """What a killed process was writing; a lock keeps out any other one."""
-        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial"):
+        for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial", "verdicts/*/.*.partial"):
             for file in self.path.glob(pattern):
                 file.unlink()
 

@@ -165,7 +165,9 @@ def _language_model(experiment: Experiment, form: AdapterForm, make, variant):
         pad_multiple=config.data.pad_multiple,
         mesh=experiment.mesh,
     )
-    eos = sorted({*experiment.tokenizer.eos_ids, *model.eos_token_ids})
+    tokenizer = experiment.tokenizer
     scorer = Scorer(*trees, chunk=config.train.loss_chunk, **shapes)
-    generator = Generator(*trees, eos=eos, **shapes)
-    return make(scorer, generator, experiment.tokenizer, variant, max_length=model.max_position_embeddings)
+    eos = sorted({*tokenizer.eos_ids} - {*tokenizer.shown_stops})
+    settings = experiment.generation_settings
+    generator = Generator(*trees, eos=eos, ends=tokenizer.eos_ids, settings=settings, **shapes)
+    return make(scorer, generator, tokenizer, variant, max_length=model.max_position_embeddings)

@@ -138,6 +138,7 @@ def load_data(config: ConfigDict, tokenizer: Tokenizer) -> TaskData:
         file=options.file,
         evaluation_file=options.evaluation_file,
         holdout=options.holdout,
+        ignored_keys=options.ignored_keys,
         tokenizer=tokenizer,
     )
 

@@ -22,6 +22,7 @@ from mlora_jax.run.signals import until_asked_to_stop
 from mlora_jax.run.sizing import plan_batches
 from mlora_jax.run.stage import Stage
 from mlora_jax.run.starts import check_first_adapters
+from mlora_jax.training.checkpoint import saying_what_stands
 from mlora_jax.training.curve_records import CURVES, CurveKey
 from mlora_jax.training.loop import Interrupted
 from mlora_jax.training.progress import RunProgress
@@ -46,12 +47,13 @@ def train(config: ConfigDict | dict, workdir) -> Results:
       FileNotFoundError: a file of the model or the data is missing.
       ModuleNotFoundError: the config asks for Weights & Biases, which is not installed.
       OSError: a checkpoint could not be written.
+      DiskFullError: there is no room for a file of the run; everything before it is safe.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     config = resolve(config)
     hosts.join(config.parallel)
     trials = expand_trials(config)
-    with hosts.leaving_together(), contextlib.ExitStack() as stack:
+    with saying_what_stands(workdir), hosts.leaving_together(), contextlib.ExitStack() as stack:
         hosts.on_first_process(lambda: stack.enter_context(only_one_run(workdir)))
         hosts.check_shared(workdir)
         folder = RunFolder(workdir, config)

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from mlora_jax.disk import write_aside
 from mlora_jax.evaluate import Interval
-from mlora_jax.models.hugging_face import write_aside
 from mlora_jax.report.figure import PALETTE
 from mlora_jax.report.formats import Table, to_markdown
 from mlora_jax.study.results import Cell, MeasuredRival, area_interval, difference, read_cell, regret

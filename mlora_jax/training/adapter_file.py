@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy, get_policy
 from mlora_jax.core.rank_axes import adapter_layers, has_gate, leaf_ranks, path_names
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import write_aside
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -58,7 +58,8 @@ def save_adapter(
         "weights": None if hierarchy.weights is None else list(hierarchy.weights),
         **description,
     }
-    with write_aside(folder / TENSORS) as file:
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with write_aside(folder / TENSORS, needed=needed) as file:
         save_file(tensors, file, metadata={"format": "mlora_jax"})
     with write_aside(folder / DESCRIPTION) as file:
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
 import shutil
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mlora_jax.disk import DiskFullError, disk_full, lack_of_room, naming, size_on_disk
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import fetch
 
@@ -21,6 +24,9 @@ logger = logging.getLogger(__name__)
 # How tensorstore's errors begin when a file is cut, altered or missing. Others, such as those of a device that does not
 # answer or of a file that may not be read, say nothing about the checkpoint.
 _DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")
+
+
+_PARTIAL = ".orbax-checkpoint-tmp"  # what orbax puts behind the name of a step that is not whole
 
 
 class _OtherArraysError(ValueError):
@@ -49,16 +55,21 @@ class Checkpoints:
 
     def __init__(self, folder, *, keep: int = 2):
         self._folder = pathlib.Path(folder).absolute()
+        self._begun: tuple[int, int] | None = None  # step and bytes of the newest save
+        self._partial: pathlib.Path | None = None  # what there is of a checkpoint that found no room
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
             # Otherwise a save during another save is declined; with it off the second one waits.
             enable_should_save_is_saving_in_progress_check=False,
         )
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_no_echoes())
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self._folder, options=self._options, item_names=("state", "values"))
+        with naming(self._folder):
+            return ocp.CheckpointManager(self._folder, options=self._options, item_names=("state", "values"))
 
     def save(self, step: int, state, values: dict[str, Any]) -> None:
         """Begins to write a checkpoint.
@@ -70,16 +81,20 @@ class Checkpoints:
 
         Raises:
           OSError: orbax declined to write it.
+          DiskFullError: there is no room for it, or for the one before, which was still being written.
         """
         # Copies: the next step reuses the buffers of these while they are still being written.
         arrays = {name: jnp.copy(leaf) for name, leaf in _named_arrays(state).items()}
         record = {"values": values, "arrays": _shapes(arrays), "checksums": _checksums(arrays)}
+        self.wait()  # orbax would, but what went wrong with the one before would seem to be of this one
+        self._begun = step, sum(leaf.nbytes for leaf in arrays.values()) + len(json.dumps(record))
         try:
-            saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), values=ocp.args.JsonSave(record)),
-                force=True,
-            )
+            with self._naming_the_newest():
+                saved = self._manager.save(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), values=ocp.args.JsonSave(record)),
+                    force=True,
+                )
         except ValueError as error:
             raise OSError(f"the checkpoint of step {step} in {self._folder} was not written: {error}") from error
         if not saved:
@@ -139,11 +154,35 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what went wrong while it was written."""
-        self._manager.wait_until_finished()
+        with self._naming_the_newest():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _naming_the_newest(self):
+        """Says by a `DiskFullError` that there was no room for the newest checkpoint."""
+        try:
+            yield
+        except Exception as error:  # orbax has no type of its own for what tensorstore cannot write
+            if self._begun is None or lack_of_room(error) is None:
+                raise
+            step, needed = self._begun
+            needed = max([needed, *(size_on_disk(self._folder / str(whole)) for whole in self._manager.all_steps())])
+            what, self._partial = f"the checkpoint of step {step} in {self._folder}", self._folder / f"{step}{_PARTIAL}"
+            raise disk_full(error, what, self._folder, partial=self._partial, needed=needed) from None
 
     def close(self) -> None:
-        """Waits, and frees the threads."""
-        self._manager.close()
+        """Waits, and frees the threads; what there is of a checkpoint that found no room is removed."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception) if self._partial else contextlib.nullcontext():
+                self._manager.close()
+            if self._partial:
+                # asyncio speaks of a failed task whenever that is collected, so the quiet stays.
+                if hosts.is_first():
+                    shutil.rmtree(self._partial, ignore_errors=True)
+            else:
+                self._quiet.close()
 
     def remove(self) -> None:
         """Closes, and deletes the folder."""
@@ -153,8 +192,67 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        try:
+            self.close()
+        except DiskFullError:
+            if lack_of_room(error) is None:  # otherwise the first file for which there was no room is the one to name
+                raise
+
+
+@contextlib.contextmanager
+def _no_echoes():
+    """Keeps quiet about a full disk what libraries print in their threads: it is raised, as one line."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return lack_of_room(record.exc_info[1] if record.exc_info else OSError(record.getMessage())) is None
+
+    def hook(unraisable) -> None:
+        # When one write of a checkpoint fails, the others report to an event loop that orbax has closed.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    for each in loggers:
+        each.addFilter(is_news)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(is_news)
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = before
+
+
+def what_stands(workdir) -> str:
+    """A sentence about the newest whole checkpoint of every batch in a run's folder: a full disk does not touch it."""
+    newest: dict[str, int] = {}
+    for folder in sorted(pathlib.Path(workdir).glob("checkpoints/*/*")):
+        if folder.name.isdigit():
+            newest[folder.parent.name] = max(int(folder.name), newest.get(folder.parent.name, 0))
+    if not newest:
+        return "What the run had finished before stands"
+    return "The last good checkpoint stands: " + ", ".join(f"step {step} of {batch}" for batch, step in newest.items())
+
+
+@contextlib.contextmanager
+def saying_what_stands(workdir):
+    """Ends a run for which there is no room by one line, which says also what of it is safe.
+
+    Args:
+      workdir: the run's folder.
+
+    Raises:
+      DiskFullError: in place of any error that came for want of room.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = disk_full(error, getattr(error, "filename", None) or f"a file of {workdir}", workdir)
+        if full is None:
+            raise
+        raise DiskFullError(full.fact, what_stands(workdir)) from None
 
 
 def _name(path) -> str:

@@ -21,7 +21,9 @@ import optax
 import tokenizers
 from flax import nnx
 
+from mlora_jax.core.ranges import LARGEST_FLOAT, LARGEST_INTEGER, SEEDS, Range
 from mlora_jax.data import quickstart_text
+from mlora_jax.disk import write_aside
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.decoder import Decoder
 from mlora_jax.models.hugging_face import save_decoder
@@ -29,6 +31,24 @@ from mlora_jax.training.progress import RunProgress
 
 RECORD_FILE = "pretraining.json"
 BOS, EOS = "<s>", "</s>"
+
+_COUNT = Range(low=1, high=LARGEST_INTEGER)
+RANGES = {
+    "seed": SEEDS,
+    "text.documents": _COUNT,
+    "text.held_out": _COUNT,
+    "tokenizer.vocab_size": _COUNT,
+    "model.initializer_range": Range(low=0.0, high=LARGEST_FLOAT),
+    "train.steps": _COUNT,
+    "train.batch_size": _COUNT,
+    "train.length": Range(low=2, high=LARGEST_INTEGER),
+    "train.learning_rate": Range(low=0.0, high=LARGEST_FLOAT, open_low=True),
+    "train.warmup_steps": Range(low=0, high=LARGEST_INTEGER),
+    "train.beta1": Range(low=0.0, high=0.999999),
+    "train.beta2": Range(low=0.0, high=0.999999),
+    "train.weight_decay": Range(low=0.0, high=LARGEST_FLOAT),
+    "train.clip": Range(low=0.0, high=LARGEST_FLOAT, open_low=True),
+}
 
 _LOG_EVERY = 50  # steps; reading a loss waits for the device
 
@@ -183,8 +203,13 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
         parameters, SHA-256 of weights and tokenizer, versions of jax and tokenizers.
 
     Raises:
-        ValueError: an impossible size of the model, a document longer than a row, or fewer rows than a batch.
+        ValueError: a number outside its range, an impossible size of the model, a document longer than a row, or fewer
+            rows than a batch.
     """
+    for key, within in RANGES.items():
+        group, _, name = key.rpartition(".")
+        if name in (values := config[group] if group else config):
+            within.check(f"config.{key}", values[name])
     folder = pathlib.Path(folder)
     seed, text, train = config["seed"], config["text"], config["train"]
 
@@ -232,7 +257,8 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
         },
         "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},
     }
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with write_aside(folder / RECORD_FILE) as file:
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
@@ -265,8 +291,10 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, lengt
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
     }
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with write_aside(folder / "tokenizer.json") as file:
+        tokenizer.save(str(file))
+    with write_aside(folder / "tokenizer_config.json") as file:
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(config: Any) -> Any:

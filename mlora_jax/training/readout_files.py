@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core import RankHierarchy, Reading, get_readout, read_out
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import write_aside
 from mlora_jax.training.adapter_file import DESCRIPTION
 
 

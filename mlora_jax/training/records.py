@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import naming, write_aside
 
 SCHEMA = 1
 
@@ -23,22 +24,38 @@ class JsonLines:
 
     def __init__(self, path):
         self._path = pathlib.Path(path)
-        self._path.touch()
+        with naming(self._path):
+            self._path.touch()
         end = self._path.read_bytes().rfind(b"\n") + 1
         os.truncate(self._path, end)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._open()
+
+    def _open(self) -> io.FileIO:
+        # Without a buffer: what could not be written would be tried again when the file is closed.
+        return self._path.open("ab", buffering=0)
 
     def write(self, *records: dict[str, Any]) -> None:
-        """Appends records, all in one piece."""
+        """Appends records, all in one piece.
+
+        Raises:
+          DiskFullError: there is no room for them; the file is as it was.
+        """
         lines = (json.dumps({"schema": SCHEMA, **_finite(record)}, allow_nan=False) for record in records)
-        self._file.write("".join(f"{line}\n" for line in lines))
-        self._file.flush()
+        data = "".join(f"{line}\n" for line in lines).encode()
+        before, written = os.fstat(self._file.fileno()).st_size, 0
+        with naming(self._path, needed=len(data)):
+            try:
+                while written < len(data):  # where room ends, a part is written, and the next call is an error
+                    written += self._file.write(data[written:])
+            except OSError:
+                os.truncate(self._path, before)
+                raise
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drops the records that are not wanted; see `keep_records`."""
         self._file.close()
         keep_records(self._path, wanted)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._open()
 
     def __enter__(self):
         return self

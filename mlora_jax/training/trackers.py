@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import pathlib
 import secrets
+import threading
 from typing import Any, Protocol
 
-from mlora_jax.models.hugging_face import write_aside
+from mlora_jax.disk import DiskFullError, ignore_echoes, lack_of_room, naming, write_aside
 
 STEP_FIELDS = ("trial", "step", "time")
 WANDB_ID = "wandb_id"
@@ -45,17 +47,32 @@ class TensorBoard:
     def __init__(self, folder):
         self._folder = pathlib.Path(folder)
         self._writers: dict[str, Any] = {}
+        self._failed: BaseException | None = None
+        self._hook, self._before = self._note, threading.excepthook
+        threading.excepthook = self._hook
+
+    def _note(self, failure) -> None:
+        """Keeps what ended a writer's thread for want of room: it is raised where the next record comes."""
+        if lack_of_room(failure.exc_value) is None:
+            self._before(failure)
+        else:
+            self._failed = failure.exc_value
+            ignore_echoes()  # the writer is closed once more when the program ends
 
     def write(self, record: dict[str, Any]) -> None:
-        writer = self._writer(record["trial"])
-        for name, value in _numbers(record).items():
-            writer.add_scalar(name, value, record["step"], walltime=record["time"])
+        with naming(self._folder / record["trial"]):
+            writer = self._writer(record["trial"])
+            for name, value in _numbers(record).items():
+                writer.add_scalar(name, value, record["step"], walltime=record["time"])
+            if self._failed is not None:
+                raise self._failed
 
     def _writer(self, trial: str, **options):
         if trial not in self._writers:
             from tensorboardX import SummaryWriter  # slow to import
 
-            self._writers[trial] = SummaryWriter(str(self._folder / trial), **options)
+            # Without a limit to the queue: it is never emptied again when its thread has found no room.
+            self._writers[trial] = SummaryWriter(str(self._folder / trial), max_queue=0, **options)
         return self._writers[trial]
 
     def go_back(self, trials: list[str], step: int) -> None:
@@ -66,10 +83,14 @@ class TensorBoard:
     def finish(self, trials: list[str]) -> None:
         for trial in trials:
             if trial in self._writers:
-                self._writers.pop(trial).close()
+                with naming(self._folder / trial):
+                    self._writers.pop(trial).close()
 
     def close(self) -> None:
-        self.finish(list(self._writers))
+        with contextlib.suppress(DiskFullError) if self._failed is not None else contextlib.nullcontext():
+            self.finish(list(self._writers))
+        if threading.excepthook == self._hook:
+            threading.excepthook = self._before
 
 
 class WeightsAndBiases:

@@ -189,7 +189,7 @@ def test_ranks_per_layer_of_a_report(run, tmp_path, capsys):
         {"kind": "allocated", "rank": 2, "readout": "prefix",
          "ranks": "; ".join(f"{path}: {' '.join(map(str, each))}" for path, each in ranks.items())},
     ]  # fmt: skip
-    with (tmp_path / "ranks.csv").open("w", newline="") as file:
+    with (tmp_path / "ranks.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as Excel saves it
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -214,7 +214,7 @@ def test_ranks_per_layer_of_a_report(run, tmp_path, capsys):
     [
         ({"rank": ["7"]}, r"--rank must be an integer in 1\.\.6, got 7"),
         ({"rank": ["0"]}, r"--rank must be an integer in 1\.\.6, got 0"),
-        ({"rank": ["x"]}, "--rank must be integers with commas between them, got 'x'"),
+        ({"rank": ["x"]}, "--rank must be integers in 0..2147483647 with commas between them, got 'x'"),
         ({"rank": None}, "--rank is missing, for example --rank 1,8,32"),
         ({"trial": None}, "has several trials, name one by --trial: lora-r6, matryoshka-r6"),
         ({"trial": "lora"}, "has no trial 'lora'; trials there: lora-r6, matryoshka-r6"),

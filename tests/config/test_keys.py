@@ -6,7 +6,7 @@ import pytest
 
 from mlora_jax.config import CHANGEABLE, DEFAULTS, KEYS, NAMED, Group, Key, changed_keys, check_key, resolve
 from mlora_jax.core import METHODS
-from mlora_jax.data.pipeline import MAX_SEED
+from mlora_jax.core.ranges import SEEDS
 from mlora_jax.data.tokenize import OVERFLOW
 from mlora_jax.models.quantized import FORMATS
 from mlora_jax.report import SPLITS
@@ -194,7 +194,7 @@ def test_the_table_allows_what_the_code_behind_it_takes():
     assert set(LEAVES["data.overflow"].choices) == set(OVERFLOW)
     assert set(LEAVES["model.quantization"].choices) == {"", *FORMATS}
     assert set(LEAVES["report.choose_on"].choices) == set(SPLITS)
-    assert LEAVES["trials.seed"].high == MAX_SEED - 1
+    assert LEAVES["trials.seed"].high == SEEDS.high
     assert DEFAULTS["evaluation"]["readouts"].keys() == METHODS.keys()
 
 

@@ -174,8 +174,26 @@ def test_a_malformed_line_is_named(task, file, line, message, raw, cache):
 
 def test_bytes_that_are_not_text_are_named(raw, cache):
     folder = raw("sst2", encoding="latin-1", train=["fine\t1", "caf\xe9\t1"])
-    with pytest.raises(MalformedLineError, match=r"train\.tsv, line 2: not utf-8 text: "):
+    with pytest.raises(MalformedLineError, match=r"train\.tsv, line 2: byte 4 of the line, 0xE9, is not UTF-8 text"):
         load_task("sst2", raw_dir=folder, cache_dir=cache)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [("\ufeff", "utf-8"), ("", None)], ids=["byte-order mark", "as published"]
+)
+@pytest.mark.parametrize(("task", "field"), [("gsm8k", "question"), ("trec", "text"), ("sst2", "text")])
+def test_files_that_other_programs_have_written(task, field, mark, encoding, end, raw, cache):
+    """The text of the first row, and the number of rows, whatever the line ends are and though the last lacks its."""
+    lines = {"gsm8k": GOOD.replace("How", "Été"), "trec": "NUM:date Été ?", "sst2": "Été\t1"}
+    folder = pathlib.Path(raw(task))
+    for file in folder.iterdir():
+        text = mark + end.join([lines[task]] * 3)
+        file.write_bytes(text.encode(encoding or ("latin-1" if task == "trec" else "utf-8")))
+    data = load_task(task, raw_dir=str(folder), cache_dir=cache)
+    texts = [data.train.stored(row)[field] for row in range(len(data.train))]
+    expected = {"gsm8k": json.loads(lines["gsm8k"])["question"], "trec": "Été ?", "sst2": "Été"}[task]
+    assert texts == [expected] * 3 and len(data.test) == 3
 
 
 def test_a_file_without_rows_is_named(raw, cache):

@@ -61,7 +61,7 @@ def test_what_else_a_message_holds_is_for_the_template(make_tokenizer, jsonl, ca
     ]
     tokenizer, own = make_tokenizer(TOOLS), jsonl([{"messages": chat}] * 2)
     row = load_task("jsonl", file=own, cache_dir=cache, tokenizer=tokenizer, holdout=0.5).train[0]
-    assert "".join(text for text, _ in row["pieces"]) == (
+    assert "".join(piece.text for piece in row["pieces"]) == (
         "[developer] Be short.\n[user] How far ?\n"
         '[assistant calls [{"name": "map", "to": "Nice"}]] Wait\n[tool] 48\n[assistant] 48 miles\n'
     )

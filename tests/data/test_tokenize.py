@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import tokenizers
+from transformers import AutoTokenizer
 
 from mlora_jax.data.load import load_task
 from mlora_jax.data.tokenize import encode_row, prompt_tokens, tokenize
+from mlora_jax.models.token_roles import TokenRoles
 from mlora_jax.models.tokenizer import Tokenizer
 from mlora_jax.run.inputs import model_folder
 
@@ -51,7 +53,7 @@ def test_own_pairs_are_trained_as_they_stand(jsonl, cache):
 
 def test_a_row_that_cannot_be_spelled_is_named():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "upon": 2}, unk_token="<unk>"))
-    words = Tokenizer(backend, bos_id=None, eos_ids=(1,))
+    words = Tokenizer(backend, TokenRoles(eos_id=1, pad_id=1, stops=(1,)))
     with pytest.raises(ValueError, match="train row 7: the tokenizer merges the end of the prompt 'up'"):
         tokenize([{"prompt": "up", "answer": "on", "row": 7}], words, boundary="lossless", max_length=9)
 
@@ -70,11 +72,11 @@ def test_no_bos_where_the_tokenizer_adds_none(chat_tokenizer):
 
 
 @pytest.mark.parametrize("name", ("stories-260k", "tinystories-656k", "stories-3m"))
-def test_real_tokenizers_agree_with_the_plain_library(name, shared, cache):
-    """The boundaries written out by hand over `tokenizers` itself, on real rows."""
+def test_real_tokenizers_agree_with_those_of_transformers(name, shared, cache):
+    """The boundaries written out by hand over `AutoTokenizer`'s own backend, on real rows."""
     path = shared / "models" / name
     tokenizer = Tokenizer.load(path)
-    plain = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    plain = AutoTokenizer.from_pretrained(path).backend_tokenizer
     for style in ("reference", "harness"):
         data = load_task("gsm8k", raw_dir=str(shared / "data"), cache_dir=cache, style=style)
         for row in data.test[:20]:

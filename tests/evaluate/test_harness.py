@@ -18,7 +18,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, fold
@@ -47,8 +47,8 @@ def one_thread():
 
 
 def hugging_face(folder, batch_size=4, tokenizer_folder=None) -> HFLM:
-    """The harness's backend. AutoTokenizer of transformers 5 does not read tokenizer.json for class LlamaTokenizer."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder or folder)
+    """The harness's backend."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
 
@@ -154,7 +154,7 @@ def test_scores_equal_those_of_the_hugging_face_backend(folder, base, tasks):
 def test_token_ids_are_those_of_the_hugging_face_backend(shared, name):
     """With contexts that end in space, are empty, begin with BOS, and borders that the tokenizer merges."""
     path = shared / "models" / name
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     config = LlamaForCausalLM.config_class(
         vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
     )

@@ -72,7 +72,10 @@ def test_any_number_of_end_tokens(eos, expected):
         ({"model_type": None}, r"model_type None is not supported.*'llama'"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported.*'silu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_type 'yarn' is not supported.*'default', 'llama3'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, r"rope_type 'dynamic' is not supported.*'default', 'llama3'"),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic"}},
+            r"rope_type 'dynamic' is not supported.*'default', 'llama3'",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"lacks 'low_freq_factor', 'high_freq_factor'"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0.5 is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config .*gptq.*not supported.*'bfloat16'"),
@@ -85,7 +88,10 @@ def test_any_number_of_end_tokens(eos, expected):
         ({"hidden_size": "2048", "head_dim": None}, r"hidden_size must be a positive integer, not '2048'"),
         ({"rope_parameters": ["default"]}, r"rope_parameters must be an object, not \['default'\]"),
         ({"rope_scaling": "llama3"}, r"rope_scaling must be an object, not 'llama3'"),
-        ({"rope_parameters": {"rope_theta": "5e5"}}, r"rope_theta must be a positive number, not '5e5'"),
+        (
+            {"rope_scaling": {}, "rope_parameters": {"rope_theta": "5e5"}},
+            r"rope_theta must be a positive number, not '5e5'",
+        ),
         (
             {"rope_scaling": LLAMA_1B["rope_scaling"] | {"factor": [32]}},
             r"factor must be a positive number, not \[32\]",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mlora_jax.models.tokenizer import Tokenizer
 from mlora_jax.run.inputs import model_folder
@@ -113,7 +113,7 @@ def test_plain_text_agrees_with_auto_tokenizer(shared, name):
     theirs, ours = AutoTokenizer.from_pretrained(shared / "models" / name), Tokenizer.load(shared / "models" / name)
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
     assert ours.pad_id == (theirs.eos_token_id if theirs.pad_token_id is None else theirs.pad_token_id)
-    assert ours.adds_bos and ours.chat_template is None
+    assert ours.opening == (ours.bos_id,) and ours.chat_template is None
     for text in TEXTS:
         with_bos, without = theirs(text).input_ids, theirs(text, add_special_tokens=False).input_ids
         assert with_bos == [theirs.bos_token_id, *without]
@@ -124,44 +124,29 @@ def test_plain_text_agrees_with_auto_tokenizer(shared, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_text_agrees_with_tokenizer_json(shared, name):
-    # For class LlamaTokenizer, AutoTokenizer of transformers 5 does not use tokenizer.json but rebuilds it, and
-    # differs on such texts; the generic class reads the file as transformers 4 did.
-    theirs = PreTrainedTokenizerFast.from_pretrained(shared / "models" / name)
-    ours = Tokenizer.load(shared / "models" / name)
+def test_any_text_agrees_with_auto_tokenizer(shared, name):
+    theirs, ours = AutoTokenizer.from_pretrained(shared / "models" / name), Tokenizer.load(shared / "models" / name)
     for text in TEXTS + HARD_TEXTS:
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text, bos=False) == ids
+        assert [*ours.opening, *ids] == theirs(text).input_ids
         assert ours.encode(text, bos=True) == theirs(text).input_ids
-        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
+        for skip in (False, True):
+            expected = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == expected
 
 
 def test_a_byte_level_tokenizer_adds_bos_by_its_post_processor(llama_3_like):
     theirs, ours = AutoTokenizer.from_pretrained(llama_3_like), Tokenizer.load(llama_3_like)
-    assert ours.adds_bos
-    assert ours.bos_id == theirs.bos_token_id
+    assert ours.opening == (ours.bos_id,) == (theirs.bos_token_id,)
     end_of_text, eot = (theirs.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eot_id|>"))
-    assert (ours.eos_id, ours.eos_ids, ours.pad_id) == (eot, (eot, end_of_text), eot)
+    assert (ours.eos_id, ours.eos_ids) == (eot, (eot, end_of_text))
+    assert ours.pad_id == theirs.pad_token_id == theirs.convert_tokens_to_ids("[PAD]")  # of the padding left behind
     theirs.backend_tokenizer.no_padding()
     theirs.backend_tokenizer.no_truncation()
     for text in TEXTS + HARD_TEXTS:
         assert ours.encode(text, bos=True) == [ours.bos_id, *theirs(text, add_special_tokens=False).input_ids]
         assert ours.decode(ours.encode(text, bos=True)) == text
-
-
-def test_add_bos_token_goes_before_the_post_processor(llama_3_like):
-    values = json.loads((llama_3_like / "tokenizer_config.json").read_text())
-    write(llama_3_like, "tokenizer_config.json", values | {"add_bos_token": False})
-    ours = Tokenizer.load(llama_3_like)
-    assert not ours.adds_bos
-    assert ours.encode("the", bos=True) == ours.encode("the", bos=False)
-    backend = json.loads((llama_3_like / "tokenizer.json").read_text())
-    write(llama_3_like, "tokenizer.json", backend | {"post_processor": None})
-    write(llama_3_like, "tokenizer_config.json", values)
-    assert not Tokenizer.load(llama_3_like).adds_bos
-    write(llama_3_like, "tokenizer_config.json", values | {"add_bos_token": True})
-    ours = Tokenizer.load(llama_3_like)
-    assert ours.encode("the", bos=True) == [ours.bos_id, *ours.encode("the", bos=False)]
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one(llama_3_like):
@@ -172,21 +157,45 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(llama_3_like):
     assert ids.count(ours.bos_id) == 1 and ids[0] == ours.bos_id
 
 
-def test_the_files_that_name_tokens_go_before_those_that_number_them(llama_3_like):
-    write(llama_3_like, "special_tokens_map.json", {"eos_token": "<|end_of_text|>", "pad_token": {"content": "the"}})
-    write(llama_3_like, "config.json", {"pad_token_id": 5, "eos_token_id": 7, "bos_token_id": 9})
-    ours = Tokenizer.load(llama_3_like)
-    ids = {token: ours.encode(token, bos=False)[0] for token in ("<|eot_id|>", "<|end_of_text|>", "the")}
-    assert ours.eos_ids == (ids["<|eot_id|>"], ids["<|end_of_text|>"], 7)
-    assert ours.pad_id == ids["the"]
-    (llama_3_like / "tokenizer_config.json").unlink()
-    (llama_3_like / "special_tokens_map.json").unlink()
+ROLES = {
+    # generation_config.json, config.json -> stops beside EOS, which is 272
+    "both": ({"bos_token_id": 3, "eos_token_id": [271, 5]}, {"bos_token_id": 9, "eos_token_id": 7}, (271, 5)),
+    "generation alone": ({"eos_token_id": 272}, {}, ()),
+    "none in generation": ({"bos_token_id": 3}, {"eos_token_id": 7, "pad_token_id": 6}, ()),
+    "null in generation": ({"eos_token_id": None}, {"eos_token_id": 7}, ()),
+    "config alone": (None, {"eos_token_id": [7, 272], "bos_token_id": 9, "pad_token_id": 6}, (7,)),
+    "neither": (None, {"bos_token_id": 9}, ()),
+    "old way of none": (None, {"pad_token_id": -1, "eos_token_id": -1}, ()),
+}
+
+
+@pytest.mark.parametrize("case", ROLES)
+def test_stops_are_those_of_transformers_and_the_rest_is_the_tokenizers(llama_3_like, case):
+    """A model with these files, written by transformers' own classes."""
+    generation, config, stops = ROLES[case]
+    sizes = {"num_hidden_layers": 0, "hidden_size": 4, "num_attention_heads": 1, "intermediate_size": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes)).save_pretrained(llama_3_like)
+    write(llama_3_like, "config.json", {"model_type": "llama", "vocab_size": 400, **sizes, **config})
     (llama_3_like / "generation_config.json").unlink()
+    if generation is not None:
+        write(llama_3_like, "generation_config.json", generation)
+    ours, theirs = Tokenizer.load(llama_3_like), AutoTokenizer.from_pretrained(llama_3_like)
+    told = LlamaForCausalLM.from_pretrained(llama_3_like).generation_config.eos_token_id
+    told = [] if told is None else told if isinstance(told, list) else [told]
+    assert {*ours.eos_ids} == {theirs.eos_token_id, *(id for id in told if id >= 0)}
+    assert ours.eos_ids == (272, *stops)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+
+
+def test_without_named_tokens_the_models_ids_end_texts_and_nothing_begins_them(llama_3_like):
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        (llama_3_like / file).unlink()
+    tokenizer = json.loads((llama_3_like / "tokenizer.json").read_text()) | {"post_processor": None, "padding": None}
+    write(llama_3_like, "tokenizer.json", tokenizer)
+    write(llama_3_like, "config.json", {"pad_token_id": 5, "eos_token_id": [8, 7], "bos_token_id": 9})
     ours = Tokenizer.load(llama_3_like)
-    assert (ours.bos_id, ours.eos_ids, ours.pad_id, ours.chat_template) == (9, (7,), 5, None)
-    write(llama_3_like, "config.json", {"pad_token_id": -1, "eos_token_id": [8, 7]})
-    ours = Tokenizer.load(llama_3_like)
-    assert (ours.bos_id, ours.eos_ids, ours.pad_id, ours.adds_bos) == (None, (8, 7), 8, False)
+    assert (ours.bos_id, ours.eos_ids, ours.pad_id, ours.prefix_id, ours.opening) == (None, (8, 7), 8, 8, ())
+    assert ours.chat_template is None
 
 
 def test_boundaries(shared, llama_3_like):
@@ -293,7 +302,7 @@ def test_a_template_that_fails_says_so(llama_3_like, template, message):
 
 def test_without_a_template_the_way_out_is_named(shared):
     ours = Tokenizer.load(shared / "models" / NAMES[0])
-    with pytest.raises(ValueError, match=r"no chat template: put one into chat_template\.jinja"):
+    with pytest.raises(ValueError, match=r"no chat template, or several .*: put one into chat_template\.jinja"):
         ours.render_chat(CHATS[0], add_generation_prompt=True)
 
 
@@ -305,15 +314,29 @@ def test_bad_folders(llama_3_like, tmp_path):
         Tokenizer.load(tmp_path / "empty")
     values = json.loads((llama_3_like / "tokenizer_config.json").read_text())
     write(llama_3_like, "tokenizer_config.json", values | {"eos_token": "</end>"})
-    with pytest.raises(ValueError, match=r"eos_token '</end>' is not in the vocabulary of tokenizer\.json"):
+    write(llama_3_like, "config.json", {"vocab_size": 275})
+    with pytest.raises(ValueError, match=r"the eos_token of the tokenizer has the id 275, and the model knows .* 275"):
         Tokenizer.load(llama_3_like)
+    write(llama_3_like, "config.json", {"eos_token_id": "2"})
+    (llama_3_like / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id holds '2', not the id of a token"):
+        Tokenizer.load(llama_3_like)
+    (llama_3_like / "config.json").unlink()
     write(llama_3_like, "tokenizer_config.json", "{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
         Tokenizer.load(llama_3_like)
     (llama_3_like / "tokenizer_config.json").unlink()
-    (llama_3_like / "generation_config.json").unlink()
-    with pytest.raises(ValueError, match="no token that ends a text: name it as eos_token"):
+    with pytest.raises(ValueError, match="no token ends a text: name it as eos_token"):
         Tokenizer.load(llama_3_like)
     write(llama_3_like, "tokenizer.json", '{"version": "1.0"}')
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read .*download it again"):
         Tokenizer.load(llama_3_like)
+
+
+def test_a_token_that_the_model_lacks_is_named(llama_3_like):
+    write(llama_3_like, "config.json", {"vocab_size": 274, "model_type": "llama"})
+    ours = Tokenizer.load(llama_3_like)
+    ours.check_known(ours.encode("the<|eot_id|>", bos=True), name="a text")
+    ids = ours.encode("the<|end_header_id|>", bos=True)
+    with pytest.raises(ValueError, match=r"a text holds the token '<\|end_header_id\|>' of id 274, .* ids below 274"):
+        ours.check_known(ids, name="a text")

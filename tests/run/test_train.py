@@ -282,6 +282,7 @@ ELSEWHERE = {
     "data.file": "test_keys_of_own_data",
     "data.evaluation_file": "test_keys_of_own_data",
     "data.holdout": "test_keys_of_own_data",
+    "data.ignored_keys": "test_key_of_what_is_not_read",
     "evaluation.max_new_tokens": "test_key_of_the_answers_length",
     "train.trials_at_once": "test_keys_of_the_batches",
     "train.memory_gib": "test_keys_of_the_batches",
@@ -722,6 +723,16 @@ def test_keys_of_own_data(folders, tmp_path):
         assert found[name][1].keys() == found[""][1].keys() and found[name][1] != found[""][1]
     with pytest.raises(ValueError, match=r"unknown task 'treck'.*did you mean 'trec'"):
         train(with_key(choice_config(folders), "data.task", "treck"), tmp_path / "task")
+
+
+def test_key_of_what_is_not_read(folders, tmp_path):
+    """A key that may say what is trained is refused, by its name and line, until it is ignored."""
+    rows = [{"prompt": f"{n} is", "completion": f" {n}", "mood": n} for n in range(4)]
+    (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = with_key(own_config(folders), "data.file", str(tmp_path / "own.jsonl"))
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 1: the key 'mood' .* name it in data\.ignored_keys"):
+        Experiment.load(resolve(config))
+    assert Experiment.load(resolve(with_key(config, "data.ignored_keys", ("mood",)))).examples.kept == 3
 
 
 def test_key_of_the_style(folders, tmp_path):

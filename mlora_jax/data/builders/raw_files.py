@@ -14,19 +14,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from mlora_jax.models.text_file import MalformedLineError, check_text, text_lines
+
 DIGEST_LETTERS = 16
-
-
-class MalformedLineError(ValueError):
-    """A raw line that cannot be used; the message is `FILE, line N: what is wrong`."""
-
-    def __init__(self, path: pathlib.Path, line: int, problem: str):
-        super().__init__(f"{path}, line {line}: {problem}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +38,16 @@ class RawFile:
             return cls(path, hashlib.file_digest(file, "sha256").hexdigest())
 
     def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-        """Yields (1-based number, text) of every line; blank lines are allowed at the end only.
+        """Yields (1-based number, text) of every line, see `text_lines`; blank lines are allowed at the end only.
 
         Raises:
-            MalformedLineError: bytes that are not text, or a blank line between others.
+            ValueError: bytes that are not text, or a blank line between others; the message names file and line.
             RuntimeError: the file is not the one that was digested.
         """
         digest = hashlib.sha256()
         blank = 0
-        with open(self.path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                digest.update(raw)
-                if number == 1 and encoding == "utf-8":
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    text = raw.decode(encoding).rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    problem = f"not {encoding} text: {error.reason}"
-                    raise MalformedLineError(self.path, number, problem) from error
+        with self.path.open("rb") as file:
+            for number, text in text_lines(_digested(file, digest), self.path, encoding):
                 if not text.strip():
                     blank = blank or number
                     continue
@@ -69,6 +56,12 @@ class RawFile:
                 yield number, text
         if self.sha256 and digest.hexdigest() != self.sha256:
             raise RuntimeError(f"{self.path} changed while it was read: run again")
+
+
+def _digested(file: Iterable[bytes], digest) -> Iterator[bytes]:
+    for part in file:
+        digest.update(part)
+        yield part
 
 
 @dataclasses.dataclass
@@ -112,9 +105,7 @@ def text_field(row: Mapping[str, Any], key: str, what: str = "") -> str:
         raise ValueError(f"{name} must be text, got {type(value).__name__} {json.dumps(value)[:40]}")
     if not value.strip():
         raise ValueError(f"{name} is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{name} holds half a surrogate pair, which is not text")
-    return value
+    return check_text(value, name)
 
 
 def json_object(text: str) -> dict[str, Any]:
