@@ -46,7 +46,7 @@ setup(
     packages=[*find_packages(include=["mlora_jax", "mlora_jax.*"]), "mlora_jax.configs"],
     package_dir={"mlora_jax.configs": "configs"},
     include_package_data=True,
-    package_data={"mlora_jax": ["assets/**/*", "data/builders/**/*", "evaluate/tasks/*.yaml"]},
+    package_data={"mlora_jax": ["py.typed", "assets/**/*", "data/builders/**/*", "evaluate/tasks/*.yaml"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -11,8 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import RankHierarchy, powers_of_two
 
 

@@ -16,21 +16,33 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {"core", "disk", "adapters", "trials", "config", "models", "data", "parallel", "training"}
+BELOW_EVALUATE = {
+    "core",
+    "disk",
+    "config_type",
+    "adapters",
+    "trials",
+    "config",
+    "models",
+    "data",
+    "parallel",
+    "training",
+}
 BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report"}
 MAY_IMPORT = {
     "core": set(),
     "disk": set(),
     "adapters": {"core"},
-    "trials": {"core"},
-    "config": {"core", "trials"},
+    "config_type": set(),
+    "trials": {"core", "config_type"},
+    "config": {"core", "config_type", "trials"},
     "models": {"core", "disk"},
     "data": {"core", "models"},
     "parallel": {"core", "disk"},
-    "training": {"core", "disk", "adapters", "trials", "config", "models", "data", "parallel"},
+    "training": BELOW_TRAINING,
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
-    "report": {"core", "disk", "trials", "config", "training.curve_records"},
+    "report": {"core", "disk", "config_type", "trials", "config", "training.curve_records"},
     "run": BELOW_RUN,
     "compile_report": BELOW_EVALUATE | {"evaluate"},
     "cost": BELOW_RUN | {"compile_report", "run"},

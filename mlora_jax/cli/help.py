@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from mlora_jax.config import KEYS, help_text
+from mlora_jax.config_type import ConfigDict
 
 HELP_FLAGS = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from mlora_jax.cli import config_flags
 from mlora_jax.cli.config_flags import WORKDIR, run_with_config
+from mlora_jax.config_type import ConfigDict
 
 flags.adopt_module_key_flags(config_flags)
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from mlora_jax.adapters import adapt, split
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.evaluate.generation import Generator, PromptRows
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from mlora_jax.compile_report.layout import Layout, choose_layout
 from mlora_jax.compile_report.programs import Programs, base_bytes
 from mlora_jax.compile_report.records import Record, Records, measure
 from mlora_jax.compile_report.shapes import model_shape
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.evaluate.generation import STEPS
 from mlora_jax.parallel.chips import Slice, topology
 

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import METHODS, Method, Phase, get_method
 
 # Words behind the phases of a method, and what they stand for.

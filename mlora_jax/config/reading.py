@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mlora_jax.config.checks import check_numbers
 from mlora_jax.config.grid import check_trials, read_entries
 from mlora_jax.config.keys import CHANGEABLE, ELSEWHERE, KEYS
 from mlora_jax.config.methods import check_readout_methods
 from mlora_jax.config.schema import Group, Key
+from mlora_jax.config_type import ConfigDict
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] = MappingProxyType({})) -> ConfigDict:

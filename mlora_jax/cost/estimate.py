@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import harness_tasks, resolve
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.data import find_task, load_task
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.run.inputs import model_folder

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from mlora_jax.config import resolve
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.cost.estimate import Requests, task_requests
 from mlora_jax.data import batch_shape
 from mlora_jax.run.adapted import AdapterForm

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from mlora_jax.config import harness_tasks
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.data.load import TaskData
 from mlora_jax.data.tokenize import encode_row
 from mlora_jax.evaluate.exact_match import extract_answer

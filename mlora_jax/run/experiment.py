@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import RankHierarchy
 from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, make_trials_pipeline
 from mlora_jax.data.load import hold_out

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
-from ml_collections import ConfigDict
 
 from mlora_jax.config import changed_keys, resolve_stored
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.disk import write_aside
 from mlora_jax.parallel import hosts
 from mlora_jax.training.curve_records import CURVES, CurvesOnRecord, drop_partial_curves, read_curves

@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from mlora_jax.config import harness_tasks
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
 from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment

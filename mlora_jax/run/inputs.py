@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.data import TaskData, load_task
 from mlora_jax.data.load import hold_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder

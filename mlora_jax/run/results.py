@@ -6,8 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import summarize
 from mlora_jax.evaluate import RankCurve
 from mlora_jax.run.folder import RunFolder, task_key

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.parallel import hosts
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder

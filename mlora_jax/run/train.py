@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlora_jax.config import resolve
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.parallel import hosts
 from mlora_jax.report import write_report
 from mlora_jax.run.batch import train_batch

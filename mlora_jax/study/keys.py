@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mlora_jax.config import MAX_SEED, Group, Key, resolve
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.study import rivals
 
 NAME = "study"

@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import aurac
 from mlora_jax.run.train import train
 from mlora_jax.study.keys import without_study

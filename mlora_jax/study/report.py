@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.disk import write_aside
 from mlora_jax.evaluate import Interval
 from mlora_jax.report.figure import PALETTE

@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 from scipy.special import stdtrit
 
 from mlora_jax.config import further_methods
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import aurac, get_method
 from mlora_jax.evaluate import Interval
 from mlora_jax.run.folder import load_verdicts

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from mlora_jax.config import further_methods
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import Action, Draw, Method, RankHierarchy, get_action, get_method
 from mlora_jax.training.draws import DrawnBy, compile_draws
 from mlora_jax.training.step import Schedule
