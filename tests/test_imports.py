@@ -16,18 +16,8 @@ PACKAGE = ROOT / "mlora_jax"
 SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").glob("*.py")))
 
 # What every part may import besides itself: the arrows of the design.
-BELOW_EVALUATE = {
-    "core",
-    "disk",
-    "config_type",
-    "adapters",
-    "trials",
-    "config",
-    "models",
-    "data",
-    "parallel",
-    "training",
-}
+BELOW_TRAINING = {"core", "disk", "config_type", "adapters", "trials", "config", "models", "data", "parallel"}
+BELOW_EVALUATE = BELOW_TRAINING | {"training"}
 BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report"}
 MAY_IMPORT = {
     "core": set(),
