@@ -178,7 +178,9 @@ class Checkpoints:
             with contextlib.suppress(Exception) if self._partial else contextlib.nullcontext():
                 self._manager.close()
             if self._partial:
-                # asyncio speaks of a failed task whenever that is collected, so the quiet stays.
+                # asyncio reports a failed task whenever that is collected, so the quiet stays to the process's end. It
+                # is kept here, since a collected context ends too.
+                _QUIET_TO_THE_END.append(self._quiet.pop_all())
                 if hosts.is_first():
                     shutil.rmtree(self._partial, ignore_errors=True)
             else:
@@ -198,6 +200,9 @@ class Checkpoints:
         except DiskFullError:
             if lack_of_room(error) is None:  # otherwise the first file for which there was no room is the one to name
                 raise
+
+
+_QUIET_TO_THE_END: list[contextlib.ExitStack] = []
 
 
 @contextlib.contextmanager
