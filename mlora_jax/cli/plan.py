@@ -50,7 +50,7 @@ def main() -> None:
 
 def _plan(config) -> None:
     if ESTIMATE.value:
-        _print_estimate(config)
+        print_estimate(config)
         return
     from mlora_jax.cost.plan import plan
 
@@ -78,7 +78,7 @@ def _tasks(tasks) -> str:
     return f"{tasks.curves:,} curves on further tasks: {tasks.requests:,} requests at all ranks{unknown}\n"
 
 
-def _print_estimate(config) -> None:
+def print_estimate(config) -> None:
     from mlora_jax.cost.estimate import estimate
 
     found = estimate(config)

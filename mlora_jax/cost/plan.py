@@ -109,8 +109,8 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
         groups[kind].append(TrialBatch(f"batch-{number:04d}", members, slots))
     leaves = {experiment.form(trial): jax.tree.leaves(experiment.adapted_for(trial).adapter) for trial in trials}
     timed = functools.cache(functools.partial(_time_evaluation, experiment))
-    curves, evaluation_seconds = _evaluation(experiment, trials, timed)
-    validations, validation_seconds = _validation(experiment, trials, timed)
+    curves, evaluation_seconds = evaluation_cost(experiment, trials, timed)
+    validations, validation_seconds = validation_cost(experiment, trials, timed)
     return Plan(
         trials=len(trials),
         steps=experiment.steps,
@@ -172,7 +172,9 @@ def _shapes(
     return shapes, real, positions
 
 
-def _evaluation(experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]) -> tuple[int, float]:
+def evaluation_cost(
+    experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]
+) -> tuple[int, float]:
     """Curves at the end, and seconds for them and the base."""
     curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
     for trial in trials:
@@ -183,14 +185,16 @@ def _evaluation(experiment: Experiment, trials: list[Trial], timed: Callable[[in
     return curves, seconds
 
 
-def _validation(experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]) -> tuple[int, float]:
+def validation_cost(
+    experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]
+) -> tuple[int, float]:
     """Validations while training, and seconds for them."""
     options = experiment.config.validation
     if not options.every:
         return 0, 0.0
     each = -(-experiment.steps // options.every)
     if options.measure == "loss":
-        loss = functools.cache(functools.partial(_time_loss, experiment))
+        loss = functools.cache(functools.partial(time_loss, experiment))
         one_rank = lambda trial: loss(trial.rank)  # noqa: E731
     else:
         one_rank = lambda trial: timed(trial.rank, "validation")  # noqa: E731
@@ -206,7 +210,7 @@ def _time_evaluation(experiment: Experiment, rank: int, split: str) -> float:
     return _time_second(lambda: evaluator.run_batch(middle, adapted.adapter, jnp.zeros(rank))) * len(evaluator)
 
 
-def _time_loss(experiment: Experiment, rank: int) -> float:
+def time_loss(experiment: Experiment, rank: int) -> float:
     """Seconds for the loss at one rank on the validation split."""
     adapted = experiment.adapted(rank)
     loss = adapted.validation_loss()

@@ -96,7 +96,7 @@ def draw_learning_rates(merged: MergedRuns, choice: Choice) -> Figure:
                     _mark(area, row.learning_rate, value.mean, s=22, facecolors="white", edgecolors=style["color"])
         rates = sorted({row.learning_rate for rows in panel.lines.values() for row in rows})
         area.set_xscale("log")
-        named = _are_apart(rates)
+        named = are_apart(rates)
         if named:
             area.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30, ha="right", rotation_mode="anchor")
         _finish(area, panel.title, "learning rate", f"AURAC (log2), {split} split", few_ticks=named)
@@ -160,7 +160,7 @@ def _style(row: CurveRow) -> dict[str, Any]:
     }
 
 
-def _are_apart(rates: list[float]) -> bool:
+def are_apart(rates: list[float]) -> bool:
     gaps = np.diff(np.log(rates))
     return bool(np.all(gaps >= LEAST_GAP * gaps.sum()))
 

@@ -149,7 +149,7 @@ def _markdown(merged: MergedRuns, choice: Choice, notes, captions, comparable) -
     runs = [name_runs(merged)] if len(merged.folders) > 1 or merged.number else []
     parts = [f"# {merged.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
     base = merged.base["test"]
-    for summary in _summaries(merged, choice):
+    for summary in scaling_summaries(merged, choice):
         parts += [f"{summary.caption}\n", to_markdown(summary.table)]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
@@ -164,7 +164,7 @@ def _markdown(merged: MergedRuns, choice: Choice, notes, captions, comparable) -
     return "\n".join(parts)
 
 
-def _summaries(merged: MergedRuns, choice: Choice) -> list[Summary]:
+def scaling_summaries(merged: MergedRuns, choice: Choice) -> list[Summary]:
     """Of the rows that stand alone for their method."""
     return summarize_scalings([row for row in choice.shown if row not in choice.undecided], merged.base["test"])
 
@@ -193,7 +193,9 @@ def _difference_table(rows: list[CurveRow]) -> Table:
 def _latex(merged: MergedRuns, choice: Choice, notes, captions) -> str:
     if not choice.shown:
         return _latex_file(merged, [f"% {note}\n" for note in notes])
-    tables = [to_latex(summary.table, f"{merged.title}, {summary.caption}") for summary in _summaries(merged, choice)]
+    tables = [
+        to_latex(summary.table, f"{merged.title}, {summary.caption}") for summary in scaling_summaries(merged, choice)
+    ]
     for setting, caption in captions.items():
         shown = [row for row in choice.shown if row.setting == setting]
         table = _curve_table(merged.base["test"], shown, setting.ranks)

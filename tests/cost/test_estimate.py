@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlora_jax.cli.config_flags import read_config
-from mlora_jax.cli.plan import _print_estimate
+from mlora_jax.cli.plan import print_estimate
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import resolve
 from mlora_jax.cost.estimate import CHARACTERS_PER_TOKEN, HARNESS, estimate, task_requests
@@ -92,7 +92,7 @@ def test_requests_of_the_further_tasks():
 
 def test_the_command(config, capsys, monkeypatch):
     monkeypatch.setattr("mlora_jax.cli.plan.TERAFLOPS", types.SimpleNamespace(value=100.0))
-    _print_estimate(resolve({**config, "evaluation": {"tasks": ("unheard_of",)}}))
+    print_estimate(resolve({**config, "evaluation": {"tasks": ("unheard_of",)}}))
     said = capsys.readouterr().out
     assert "4 trials of 3 steps on 9 rows" in said and "device hours at 100 TFLOP/s" in said
     assert "0 requests at all ranks, without unheard_of, whose size is not known" in said

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from mlora_jax.cli.plan import duration
 from mlora_jax.config import resolve
-from mlora_jax.cost.plan import Plan, _evaluation, _time_loss, _validation, plan
+from mlora_jax.cost.plan import Plan, evaluation_cost, plan, time_loss, validation_cost
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.train import train
 from mlora_jax.training.records import read_json_lines
@@ -51,7 +51,7 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     experiment = Experiment.load(resolve(config))
     tokens = 2 * sum(len(example.tokens) for example in experiment.examples.examples)
     assert [group.tokens for group in found.groups] == [4 * tokens, 2 * tokens]
-    assert _time_loss(experiment, 6) > 0
+    assert time_loss(experiment, 6) > 0
     for group in found.groups:
         assert group.padded_tokens % (6 * 4 * group.profiles) == 0
         assert group.padded_tokens >= group.tokens * group.profiles
@@ -79,12 +79,12 @@ def test_validations_and_the_base_are_counted(monkeypatch, every, measure, one):
     experiment = types.SimpleNamespace(
         config=config, steps=10, rows={"test": [], "validation": []}, hierarchy=lambda trial: trial.hierarchy(())
     )
-    monkeypatch.setattr("mlora_jax.cost.plan._time_loss", lambda experiment, rank: 1000)
+    monkeypatch.setattr("mlora_jax.cost.plan.time_loss", lambda experiment, rank: 1000)
     timed = {(4, "test"): 1, (4, "validation"): 10}
     curves = 2 * 2 * 2
-    assert _evaluation(experiment, trials, lambda *key: timed[key]) == (curves, 11 + 2 * 2 * 3 * 11)
+    assert evaluation_cost(experiment, trials, lambda *key: timed[key]) == (curves, 11 + 2 * 2 * 3 * 11)
     validations = 2 * 3 if every else 0  # after 4, 8 and 10 steps
-    assert _validation(experiment, trials, lambda *key: timed[key]) == (validations, validations * 3 * one)
+    assert validation_cost(experiment, trials, lambda *key: timed[key]) == (validations, validations * 3 * one)
 
 
 def test_the_seconds_of_a_plan_are_those_of_its_parts():

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 
 from mlora_jax.core import POLICIES
 from mlora_jax.report import choose_rows, draw_curves, draw_learning_rates, read_runs
-from mlora_jax.report.figure import LEAST_GAP, PALETTE, _are_apart
+from mlora_jax.report.figure import LEAST_GAP, PALETTE, are_apart
 from tests.report.runs import write_run
 
 CURVES = {
@@ -138,8 +138,8 @@ def test_without_a_choice_every_learning_rate_is_drawn_on_the_test_split(tmp_pat
 
 
 def test_learning_rates_too_near_to_be_named_are_not():
-    assert _are_apart([0.1]) and _are_apart([1e-3, 2e-3, 4e-3]) and _are_apart([3e-4, 5e-4, 1e-3, 2e-3, 3e-3])
-    assert not _are_apart([9e-6, 1e-5, 1e-4, 1e-3]) and not _are_apart(list(np.geomspace(1, 2, int(2 / LEAST_GAP))))
+    assert are_apart([0.1]) and are_apart([1e-3, 2e-3, 4e-3]) and are_apart([3e-4, 5e-4, 1e-3, 2e-3, 3e-3])
+    assert not are_apart([9e-6, 1e-5, 1e-4, 1e-3]) and not are_apart(list(np.geomspace(1, 2, int(2 / LEAST_GAP))))
 
 
 @pytest.mark.parametrize("which", [0, 1])

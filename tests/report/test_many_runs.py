@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from mlora_jax.report import choose_rows, read_runs, write_report, write_tables
-from mlora_jax.report.table import _summaries
+from mlora_jax.report.table import scaling_summaries
 from tests.report.runs import write_run
 from tests.report.test_report import BOTH_BASES, BOTH_SPLITS
 
@@ -247,4 +247,4 @@ def test_rates_that_nothing_chose_have_no_place_among_the_scalings(tmp_path):
         write_run(tmp_path / scaling, curves, scaling=scaling)
     (experiment,) = read_runs([tmp_path / "none", tmp_path / "sqrt"])
     choice = choose_rows(experiment.rows, "validation")
-    assert choice.undecided and not _summaries(experiment, choice)
+    assert choice.undecided and not scaling_summaries(experiment, choice)
