@@ -141,7 +141,7 @@ def test_a_gated_method_with_a_proximal_step_and_a_squeeze_by_inputs(config, tmp
     # The last phases of "tail" and "other" differ, but move only the columns above R/2: the first one stays.
     for name, tensor in files["tail"].items():
         other = files["other"][name]
-        columns = (lambda at: (..., at)) if name.endswith(".a") else (lambda at: (..., at, slice(None)))  # noqa: E731
+        columns = (lambda at: (..., at)) if name.endswith(".a") else (lambda at: (..., at, slice(None)))
         np.testing.assert_array_equal(tensor[columns(0)], other[columns(0)])
         assert np.any(tensor[columns(1)] != other[columns(1)]), name
 
