@@ -20,6 +20,8 @@ EXTRAS = {
         "nbclient",
         "nbformat",
         "peft>=0.19",
+        # Checks types; it comes as an npm package, which the first call fetches.
+        "pyright[nodejs]>=1.1.400",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "qwix>=0.1.8",
