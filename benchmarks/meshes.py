@@ -84,7 +84,7 @@ def run(mesh_options: dict, method: str, steps: int):
     step = TrialsStep(graphdef, optimizer, chunk=8, mesh=mesh, engine=engine)
     keys = stack_trees([trial_keys(seed) for seed in range(TRIALS)])
     state = put_weights(stack_trees(init_state(adapter, optimizer) for _ in range(TRIALS)), mesh, trials=True)
-    drawn_by = [(get_method(method).policies[0], RankHierarchy(RANKS, "sqrt", max_rank=RANKS[-1]))] * TRIALS
+    drawn_by = [DrawnBy(get_method(method).policies[0], RankHierarchy(RANKS, "sqrt", max_rank=RANKS[-1]))] * TRIALS
     draw = compile_draws(drawn_by, keys.draws, accumulation=ACCUMULATION, examples=ROWS // ACCUMULATION)
     schedule = Schedule(jnp.full(TRIALS, 1e-3), jnp.zeros(TRIALS), jnp.full(TRIALS, float(steps)))
     random, losses = np.random.default_rng(0), []

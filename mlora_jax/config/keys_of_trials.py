@@ -71,7 +71,7 @@ DATA = Group(
         "ignored_keys": Key(
             default=(),
             entry=str,
-            distinct=True,
+            form="names of keys",
             doc='The task "jsonl" does not look at these keys of rows and messages. Any other key that it does not '
             "know is an error.",
         ),

@@ -38,8 +38,8 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
         values["data"]["task"] = "jsonl"  # own data is its own task, whatever the key was left at
     table.validate(values, "config")
     check_readout_methods(values)
-    check_trials(values)
     check_numbers(values)
+    check_trials(values)
     return ConfigDict(values).lock()
 
 

@@ -63,9 +63,14 @@ def adapt_model(experiment: Experiment, form: AdapterForm, key: jax.Array) -> nn
       ValueError: targets that fit no layer, or the embedding among them.
     """
     options = experiment.config.adapter
-    gates = {"gate": True} if form.gate else {}
     model = adapt(
-        experiment.model, form.rank, options.targets, key=key, init=options.init, dropout=options.dropout, **gates
+        experiment.model,
+        form.rank,
+        options.targets,
+        key=key,
+        init=options.init,
+        dropout=options.dropout,
+        gate=form.gate,
     )
     if isinstance(getattr(model, "embed_tokens", None), AdaptedLayer):
         raise ValueError(

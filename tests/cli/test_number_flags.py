@@ -15,9 +15,10 @@ from ml_collections import ConfigDict, config_flags
 from mlora_jax.cli import export, generate, plan, ranks, study  # noqa: F401  define their flags
 from mlora_jax.cli.config_flags import LastTupleParser
 from mlora_jax.cli.number_flags import RANGES, integers
-from mlora_jax.config import DEFAULTS, resolve
+from mlora_jax.config import DEFAULTS
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.evaluate.sampling import make_sampling, nucleus
+from mlora_jax.study.keys import resolve_cell
 from mlora_jax.training.pretrain import pretrain
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -194,12 +195,12 @@ def test_no_key_of_a_config_takes_a_number_that_arrays_cannot_hold(key, kind, pu
         if key == "trials.weights":
             config["trials"]["method"] = ("matryoshka",)
         with pytest.raises(ValueError, match=key.split(".")[0]):
-            resolve(config)
+            resolve_cell(config)
 
 
 def test_seeds_up_to_32_bits_are_taken():
     config = {"trials": {"seed": (0, 2**32 - 1), "list": ({"seed": 2**32 - 1},)}, "study": {"seeds": (2**32 - 1,)}}
-    assert resolve(config).trials.seed == (0, 2**32 - 1)
+    assert resolve_cell(config).trials.seed == (0, 2**32 - 1)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**30])

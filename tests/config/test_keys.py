@@ -18,6 +18,7 @@ every_key = pytest.mark.parametrize("name", LEAVES)
 ALONG = {"validation.keep": {"validation.every": 5}, "validation.patience": {"validation.every": 5}}
 # A value other than the default, where none follows from the key's type, bounds and choices.
 OTHER = {
+    "data.ignored_keys": ("mood",),
     "train.accumulation": 4,
     "adapter.ranks": (1, 4),
     "trials.method": ("lora", "sandwich"),

@@ -150,7 +150,10 @@ PACKAGE = pathlib.Path(mlora_jax.__file__).parent
 NAMES = {"a", "b", "gate", "ab"}
 # The table itself; the product and its decompositions, which need the two factors apart; and a compiler's dimension
 # labels, in which "b" is the batch.
-MAY_NAME_LEAVES = {"core/rank_axes.py", "core/product.py", "core/squeeze.py", "parallel/hlo_products.py"}
+MAY_NAME_LEAVES = {
+    *("core/rank_axes.py", "core/product.py", "core/squeeze.py", "parallel/hlo_products.py"),
+    "config/methods.py",  # the option of a method that is called as the leaf
+}
 
 
 def named_leaves(source):

@@ -138,7 +138,7 @@ class Recorded:
 
     def __call__(self, *arguments):
         self.calls += 1
-        state, shown = self.trained_profile(*arguments)
+        state, shown = self.function(*arguments)
         self.made = int(state.made)
         return state, shown
 

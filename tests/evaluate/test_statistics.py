@@ -8,6 +8,7 @@ from scipy.stats import binomtest
 
 from mlora_jax.evaluate import RankCurve, bootstrap_aurac, compare
 from mlora_jax.run.results import curve_of
+from mlora_jax.training.curve_records import CurveRecord
 
 RANKS = (1, 2, 8)
 
@@ -117,11 +118,8 @@ def test_a_curve_keeps_its_verdicts_out_of_comparisons():
     verdicts = simulate(40, 4)
     curve = RankCurve.of("prefix", RANKS, verdicts)
     np.testing.assert_array_equal(curve.verdicts, verdicts)
-    records = [
-        {"at_rank": r, "accuracy": a, "stderr": e, "items": 40, "readout": "prefix"}
-        for r, a, e in zip(RANKS, curve.accuracies, curve.standard_errors, strict=True)
-    ]
-    assert curve_of(records) == curve and curve_of(records).verdicts is None and "verdicts" not in repr(curve)
+    record = CurveRecord(None, "trec", "test", "prefix", RANKS, curve.accuracies, curve.standard_errors, 40)
+    assert curve_of(record) == curve and curve_of(record).verdicts is None and "verdicts" not in repr(curve)
     assert dataclasses.replace(curve, items=41) != curve
 
 

@@ -219,7 +219,7 @@ def test_readouts_that_run_the_model_are_the_same_on_a_mesh(tmp_path):
             for readout in ("calibrated", "squeeze_inputs"):
                 (folder := tmp_path / name / readout).mkdir(parents=True)
                 made = read_out_trial(experiment, trial, adapter, hierarchy, readout, folder)
-                profiles = np.stack([np.asarray(p) for p in made.profiles.values()])
+                profiles = np.stack([np.asarray(p) for p in made.curve().values()])
                 if readout == "calibrated":
                     assert not np.allclose(profiles[-1], profiles[-1, 0])
                 a, b = (np.asarray(fetch(x)) for x in jax.tree.leaves(made.adapter)[:2])

@@ -237,7 +237,7 @@ def test_a_gate_is_trained_with_the_factors_and_masked_with_them():
     state = init_state(jax.tree.map(lambda leaf: leaf + 0.1, adapter), optimizer)
     before = jax.tree.map(np.asarray, state.adapter)
     mask = jnp.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    draw = Draw(jnp.stack([HIERARCHY.prefix(6)] * 8)[None, None], mask, jnp.ones(1))
+    draw = Draw(jnp.stack([HIERARCHY.prefix(6)] * 8)[None, None], mask, mask, jnp.ones(1), per_example=True)
     step = compile_step(graphdef, optimizer, chunk=8)
     state, metrics = take(step, base, profile, state, draw=draw)
     assert metrics["finite"]
