@@ -63,7 +63,7 @@ def run(mesh_options: dict, method: str, steps: int):
     from mlora_jax.parallel.arrays import put_weights
     from mlora_jax.parallel.mesh import make_mesh
     from mlora_jax.parallel.rules import Placement
-    from mlora_jax.training.draws import compile_draws
+    from mlora_jax.training.draws import DrawnBy, compile_draws
     from mlora_jax.training.grid import bytes_on_device
     from mlora_jax.training.step import Schedule, init_state, make_optimizer
     from mlora_jax.training.trial_trees import stack_trees, trial_keys
