@@ -20,7 +20,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Keys of a message besides its content that a template may write as a part of the assistant's turn.
 TURN_KEYS = ("tool_calls", *REASONING_KEYS)
-# Keys that say who speaks to whom. Few templates write them, so a template that does not is not refused.
+# Keys that say who speaks to whom. Few templates write them, so a template that leaves them out is not refused.
 ADDRESS_KEYS = ("name", "tool_call_id")
 # Keys that say where a row or a message comes from. They do not affect what is trained.
 METADATA = frozenset(

@@ -30,7 +30,7 @@ class ResumableBatches(Protocol):
 
 
 def put(tree: Tree, placed: Tree) -> Tree:
-    """Puts the arrays of a tree on devices. If several processes take part, each of them holds the whole tree before.
+    """Puts the arrays of a tree on devices. With several processes, each of them must hold the same whole arrays.
 
     Args:
       tree: a tree of arrays.
@@ -96,7 +96,7 @@ def put_rows(
 
 
 def fetch(tree: Tree) -> Tree:
-    """Returns a tree whose arrays this process can read. Arrays that lie on several hosts are gathered to each host."""
+    """Returns a tree whose arrays this process can read. Arrays of several processes are gathered to each of them."""
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
