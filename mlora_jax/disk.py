@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and one line about a disk that has no room for them."""
+"""Writes files whole or not at all, and reports a full disk in one line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-# NumPy tells how many items it wrote, and no reason.
+# NumPy's error states how many items were written, but not why.
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
@@ -21,28 +22,33 @@ _CAUSES = {
 
 
 class DiskFullError(OSError):
-    """Something could not be written for want of room; the message is one line.
+    """An error of writing because the disk is full; the message is one line.
 
     Args:
-      fact: what could not be written, where, and how much room is missing.
-      stands: a sentence about what is not lost.
+      fact: a sentence that says what could not be written, where, and how much room is missing.
+      stands: a sentence that says what is not lost.
     """
 
     def __init__(self, fact: str, stands: str = ""):
         super().__init__(f"{fact}. {f'{stands}. ' if stands else ''}Make room there, and run the same command again")
         self.fact = fact
 
-    def renamed(self, before, after) -> DiskFullError:
-        """The same about the path that the user gave, for what is written under another one and renamed."""
+    def renamed(self, before: str | os.PathLike[str], after: str | os.PathLike[str]) -> DiskFullError:
+        """Returns the same error with another path, for a file that is written under one path and then renamed.
+
+        Args:
+          before: the path that is written to.
+          after: the path that the user gave.
+        """
         return DiskFullError(self.fact.replace(str(before), str(after)))
 
 
 def lack_of_room(error: BaseException | None) -> int | None:
-    """The number of the system's error if an error, or one that led to it, says that there was no room to write."""
+    """Returns the system's error number if an error, or one of its causes, says that there was no room to write."""
     while error is not None:
         if isinstance(error, DiskFullError):
             return errno.ENOSPC
-        # Libraries with file access of their own, such as safetensors and tensorstore, quote the system in their text.
+        # Libraries with their own file access, such as safetensors and tensorstore, quote the error of the system.
         for number in _CAUSES:
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 return number
@@ -53,16 +59,21 @@ def lack_of_room(error: BaseException | None) -> int | None:
 
 
 def disk_full(
-    error: BaseException, what: str, folder, *, partial=None, needed: int | None = None
+    error: BaseException,
+    what: str,
+    folder: str | os.PathLike[str],
+    *,
+    partial: str | os.PathLike[str] | None = None,
+    needed: int | None = None,
 ) -> DiskFullError | None:
-    """The one line about an error in writing if it came for want of room, or None.
+    """Returns a `DiskFullError` for an error in writing if there was no room, else None.
 
     Args:
-      error: that was raised.
-      what: could not be written.
-      folder: on the file system on which it was to be.
-      partial: file or folder that holds a part of it and will be removed: its room counts as free.
-      needed: bytes; None if they are not known.
+      error: the error that was raised.
+      what: a name for what could not be written.
+      folder: a folder on the file system that was written to.
+      partial: a file or folder that holds a part of it and will be removed; its room counts as free.
+      needed: the bytes that are needed; None if they are not known.
     """
     number = lack_of_room(error)
     if number is None or isinstance(error, DiskFullError):
@@ -76,7 +87,7 @@ def disk_full(
     names = os.statvfs(folder)
     if names.f_files and not names.f_favail:
         return DiskFullError(f"{fact}: no further file can be made there (see df -i)")
-    if needed is None or needed <= free:  # more is taken than is written, since a disk has blocks
+    if needed is None or needed <= free:  # a disk has blocks, so a file takes more room than its size
         return DiskFullError(f"{fact}, and it needs more than the {_bytes(free)} that were free")
     return DiskFullError(
         f"{fact}. It needs about {_bytes(needed)}, and {_bytes(free)} were free: {_bytes(needed - free)} are missing"
@@ -92,8 +103,8 @@ def _bytes(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
-def size_on_disk(path) -> int:
-    """What a file or a folder takes of the disk, in bytes; 0 if it is not there."""
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Returns the room that a file or a folder takes on the disk, in bytes; 0 if it does not exist."""
     path = pathlib.Path(path)
     files = [path, *path.rglob("*")] if path.is_dir() else [path]
     taken = 0
@@ -104,10 +115,10 @@ def size_on_disk(path) -> int:
 
 
 def ignore_echoes() -> None:
-    """Keeps Python quiet, from now on, about a full disk that objects find once more when they are collected."""
+    """Silences, from now on, errors about a full disk that objects raise once more when they are garbage-collected."""
     before = sys.unraisablehook
 
-    def hook(unraisable) -> None:
+    def hook(unraisable: Any) -> None:
         if lack_of_room(unraisable.exc_value) is None:
             before(unraisable)
 
@@ -115,13 +126,15 @@ def ignore_echoes() -> None:
 
 
 @contextlib.contextmanager
-def naming(path, *, partial=None, needed: int | None = None) -> Iterator[None]:
-    """Says by a `DiskFullError` which file it was for which there was no room.
+def naming(
+    path: str | os.PathLike[str], *, partial: str | os.PathLike[str] | None = None, needed: int | None = None
+) -> Iterator[None]:
+    """Turns errors about a full disk into a `DiskFullError` that names the file.
 
     Args:
-      path: of the file.
-      partial: a file that is written in its place, and removed on failure.
-      needed: bytes; None if they are not known.
+      path: the path of the file.
+      partial: a file that is written in its place and that is removed on failure.
+      needed: the size of the file in bytes; None if it is not known.
 
     Raises:
       DiskFullError: there was no room.
@@ -132,16 +145,16 @@ def naming(path, *, partial=None, needed: int | None = None) -> Iterator[None]:
         full = disk_full(error, str(path), pathlib.Path(path).parent, partial=partial, needed=needed)
         if full is None:
             raise
-        raise full from None  # what the writer says adds nothing, and safetensors' errors are no OSError
+        raise full from None  # the writer's message adds nothing, and the errors of safetensors are not OSErrors
 
 
 @contextlib.contextmanager
 def write_aside(target: pathlib.Path, *, needed: int | None = None) -> Iterator[pathlib.Path]:
-    """A neighbour of `target` to write to, renamed to it on success and removed on failure.
+    """Yields a path beside `target` to write to. The file is renamed to `target` on success and removed on failure.
 
     Args:
-      target: path of the file.
-      needed: how many bytes it will have, for the message if there is no room for them.
+      target: the path of the file.
+      needed: the size that the file will have in bytes, for the message if there is no room.
 
     Raises:
       DiskFullError: there is no room for the file.

@@ -1,4 +1,4 @@
-"""Data: tasks as TFDS builders, prompt and answer as tokens and loss mask, batches that resume exactly.
+"""Data: tasks as TFDS builders, rows as tokens with a loss mask, and batches that resume exactly.
 
     from mlora_jax.data import load_task, make_pipeline
     from mlora_jax.data.tokenize import tokenize
@@ -7,10 +7,11 @@
     tokenized = tokenize(data.train, tokenizer, boundary=data.boundary, max_length=512, overflow="error")
     pipeline = make_pipeline(tokenized.examples, seed=0, batch_size=32, accumulation=1, epochs=3)
 
-Names are resolved when they are used, so importing this package imports neither TFDS nor grain.
+Names are imported when they are first used, so importing this package imports neither TFDS nor grain.
 """
 
 import importlib
+from typing import Any
 
 _HOMES = {
     "Example": "tokenize",
@@ -31,10 +32,10 @@ _HOMES = {
     "make_trials_pipeline": "pipeline",
     "prompt_tokens": "tokenize",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]  the names are resolved by __getattr__
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,11 +1,11 @@
-"""A chat as text with the assistant's turns marked: the only parts that are learned.
+"""Renders a chat as text and marks the assistant's turns, which are the only parts that are learned.
 
-Through the tokenizer's chat template, the turns are found by rendering prefixes: what the template gives for
-the messages before a turn, asked to begin the assistant's turn, and for the messages up to and with it, must
-both begin the whole rendering; the text between is the turn, its tool calls included, with whatever token ends it.
+If the tokenizer's chat template writes the chat, the turns are found by rendering two prefixes of it: the messages
+before a turn, with the beginning of the assistant's turn, and the messages up to the end of the turn. The whole text
+must begin with both of them. The text between their ends is the turn, with its tool calls and the token that ends it.
 
-A turn of weight 0 is written and not learned. The chat ends with the last turn that is learned: that is the one that
-evaluation asks for, and what follows it is left out, because nothing is learned from it.
+A turn of weight 0 is written but not learned. The chat ends with the last turn that is learned, which is the one that
+evaluation asks for. What follows this turn is left out, because nothing is learned from it.
 """
 
 import json
@@ -20,9 +20,9 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Keys of a message besides its content that a template may write as a part of the assistant's turn.
 TURN_KEYS = ("tool_calls", *REASONING_KEYS)
-# Keys that say who speaks to whom: few templates write them, and none has to.
+# Keys that say who speaks to whom. Few templates write them, so a template that leaves them out is not refused.
 ADDRESS_KEYS = ("name", "tool_call_id")
-# Keys that say where a row or a message comes from, and nothing about what is trained.
+# Keys that say where a row or a message comes from. They do not affect what is trained.
 METADATA = frozenset(
     "id _id idx index uid uuid hash row_id example_id prompt_id message_id conversation_id chat_id turn_id "
     "source sources dataset dataset_name subset config split origin url license author annotator user_id "
@@ -37,9 +37,9 @@ class Piece(NamedTuple):
     """A part of a chat's text.
 
     Attributes:
-        text: as it is written.
-        learned: whether its tokens are targets.
-        ended: whether the eos token follows it.
+      text: the text of the part.
+      learned: whether its tokens are targets.
+      ended: whether the eos token follows it.
     """
 
     text: str
@@ -57,30 +57,37 @@ def render_chat(
     documents: Sequence[Mapping[str, Any]] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A chat as a row for `tokenize` and for evaluation.
+    """Renders a chat as a row for `tokenize` and for evaluation.
 
-    Messages after the last one of the assistant whose weight is not 0 are left out: there is nothing to learn from
-    them.
+    The messages after the assistant's last message with a weight other than 0 are left out, because nothing is learned
+    from them.
 
     Args:
-        messages: [{"role": ..., "content": ...}, ...], with one of the assistant at least; "weight" 0 keeps one of the
-            assistant's from being learned; what else they hold is for the chat template.
-        style: how to write them.
-        tokenizer: the model's, whose chat template is used unless the style has headers of its own.
-        name: what errors call this example.
-        tools, documents, template_arguments: for the chat template, as `Tokenizer.render_chat` takes them.
+      messages: [{"role": ..., "content": ...}, ...], with at least one message of the assistant. "weight" 0 keeps a
+        message of the assistant from being learned. All other keys are for the chat template.
+      style: how the chat is written.
+      tokenizer: the model's tokenizer; its chat template is used unless the style has headers of its own.
+      name: the name of this example in errors.
+      tools: the tools, for the chat template; see `Tokenizer.render_chat`.
+      documents: the documents, for the chat template.
+      template_arguments: further variables, for the chat template.
 
     Returns:
-        prompt: the text up to the assistant's last learned turn; answer: that turn's content, and where the template
-        writes more than that (tool calls, reasoning) the turn as generation would give it; choices [], label -1;
-        pieces: the whole text as `Piece`s; joined: whether the pieces are one text (the template says how turns end) or
-        each is tokenised on its own and answers end in the eos token; quotes_arguments: whether the template has
-        quoted the arguments of a call that are JSON text already (they are given to it as they stand, as transformers'
-        `apply_chat_template` gives them).
+      A dictionary with these keys:
+      prompt: the text up to the assistant's last learned turn.
+      answer: the content of that turn. If the template also writes tool calls or reasoning, it is the turn as the
+        model would generate it.
+      choices: [].
+      label: -1.
+      pieces: the whole text as `Piece`s.
+      joined: whether the pieces are tokenised as one text, in which the template ends the turns. Otherwise each piece
+        is tokenised alone, and answers end in the eos token.
+      quotes_arguments: whether the template has put the arguments of a call in quotes because they are JSON text
+        already. They are given to the template unchanged, as transformers' `apply_chat_template` does.
 
     Raises:
-        ValueError: no tokenizer or chat template where one is needed, nothing to learn, turns that cannot be found, or
-            something in the chat that its text would lose.
+      ValueError: a tokenizer or a chat template is needed and missing, there is nothing to learn, the turns cannot be
+        found, or the text would lose a part of the chat.
     """
     try:
         check_turns(messages)
@@ -98,9 +105,9 @@ def render_chat(
             {**m, "content": without_end(m["content"], tokenizer)} if m["role"] == "assistant" and "content" in m else m
             for m in messages
         ]
-        pieces = _pieces_by_headers(messages, weights, style, name, given)
+        pieces = _pieces_by_headers(messages, weights, style.headers, style.footer, name, given)
     answer = messages[-1].get("content", "")
-    if style.headers is None and any(key in messages[-1] for key in TURN_KEYS):
+    if tokenizer is not None and style.headers is None and any(key in messages[-1] for key in TURN_KEYS):
         answer = tokenizer.decode(tokenizer.encode(pieces[-1].text, bos=False))
     return {
         "prompt": "".join(piece.text for piece in pieces[:-1]),
@@ -114,10 +121,14 @@ def render_chat(
 
 
 def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that a chat has something to learn, and something before it.
+    """Checks that a chat has a message to learn and a message before it.
+
+    Args:
+      messages: the messages, as `render_chat` takes them.
 
     Raises:
-        ValueError: no message is the assistant's, all of these have the weight 0, or the first message is one.
+      ValueError: the assistant has no message, all its messages have the weight 0, or the first message is the
+        assistant's.
     """
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     if not weights:
@@ -129,9 +140,14 @@ def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def without_end(answer: str, tokenizer: Tokenizer | None) -> str:
-    """An answer without the name of the eos token at its end, which would be trained and compared twice.
+    """Removes the text of the eos token from the end of an answer, which would otherwise be trained and compared twice.
 
-    TRL appends its eos_token to no completion that ends in it either. An answer of the token alone stays.
+    TRL likewise does not append its eos_token to a completion that already ends in it. An answer that consists of the
+    token alone is kept.
+
+    Args:
+      answer: the text of the answer.
+      tokenizer: the model's tokenizer; without one, the answer is returned unchanged.
     """
     if tokenizer is None:
         return answer
@@ -143,7 +159,12 @@ def _learned(message: Mapping[str, Any]) -> bool:
 
 
 def _pieces_by_headers(
-    messages: Messages, learned: Sequence[bool], style: ChatStyle, name: str, given: Mapping[str, Any]
+    messages: Messages,
+    learned: Sequence[bool],
+    headers: Mapping[str, str],
+    footer: str,
+    name: str,
+    given: Mapping[str, Any],
 ) -> list[Piece]:
     way_out = (
         "which this style would lose: set data.style='chat-template' if the model's template reads it, or leave it "
@@ -157,12 +178,12 @@ def _pieces_by_headers(
         unwritten = [key for key in message if key not in ("role", "content") and key not in METADATA]
         if unwritten:
             raise ValueError(f"{name}: message {number} holds {', '.join(map(repr, unwritten))}, {way_out}")
-        context += style.headers[message["role"]]
+        context += headers[message["role"]]
         if message["role"] == "assistant":
             pieces += [Piece(context, False), Piece(message["content"], target, ended=True)]
-            context = style.footer
+            context = footer
         else:
-            context += message["content"] + style.footer
+            context += message["content"] + footer
     return pieces
 
 
@@ -205,10 +226,10 @@ def _pieces_by_template(
 def _check_read(
     messages: Messages, tokenizer: Tokenizer, name: str, given: Mapping[str, Any], changes: Callable[[Messages], bool]
 ) -> None:
-    """Refuses what the template would leave out without a word.
+    """Refuses keys that the template would silently leave out.
 
-    A template reads what it names, and a key of a message also where the text `changes` without it, as in a template
-    that writes messages whole.
+    A template reads the keys that it names. It also reads a key of a message if the text `changes` without that key, as
+    in a template that writes messages whole.
     """
     names = tokenizer.template_names(given.get("tools"))
     variables = [key for key in ("tools", "documents") if given.get(key)] + list(given.get("template_arguments", ()))
@@ -233,7 +254,7 @@ def _check_read(
 
 
 def _quotes_arguments(messages: Messages, text: str) -> bool:
-    """Whether the template has quoted arguments of a call that are JSON text already."""
+    """Whether the template has put quotes around the arguments of a call that are JSON text already."""
     calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or ()]
     texts = [call["arguments"] for call in calls if isinstance(call.get("arguments"), str)]
     return any(json.dumps(arguments, ensure_ascii=False) in text for arguments in texts)

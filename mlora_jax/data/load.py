@@ -1,4 +1,6 @@
-"""A task's rows, ready to be tokenised: built once by TFDS, read at random, worded when they are read."""
+"""Loads the rows of a task for tokenisation. TFDS builds them once; a row gets its wording when it is read."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -7,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from mlora_jax.data.chat import render_chat, without_end
 from mlora_jax.data.tasks import ChatStyle, Style, Task, find_task
@@ -16,15 +18,25 @@ from mlora_jax.models.tokenizer import Tokenizer
 COMPLETION = Style(prompt="{prompt}", answer="{completion}")
 
 
-class Rows(Sequence):
-    """A random-access view of stored rows: a choice of them, each rendered when it is read.
+class Rows(Sequence[dict[str, Any]]):
+    """A random-access view of some of the stored rows, which renders a row when it is read.
 
-    A row is {"prompt": str, "answer": str, "choices": list of str, "label": int, "row": int}; `choices` is
-    empty and `label` -1 where the answer is generated; `row` counts from 0 in the stored split (in a file:
-    line - 1). A chat has further keys, "pieces" among them (see `render_chat`).
+    A row is {"prompt": str, "answer": str, "choices": list of str, "label": int, "row": int}. If the answer is
+    generated, `choices` is empty and `label` is -1. `row` counts from 0 in the stored split; in a file, it is the line
+    number minus 1. A chat has further keys, such as "pieces" (see `render_chat`).
+
+    Args:
+      source: the stored rows of a split.
+      indices: the numbers of the rows of this view.
+      render: a function from a stored row and its number to a row.
     """
 
-    def __init__(self, source: Sequence, indices: Sequence[int], render: Callable[[Mapping, int], dict]):
+    def __init__(
+        self,
+        source: Sequence[Mapping[str, Any]],
+        indices: Sequence[int],
+        render: Callable[[Mapping[str, Any], int], dict[str, Any]],
+    ):
         self._source = source
         self._indices = indices
         self._render = render
@@ -32,14 +44,20 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Rows:
         if isinstance(index, slice):
             return Rows(self._source, self._indices[index], self._render)
         row = self._indices[index]
         return self._render(self.stored(index), row) | {"row": row}
 
     def stored(self, index: int) -> dict[str, Any]:
-        """A row as it is stored, before any wording."""
+        """Returns a row as it is stored, without a wording."""
         return {key: _plain(value) for key, value in self._source[self._indices[index]].items()}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -48,14 +66,15 @@ class Rows(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task's rows by use.
+    """The rows of a task by their use.
 
     Attributes:
-        train, test: rows to train on and to evaluate on.
-        task: the row of `TASKS` they came from.
-        boundary: how the border between prompt and answer is tokenised, for `tokenize`.
-        validation: further held-out rows, where the data set has them (may be empty).
-        build: the folder of the build that was read.
+      train: the rows to train on.
+      test: the rows to evaluate on.
+      task: the row of `TASKS` that they come from.
+      boundary: how the boundary between prompt and answer is tokenised, for `tokenize`.
+      validation: further held-out rows; empty if the data set has none.
+      build: the folder of the build that was read.
     """
 
     train: Rows
@@ -78,27 +97,28 @@ def load_task(
     ignored_keys: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
 ) -> TaskData:
-    """A task's rows; the first call builds them, later ones read the build.
+    """Loads the rows of a task. The first call builds them, and later calls read the build.
 
-    A build is named by the digest of its raw files, so a changed file is another build.
+    A build is named by the digest of its raw files, so a changed file gets a new build.
 
     Args:
-        name: a name in `TASKS`.
-        raw_dir: folder of the raw files (itself, or a folder of the task's name in it); empty: download them.
-        cache_dir: where builds and downloads go; empty: `mlora_jax` in the user's cache folder.
-        style: the wording, one of the task's `styles`; empty: its first.
-        file: own data, a JSONL file; with it the task is "jsonl", whatever `name` says.
-        evaluation_file: the own data's test rows; empty: a part of `file` is held out.
-        holdout: the fraction of the training rows held out as test rows where there are no others (own data without
-            an evaluation file, "platypus"): those with the smallest sha256 of "0:ROW", at least one, so the same rows
-            always and, nearly, when rows are added.
-        ignored_keys: keys of own rows and of their messages that are not looked at; `own_rows` says what the others do.
-        tokenizer: the model's; needed for chats written by its chat template.
+      name: a name in `TASKS`.
+      raw_dir: the folder of the raw files, or a folder that holds a folder with the task's name; empty: the files are
+        downloaded.
+      cache_dir: the folder of builds and downloads; empty: `mlora_jax` in the user's cache folder.
+      style: the wording, one of the task's `styles`; empty: the first of them.
+      file: a JSONL file of own data; if it is given, the task is "jsonl" and `name` is ignored.
+      evaluation_file: a JSONL file of the test rows of own data; empty: a part of `file` is held out.
+      holdout: the fraction of the training rows that is held out as test rows if there are no others (own data without
+        an evaluation file, and "platypus"). At least one row is held out. The rows with the smallest sha256 of "0:ROW"
+        are chosen, so the choice is always the same, and it hardly changes when rows are added.
+      ignored_keys: the keys of own rows and of their messages that are ignored; `own_rows` describes the other keys.
+      tokenizer: the model's tokenizer; chats that its chat template writes need it.
 
     Raises:
-        ValueError: an unknown task or style, a malformed line or one with a key that is not understood, or a holdout
-            that leaves no rows.
-        FileNotFoundError: names the missing file and its folder.
+      ValueError: the task or the style is unknown, a line is malformed or has a key that is not understood, or the
+        holdout leaves no rows.
+      FileNotFoundError: a file is missing; the message names the file and its folder.
     """
     if file or evaluation_file:
         name = "jsonl"
@@ -109,7 +129,9 @@ def load_task(
     )
     builder = _prepare(task.builder, config, cache_dir)
     sources = builder.as_data_source()
-    parts = {split: (source, range(len(source))) for split, source in sources.items()}
+    parts: dict[str, tuple[Sequence[Mapping[str, Any]], Sequence[int]]] = {
+        split: (source, range(len(source))) for split, source in sources.items()
+    }
     if "test" not in parts:
         source, rows = parts["train"]
         held = hold_out(len(rows), holdout)
@@ -124,7 +146,7 @@ def load_task(
         )
         for split, (source, rows) in parts.items()
     }
-    empty = Rows((), (), _render)
+    empty = Rows((), (), functools.partial(_render, style=chosen, tokenizer=tokenizer, file=file))
     return TaskData(
         train=views["train"],
         test=views["test"],
@@ -136,14 +158,23 @@ def load_task(
 
 
 def hold_out(count: int, fraction: float, *, limit: int | None = None, name: str = "data.holdout") -> frozenset[int]:
-    """The rows held out of `count`: those with the smallest sha256 of "0:ROW", one at least and at most `limit`.
+    """Chooses the rows to hold out: those with the smallest sha256 of "0:ROW".
+
+    Args:
+      count: the number of rows.
+      fraction: the fraction to hold out, between 0 and 1; at least one row is held out.
+      limit: the largest number of rows to hold out; None: no limit.
+      name: the name of the fraction in errors.
+
+    Returns:
+      The numbers of the rows that are held out.
 
     Raises:
-        ValueError: a fraction outside 0..1, or nothing left to train on.
+      ValueError: the fraction is not between 0 and 1, or no row is left to train on.
 
     Example:
-        >>> sorted(hold_out(10, 0.2))
-        [4, 7]
+      >>> sorted(hold_out(10, 0.2))
+      [4, 7]
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(
@@ -188,7 +219,7 @@ def _cache_folder() -> pathlib.Path:
     return pathlib.Path(root) / "mlora_jax"
 
 
-def _prepare(builder_class: type, config: Any, cache_dir: str) -> Any:
+def _prepare(builder_class: type[Any], config: Any, cache_dir: str) -> Any:
     import tensorflow_datasets as tfds  # slow to import, and not needed until a task is loaded
 
     root = (pathlib.Path(cache_dir).expanduser() if cache_dir else _cache_folder()).absolute()
@@ -196,7 +227,7 @@ def _prepare(builder_class: type, config: Any, cache_dir: str) -> Any:
     builder = make()
     local = getattr(config, "files", True)
     if local:
-        tfds.disable_progress_bar()  # a second's work; downloads show theirs
+        tfds.disable_progress_bar()  # this takes about a second; only downloads show their progress
     try:
         builder.download_and_prepare(download_dir=root / "downloads")
     except OSError:

@@ -1,4 +1,4 @@
-"""A line of own data: a prompt with its completion, or a chat. Every key in it is understood, or refused by name.
+"""Parses a line of own data: a prompt with its completion, or a chat. A key that is not understood is an error.
 
 Four forms are understood, and a file may mix them:
 
@@ -8,12 +8,12 @@ Four forms are understood, and a file may mix them:
   assistant's messages in `completion` are trained;
 - `{"conversations": [{"from": ..., "value": ...}, ...]}`, ShareGPT's form.
 
-A key beside these says something about the training (`CHAT_KEYS` of a row; `weight`, `tool_calls` and the like of a
-message), or is refused with the way out (`REFUSED_ROW_KEYS`, `REFUSED_MESSAGE_KEYS`), or says where the row comes from
-(`chat.METADATA`) and is not read. Any other key of a row is an error until `data.ignored_keys` names it, because a key
-that nobody reads may say what is to be trained. Any other key of a message is for the chat template, and `render_chat`
-refuses it where the template does not read it. A key whose value is null counts as absent, as in transformers: tables
-write one where a row has no value.
+A key beside these is one of three kinds. Some keys affect the training: `CHAT_KEYS` of a row, and `weight`,
+`tool_calls` and the like of a message. Some keys are refused, with advice on what to write instead: `REFUSED_ROW_KEYS`
+and `REFUSED_MESSAGE_KEYS`. Some keys say where the row comes from and are not read: `chat.METADATA`. Any other key of a
+row is an error unless `data.ignored_keys` names it, because it might say what is to be trained. Any other key of a
+message is for the chat template, and `render_chat` refuses it if the template does not read it. A key whose value is
+null counts as absent, as in transformers, because tables write null if a row has no value.
 """
 
 import json
@@ -35,7 +35,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# Keys of a row that say something about its chat.
+# Keys of a row that belong to its chat.
 CHAT_KEYS = ("system", "tools", "documents", "chat_template_kwargs", "parallel_tool_calls")
 
 _TOKENS = "tokens are made here from texts; a message of the assistant that is not to be trained has 'weight': 0"
@@ -68,25 +68,25 @@ REFUSED_MESSAGE_KEYS = {
     **dict.fromkeys(("train", "training", "loss", "loss_mask", "mask", "masked", "loss_weight"), _WEIGHT),
     "prefix": "no answers are begun here; write the whole answer as the content",
 }
-# Variables of a template that a row gives by other keys, or that are not its to give.
+# Variables of a template that a row gives by other keys, or that a row must not set.
 _TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 def parse_row(row: Mapping[str, Any], ignored_keys: Collection[str] = ()) -> dict[str, str]:
-    """One line as it is stored.
+    """Returns one line in the form in which it is stored.
 
     Args:
-        row: the line's object.
-        ignored_keys: keys of rows and of messages to leave out before anything else is looked at.
+      row: the JSON object of the line.
+      ignored_keys: the keys of rows and of messages that are removed before anything else.
 
     Returns:
-        prompt and completion as they stand, and chat ""; or these two "", and chat the JSON text of an object with
-        messages (role, content and what else they hold; `weight` only where it is 0), tools, documents and
-        template_arguments.
+      {"prompt": str, "completion": str, "chat": str}. For a pair of texts, prompt and completion are these texts and
+      chat is "". For a chat, prompt and completion are "" and chat is the JSON text of an object with the keys messages
+      (with all their keys, but `weight` only if it is 0), tools, documents and template_arguments.
 
     Raises:
-        ValueError: the row has none of the forms, or more than one, or holds what is not understood; the message names
-            the key and, in a chat, the message (counted from 1, a key "system" among them).
+      ValueError: the row has none of the forms or more than one, or holds something that is not understood. The message
+        names the key and, in a chat, the number of the message. Messages count from 1; a key "system" counts as one.
     """
     row = {key: value for key, value in row.items() if value is not None and key not in ignored_keys}
     for key in row:
@@ -190,7 +190,7 @@ def _from_sharegpt(message: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _content(message: Mapping[str, Any], role: str, name: str) -> str:
-    """The content as one text: a list of parts is joined."""
+    """Returns the content as one text; the parts of a list are joined."""
     what = f"the content of {name}"
     content = message.get("content")
     if content is None and role == "assistant":
@@ -205,7 +205,7 @@ def _content(message: Mapping[str, Any], role: str, name: str) -> str:
                 raise ValueError(f"{what} has a part of the type 'text' without a text")
             texts.append(part["text"])
         content = "".join(texts)
-    # A tool may find nothing, and a message that calls tools need not say anything besides.
+    # A tool may return nothing, and a message that calls tools needs no text.
     if content == "" and (role == "tool" or message.get("tool_calls")):
         return content
     return text_field({**message, "content": content} if content is not None else message, "content", what)
@@ -251,7 +251,7 @@ def _check_single_calls(allowed: Any, messages: Sequence[Mapping[str, Any]]) -> 
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[dict[str, Any]] | None:
-    """A row's list of objects, also where a table holds it as JSON text."""
+    """Returns a list of objects from a row; the row may also hold it as JSON text, as tables do."""
     value = row.get(key)
     if isinstance(value, str):
         try:

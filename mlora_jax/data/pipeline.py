@@ -1,12 +1,13 @@
-"""From tokenised examples to step batches: shuffled by seed, every example once an epoch, resumable exactly.
+"""Makes step batches of tokenised examples: shuffled by a seed, with every example once per epoch, and resumable.
 
-The order is grain's: one permutation an epoch, drawn from the seed and the epoch's number alone. Batches run
-across the borders of epochs, and the very last one is filled up with rows of weight 0, so that no example is
-lost and no shape changes. Accumulation only cuts a step's rows into M parts: the order stays.
+The order is grain's: one permutation per epoch, which depends only on the seed and the number of the epoch. A batch may
+span epochs, and the last batch is padded with rows of weight 0, so that no example is lost and no shape changes.
+Accumulation only splits the rows of a step into M parts, in the same order.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from mlora_jax.core.ranges import SEEDS
 from mlora_jax.data.tokenize import Example
 
-# A thread of its own makes the next few batches while the device works; state counts what was handed out.
+# One thread makes the next few batches while the device works. The state counts only batches that were handed out.
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -23,19 +24,19 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def batch_shape(examples: Sequence[Example], pad_multiple: int = 32) -> tuple[int, int]:
-    """The time and answer axes that hold all of these examples.
+    """Returns the sizes of the time and answer axes that hold all of these examples.
 
     Args:
-        examples: one step's examples, or all of them to force one shape throughout.
-        pad_multiple: the time axis is rounded up to a multiple of it, the answer axis to a power of two.
+      examples: the examples of one step; or all examples, for one shape in all steps.
+      pad_multiple: the time axis is rounded up to a multiple of this. The answer axis is rounded up to a power of two.
 
     Returns:
-        (T, A).
+      (T, A): the number of tokens and the number of targets per example.
 
     Example:
-        >>> example = Example(np.zeros(5, np.int32), np.array([False, False, True, True, True]))
-        >>> batch_shape([example], pad_multiple=8)
-        (8, 4)
+      >>> example = Example(np.zeros(5, np.int32), np.array([False, False, True, True, True]))
+      >>> batch_shape([example], pad_multiple=8)
+      (8, 4)
     """
     length = max(len(example.tokens) for example in examples)
     answers = max(int(example.loss_mask.sum()) for example in examples)
@@ -52,26 +53,26 @@ def collate(
     answers: int | None = None,
     columns: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """One step's batch: the examples in order, row after row, part after part.
+    """Makes the batch of one step. The examples keep their order, row by row and then part by part.
 
     Token t > 0 of an example is predicted by the logits at t - 1, so a target at t appears as position t - 1.
 
     Args:
-        examples: at most `batch_size` of them; missing rows are filled with token 0 and weight 0.
-        batch_size: rows of a step, over all parts.
-        accumulation: M, the parts a step's rows are cut into.
-        pad_multiple: the time axis is rounded up to a multiple of it.
-        length: forces the time axis T, for several pipelines in one batch.
-        answers: forces the answer axis A.
-        columns: (first, end) of the axis B, for one process's share of it; None is all of it.
+      examples: at most `batch_size` examples; missing rows are filled with token 0 and weight 0.
+      batch_size: the number of rows of a step, over all parts.
+      accumulation: M, the number of parts that the rows of a step are split into.
+      pad_multiple: the time axis is rounded up to a multiple of this.
+      length: the size of the time axis T; None: the longest example decides. It is for several pipelines in one batch.
+      answers: the size of the answer axis A; None: the example with the most targets decides.
+      columns: (first, end), the range of the axis B that this process makes; None: the whole axis.
 
     Returns:
-        tokens [M, B, T] int32 (padding 0), positions [M, B, A] int32, targets [M, B, A] int32,
-        weights [M, B, A] float32 (1 for a target, 0 for padding), with B = batch_size // accumulation.
+      tokens [M, B, T] int32 (padding 0), positions [M, B, A] int32, targets [M, B, A] int32,
+      weights [M, B, A] float32 (1 for a target, 0 for padding), with B = batch_size // accumulation.
 
     Raises:
-        ValueError: a batch that accumulation does not divide, too many examples, or none, or a forced axis
-            that is too short.
+      ValueError: accumulation does not divide the batch size, there are no examples or too many, or `length` or
+        `answers` is too small.
     """
     check_batch(batch_size, accumulation)
     if not 0 < len(examples) <= batch_size:
@@ -103,7 +104,15 @@ def collate(
 
 
 def check_batch(batch_size: int, accumulation: int) -> None:
-    """Raises ValueError unless accumulation divides batch_size and both are positive."""
+    """Checks the size of a batch.
+
+    Args:
+      batch_size: the number of rows of a step.
+      accumulation: the number of parts that they are split into.
+
+    Raises:
+      ValueError: accumulation does not divide the batch size, or one of them is not positive.
+    """
     if batch_size < 1 or accumulation < 1 or batch_size % accumulation:
         raise ValueError(
             f"train.batch_size={batch_size} must be a positive multiple of train.accumulation={accumulation}"
@@ -112,13 +121,14 @@ def check_batch(batch_size: int, accumulation: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Step batches over some epochs; `iter` gives a grain iterator with `get_state` and `set_state`.
+    """The step batches of some epochs. `iter` returns a grain iterator with `get_state` and `set_state`.
 
-    The state is a small JSON-able dictionary; an iterator set to it goes on exactly where the other stood.
+    The state is a small dictionary that JSON can store. An iterator that is set to it continues exactly where the other
+    one was.
 
     Attributes:
-        batches: the grain data set behind it, one element (a list of examples) a step.
-        batch_size, accumulation, pad_multiple, length, answers, columns: as in `collate`.
+      batches: the grain data set, with one list of examples per step.
+      batch_size, accumulation, pad_multiple, length, answers, columns: the arguments of `collate`.
     """
 
     batches: grain.MapDataset
@@ -138,12 +148,18 @@ class Pipeline:
         return self.steps
 
     def examples_at(self, step: int) -> list[Example]:
-        """The examples of a step, in order: what `collate` makes its batch of."""
+        """Returns the examples of a step in order, from which `collate` makes the batch.
+
+        Raises:
+          IndexError: there is no such step.
+        """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside 0..{self.steps - 1}")
-        return self.batches[step]
+        # grain's type allows for filtered elements, and nothing is filtered here.
+        return cast(list[Example], self.batches[step])
 
     def collate(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Makes the batch of one step, see the function `collate`."""
         return collate(
             examples,
             batch_size=self.batch_size,
@@ -170,26 +186,27 @@ def make_pipeline(
     answers: int | None = None,
     columns: tuple[int, int] | None = None,
 ) -> Pipeline:
-    """A pipeline over the examples.
+    """Makes a pipeline over the examples.
 
     Args:
-        examples: what `tokenize` gave.
-        seed: 0 to 2**32 - 1; the order of every epoch follows from it.
-        batch_size: rows of a step, over all parts of the accumulation.
-        accumulation: M, the parts a step's rows are cut into.
-        epochs: how often every example appears.
-        pad_multiple: the time axis is rounded up to a multiple of it.
-        length, answers: force the time and answer axes of every batch (see `batch_shape`).
-        columns: as in `collate`: the rows that this process makes, of a batch whose shape all of them know.
+      examples: the examples of `tokenize`.
+      seed: 0 to 2**32 - 1; it determines the order of every epoch.
+      batch_size: the number of rows of a step, over all parts of the accumulation.
+      accumulation: M, the number of parts that the rows of a step are split into.
+      epochs: how often every example appears.
+      pad_multiple: the time axis is rounded up to a multiple of this.
+      length: the size of the time axis of every batch (see `batch_shape`); None: each batch has its own size.
+      answers: the size of the answer axis of every batch; None: each batch has its own size.
+      columns: the range of rows that this process makes, see `collate`.
 
     Raises:
-        ValueError: no examples, or a value out of its range.
+      ValueError: there are no examples, or a value is out of its range.
 
     Example:
-        >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
-        >>> pipeline = make_pipeline([example] * 3, seed=0, batch_size=2, epochs=2)
-        >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
-        (3, (1, 2, 32))
+      >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
+      >>> pipeline = make_pipeline([example] * 3, seed=0, batch_size=2, epochs=2)
+      >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
+      (3, (1, 2, 32))
     """
     check_batch(batch_size, accumulation)
     if not len(examples):
@@ -199,7 +216,7 @@ def make_pipeline(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if seed not in SEEDS:
         raise ValueError(f"the seed must be in 0..{SEEDS.high}, got {seed}")
-    # `seed` hashes the seed before `shuffle` adds the epoch's number: neighbouring seeds share no epoch.
+    # `seed` hashes the seed before `shuffle` adds the number of the epoch, so neighbouring seeds share no permutation.
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)
     return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers, columns)
@@ -210,11 +227,11 @@ class TrialsPipeline:
     """The step batches of K trials that train together, each in the order of its own seed.
 
     All trials of a step share one shape: the time and answer axes that the longest examples of the step need.
-    `iter` gives a grain iterator, as `Pipeline` does.
+    `iter` returns a grain iterator, as for `Pipeline`.
 
     Attributes:
-        pipelines: one per different seed.
-        members: which of them each trial follows, [K].
+      pipelines: one pipeline for each different seed.
+      members: [K], the index into `pipelines` of each trial.
     """
 
     pipelines: tuple[Pipeline, ...]
@@ -226,7 +243,14 @@ class TrialsPipeline:
         return self.pipelines[0].steps
 
     def stack(self, parts: Sequence[Sequence[Example]]) -> dict[str, np.ndarray]:
-        """One step's examples of every pipeline as arrays [K, M, B, ...]; see `collate`."""
+        """Makes one batch of the examples of every pipeline at one step.
+
+        Args:
+          parts: for each pipeline, the examples of the step.
+
+        Returns:
+          The arrays of `collate` with an axis for the trials, [K, M, B, ...].
+        """
         shapes = [batch_shape(examples, self.pipelines[0].pad_multiple) for examples in parts]
         length, answers = (max(axis) for axis in zip(*shapes, strict=True))
         batches = [
@@ -240,14 +264,19 @@ class TrialsPipeline:
         return iter(joined.map(self.stack).to_iter_dataset(READ_OPTIONS))
 
 
-def make_trials_pipeline(examples: Sequence[Example], *, seeds: Sequence[int], **options) -> TrialsPipeline:
-    """The pipeline of trials with these seeds; the other arguments are those of `make_pipeline`.
+def make_trials_pipeline(examples: Sequence[Example], *, seeds: Sequence[int], **options: Any) -> TrialsPipeline:
+    """Makes the pipeline of trials with these seeds.
+
+    Args:
+      examples: the examples of `tokenize`.
+      seeds: [K], the seed of each trial.
+      **options: the other arguments of `make_pipeline`.
 
     Example:
-        >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
-        >>> pipeline = make_trials_pipeline([example] * 3, seeds=(7, 8, 7), batch_size=2)
-        >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
-        (2, (3, 1, 2, 32))
+      >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
+      >>> pipeline = make_trials_pipeline([example] * 3, seeds=(7, 8, 7), batch_size=2)
+      >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
+      (2, (3, 1, 2, 32))
     """
     different = list(dict.fromkeys(seeds))
     pipelines = tuple(make_pipeline(examples, seed=seed, **options) for seed in different)

@@ -1,6 +1,6 @@
-"""Other people's data sets in the forms in which they lie around, as rows of one published schema each.
+"""Reads published data sets from the file forms that are in use, as rows of the published schema of each data set.
 
-The harness's tasks on local files and our own builders read the same files: what is known of their forms stands here.
+The harness's tasks on local files and the builders of this package read the same files, and both use this module.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, cast
 
 from mlora_jax.models.text_file import MalformedLineError, decode_text, text_lines
 
@@ -34,16 +34,17 @@ HELLASWAG_LINES = 6  # context, label, four endings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schema:
-    """What is needed of a data set.
+    """The published schema of a data set and its splits.
 
     Attributes:
-      fields: of every row.
+      fields: the fields that every row has.
       evaluated: the split that is scored.
       shots: the split that few-shot examples are drawn from.
       training: the split to train on.
-      validation: a further labelled split; empty: none.
-      convert: row in another form -> row in the published schema; a published one is returned as it is.
-      others: split -> (file, reader) of further forms.
+      validation: a further split with labels; empty: there is none.
+      convert: a function from a row in any form and its number to a row in the published schema. It returns a row that
+        is in the schema unchanged.
+      others: split -> (file, reader), for splits that also come in a form other than JSON and Parquet.
     """
 
     fields: tuple[str, ...]
@@ -56,7 +57,16 @@ class Schema:
 
 
 def find_split(folder: pathlib.Path, split: str, schema: Schema | None = None) -> pathlib.Path | None:
-    """The file of a split: SPLIT.jsonl, SPLIT.json, SPLIT.parquet, or one of the schema's further forms; else None."""
+    """Finds the file of a split: SPLIT.jsonl, SPLIT.json, SPLIT.parquet, or a further form of the schema.
+
+    Args:
+      folder: the folder of the data set.
+      split: the name of the split.
+      schema: the schema with further forms, if any.
+
+    Returns:
+      The path of the first of these files that exists, or None.
+    """
     files = [f"{split}.{ending}" for ending in ENDINGS]
     if schema and split in schema.others:
         files.append(schema.others[split][0])
@@ -64,10 +74,15 @@ def find_split(folder: pathlib.Path, split: str, schema: Schema | None = None) -
 
 
 def read_split(path: pathlib.Path, split: str, schema: Schema) -> list[Row]:
-    """The rows of a file that `find_split` has found, in the published schema.
+    """Reads the rows of a file that `find_split` has found, in the published schema.
+
+    Args:
+      path: the path of the file.
+      split: the name of the split.
+      schema: the schema of the data set.
 
     Raises:
-      ValueError: a file or a row that cannot be read; the message names both.
+      ValueError: the file or a row cannot be read; the message names both.
     """
     file, reader = schema.others.get(split, ("", None))
     if reader and path.name == file:
@@ -75,8 +90,17 @@ def read_split(path: pathlib.Path, split: str, schema: Schema) -> list[Row]:
     return list(converted(json_rows(path), schema.convert, path))
 
 
-def converted(rows, convert: Callable[[Row, int], Row], path) -> Iterator[Row]:
-    """Rows as `convert(row, number)` makes them; its ValueError is given file and row."""
+def converted(rows: Iterable[Row], convert: Callable[[Row, int], Row], path: str | pathlib.Path) -> Iterator[Row]:
+    """Yields `convert(row, number)` for each row.
+
+    Args:
+      rows: the rows.
+      convert: a function from a row and its number to a row.
+      path: the name of the file in errors.
+
+    Raises:
+      ValueError: `convert` raised it; the message names the file and the row.
+    """
     for number, row in enumerate(rows):
         try:
             yield convert(row, number)
@@ -85,10 +109,10 @@ def converted(rows, convert: Callable[[Row, int], Row], path) -> Iterator[Row]:
 
 
 def json_rows(path: pathlib.Path) -> Iterator[Row]:
-    """The rows of a Parquet file, of a JSON list, or one of each line.
+    """Yields the rows of a Parquet file, a JSON list or a file of JSON lines.
 
     Raises:
-      ValueError: it is none of them; the message names file and row.
+      ValueError: the file is none of these; the message names the file and the row.
     """
     content = path.read_bytes()
     if content.startswith(b"PAR1"):
@@ -97,8 +121,16 @@ def json_rows(path: pathlib.Path) -> Iterator[Row]:
     yield from rows_of_text(path, content)
 
 
-def rows_of_text(path, content: bytes) -> Iterator[Row]:
-    """The rows of a JSON list, or one of each line; `path` is what errors call it."""
+def rows_of_text(path: str | pathlib.Path, content: bytes) -> Iterator[Row]:
+    """Yields the rows of a JSON list or of JSON lines.
+
+    Args:
+      path: the name of the file in errors.
+      content: the bytes of the file.
+
+    Raises:
+      ValueError: the content is neither; the message names the file and the row.
+    """
     text = decode_text(content, path)
     if text.lstrip().startswith("["):
         try:
@@ -114,7 +146,7 @@ def rows_of_text(path, content: bytes) -> Iterator[Row]:
         yield row
 
 
-def _parquet_rows(path, content: bytes) -> list[Row]:
+def _parquet_rows(path: pathlib.Path, content: bytes) -> list[Row]:
     import pyarrow  # slow to import
     import pyarrow.parquet
 
@@ -124,7 +156,7 @@ def _parquet_rows(path, content: bytes) -> list[Row]:
         raise ValueError(f"{path} is not a sound Parquet file: {error}") from None
 
 
-def _parsed_lines(path, content: bytes) -> Iterator[tuple[int, Any]]:
+def _parsed_lines(path: str | pathlib.Path, content: bytes) -> Iterator[tuple[int, Any]]:
     lines = ((number, line) for number, line in text_lines(io.BytesIO(content), path) if line.strip())
     for row, (number, line) in enumerate(lines):
         try:
@@ -134,10 +166,14 @@ def _parsed_lines(path, content: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def archive_rows(path: pathlib.Path, member: str) -> Iterator[Row]:
-    """The rows of a member of a zip or tar archive: a file of JSON lines, or a folder of MMLU's CSV files.
+    """Yields the rows of a member of a zip or tar archive.
+
+    Args:
+      path: the path of the archive.
+      member: the name of a file of JSON lines, or of a folder of MMLU's CSV files, which ends in a slash.
 
     Raises:
-      ValueError: no archive, or none with that member.
+      ValueError: the file is not an archive, or the archive does not have the member.
     """
     found = False
     for name, content in _members(path, member):
@@ -149,10 +185,12 @@ def archive_rows(path: pathlib.Path, member: str) -> Iterator[Row]:
 
 
 def _members(path: pathlib.Path, member: str) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of an archive's files that are `member` or, if it ends in a slash, lie in it; by name.
+    """Yields the name and bytes of an archive's file `member` or, if `member` ends in a slash, of all files in it.
+
+    The files are ordered by name.
 
     Raises:
-      ValueError: the file is no archive, or a damaged one.
+      ValueError: the file is not an archive, or it is damaged.
     """
     chosen = lambda name: name.startswith(member) if member.endswith("/") else name == member  # noqa: E731
     try:
@@ -165,16 +203,21 @@ def _members(path: pathlib.Path, member: str) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path) as archive:
             files = {entry.name: entry for entry in archive.getmembers() if entry.isfile() and chosen(entry.name)}
             for name in sorted(files):
-                yield name, archive.extractfile(files[name]).read()
+                yield name, cast(IO[bytes], archive.extractfile(files[name])).read()  # None only for other entries
     except (tarfile.ReadError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path} is neither a zip nor a tar archive that can be read: {error}") from None
 
 
 def mmlu_rows(label: str, name: str, content: bytes) -> Iterator[Row]:
-    """The rows of one of MMLU's CSV files: question, four choices, letter; the subject is in the file's name.
+    """Yields the rows of one of MMLU's CSV files. A line has a question, four choices and a letter.
+
+    Args:
+      label: the name of the file in errors.
+      name: the name of the file, which holds the subject.
+      content: the bytes of the file.
 
     Raises:
-      ValueError: a line of another form; the message has its number.
+      ValueError: a line has another form; the message has its number.
     """
     subject = re.sub(r"_(?:dev|val|test)$", "", pathlib.PurePosixPath(name).stem)
     for number, line in enumerate(csv.reader(io.StringIO(decode_text(content, label), newline=""))):
@@ -184,12 +227,17 @@ def mmlu_rows(label: str, name: str, content: bytes) -> Iterator[Row]:
 
 
 def arc_row(row: Row, number: int) -> Row:
-    """A row of ARC in the published schema from its instruction form, or from that of the archive ARC-V1.
+    """Converts a row of ARC from its instruction form or from the form of the archive ARC-V1 to the published schema.
 
-    The choices of the instruction form are labelled A, B, ... and the id is the row's number: it keeps neither.
+    The instruction form has neither labels nor an id, so the choices are labelled A, B, ... and the id is the number of
+    the row.
+
+    Args:
+      row: a row in one of these forms, or in the published schema already.
+      number: the number of the row.
 
     Raises:
-      ValueError: another instruction than this form's, or an answer that is none of its choices.
+      ValueError: the instruction does not have the known form, or the answer is none of its choices.
 
     >>> arc_row({"instruction": "Please choose the correct answer to the question: Is ice cold?\\n\\n"
     ...          "Answer1: yes Answer2: no\\n\\nAnswer format: answer1/answer2", "answer": "answer1"}, 7)
@@ -232,12 +280,12 @@ def _arc_archive_row(row: Row) -> Row:
 
 
 def hellaswag_rows(path: pathlib.Path) -> list[Row]:
-    """HellaSwag from six lines an item: "ACTIVITY: CONTEXT", the label, four endings.
+    """Reads HellaSwag from a file with six lines per item: "ACTIVITY: CONTEXT", the label, and four endings.
 
-    The fields ctx_a and ctx_b are missing: this form keeps no trace of where one ends.
+    The fields ctx_a and ctx_b are missing, because this form does not say where ctx_a ends.
 
     Raises:
-      ValueError: lines that are no item; the message has the first one's number.
+      ValueError: some lines are not an item; the message has the number of the first of them.
     """
     try:
         with bz2.open(path, "rb") as file:

@@ -1,19 +1,19 @@
-"""The embedded quickstart's text and task, generated: nothing is downloaded, nothing is copied from anywhere.
+"""Generates the text and the task of the embedded quickstart. Nothing is downloaded or copied from other data.
 
-One small world serves both. 48 animals do things with objects in places; every animal has a home and a food of its
-own. `documents` tells one-sentence stories of this world, each followed by questions with one-word answers:
+The text and the task describe one small world: 48 animals do things with objects in places, and every animal has a home
+and a food. `documents` tells one-sentence stories of this world, each followed by questions with one-word answers:
 
     The quiet bear carried a key by the forest. verb: carried place: forest food: berries
 
-Homes and foods are never in the story: the base has to know them by heart, and does after pretraining.
+The story never states the home or the food, so the base has to memorise them, and it does so in pretraining.
 
-In `task_rows` the animals have moved. The prompt is a story and the question "home:", the answer is the new home: 48
-animals, 16 homes, three animals each, drawn anew without regard to the old ones. The base answers with the old homes,
-so it is right by chance only. The new homes follow no rule, so they cannot be inferred, only learned, and a map from
+In `task_rows` the animals have moved. The prompt is a story and the question "home:", and the answer is the new home.
+Three animals live in each of 16 homes, and the new homes are drawn independently of the old ones. The base answers with
+the old homes, so it is right only by chance. The new homes follow no rule, so they can only be learned, and a map from
 48 animals to 16 words does not fit into one direction per layer.
 
-All animals occur in both splits, as the home of one never seen could only be guessed. Test rows are new combinations:
-an animal is never in the same place in both splits, hence no prompt is.
+All animals occur in both splits, because the home of an animal that was never seen could only be guessed. Test rows are
+new combinations: an animal is never in the same place in both splits, so no prompt is in both splits.
 """
 
 import random
@@ -29,7 +29,7 @@ DWELLINGS = tuple("den nest burrow hive pond stable tree cave kennel sty coop we
 FOODS = tuple("grass fish seeds nuts berries worms bread apples".split())
 PLACES = tuple("river forest hill lake barn garden shore road field bridge mill meadow".split())
 OBJECTS = tuple("key ball book coin rope lamp drum cup hat box spoon kite".split())
-VERBS = tuple("found lost kept moved wanted dropped carried washed".split())  # Past tense and participle are one.
+VERBS = tuple("found lost kept moved wanted dropped carried washed".split())  # The past tense equals the participle.
 ADJECTIVES = tuple("old young small big shy brave quiet happy".split())
 TIMES = ("One day", "At night", "In spring", "Long ago")
 
@@ -42,19 +42,19 @@ STORIES = (
 QUESTIONS = ("animal", "verb", "object", "place", "home", "food")
 QUESTIONS_PER_STORY = 3
 
-ROWS = {"train": 4800, "test": 384}  # Multiples of the number of animals: all occur equally often.
-TEST_PLACES = 3  # Of each animal; the others are for training.
+ROWS = {"train": 4800, "test": 384}  # Multiples of the number of animals, so that all occur equally often.
+TEST_PLACES = 3  # The number of test places of each animal; the other places are for training.
 
 
 def assign(key: str, values: tuple[str, ...]) -> dict[str, str]:
-    """Gives every animal one of the values, each to equally many animals.
+    """Assigns one of the values to every animal; each value goes to the same number of animals.
 
     Args:
-        key: what the draw depends on.
-        values: their number divides that of the animals.
+      key: the seed of the draw.
+      values: the values; their number divides the number of animals.
 
     Returns:
-        animal -> value.
+      animal -> value.
     """
     pool = list(values) * (len(ANIMALS) // len(values))
     random.Random(key).shuffle(pool)
@@ -66,18 +66,18 @@ DIET = assign("foods", FOODS)
 
 
 def documents(count: int, seed: int = 0) -> Iterator[str]:
-    """Text for pretraining: a story, then questions with their answers.
+    """Generates the text for pretraining. A document is a story and questions with their answers.
 
     Args:
-        count: number of documents.
-        seed: of the stories; the world stays the same.
+      count: the number of documents.
+      seed: the seed of the stories; it does not change the world.
 
     Returns:
-        The documents, about 20 words each.
+      An iterator over the documents, which have about 20 words each.
 
     Example:
-        >>> next(documents(1))  # doctest: +SKIP
-        'The quiet bear carried a key by the forest. verb: carried place: forest food: berries'
+      >>> next(documents(1))  # doctest: +SKIP
+      'The quiet bear carried a key by the forest. verb: carried place: forest food: berries'
     """
     draw = random.Random(f"documents {seed}")
     for _ in range(count):
@@ -88,18 +88,18 @@ def documents(count: int, seed: int = 0) -> Iterator[str]:
 
 
 def task_rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
-    """The rows of the task: where does the animal of the story live now?
+    """Generates the rows of the task: where does the animal of the story live now?
 
     Args:
-        split: "train" or "test".
-        seed: of the new homes, of the division into splits and of the stories.
+      split: "train" or "test".
+      seed: the seed of the new homes, the division into splits and the stories.
 
     Returns:
-        Rows {"prompt": str, "answer": str, "choices": the homes, "label": index of the answer among them}. Choices
-        begin with a space. Every animal occurs equally often, so does every label; no two prompts are equal.
+      Rows {"prompt": str, "answer": str, "choices": the homes, "label": the index of the answer among them}. The
+      choices begin with a space. All animals occur equally often, and so do all labels. No two prompts are equal.
 
     Raises:
-        ValueError: an unknown split.
+      ValueError: the split is unknown.
     """
     if split not in ROWS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(map(repr, ROWS))}")

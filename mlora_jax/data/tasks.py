@@ -1,7 +1,7 @@
-"""The tasks: where the rows come from, how a row is put to the model, how an answer is scored.
+"""The table of tasks: where the rows come from, how a row is worded for the model, and how an answer is scored.
 
-Adding a task is adding a builder package and a row to `TASKS`; adding a wording is adding a row to its
-`styles`. Styles apply when rows are read, so another wording never needs another build.
+A new task is a builder package and a row of `TASKS`. A new wording is a row of the task's `styles`. Styles apply when
+rows are read, so a new wording does not need a new build.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ class Style:
     """A wording of a task.
 
     Attributes:
-        prompt: template of the prompt; `{field}` is a field of the stored row.
-        without: field -> template of the prompt of rows in which that field is blank.
-        answer: template of the answer; unused where there are choices.
-        choices: every answer of a classification, in the order of the labels; empty: the row's own, if any.
-        choice: template of one of the row's own choices.
-        boundary: how the border between prompt and answer is tokenised, "separate", "joint" or "lossless" (see
-            `Tokenizer.encode_pair`).
+      prompt: the template of the prompt; `{field}` is a field of the stored row.
+      without: field -> the template of the prompt for rows in which that field is blank.
+      answer: the template of the answer; it is not used if there are choices.
+      choices: all answers of a classification, in the order of the labels; empty: each row has its own choices or none.
+      choice: the template of one of the row's own choices.
+      boundary: how the boundary between prompt and answer is tokenised, "separate", "joint" or "lossless" (see
+        `Tokenizer.encode_pair`).
     """
 
     prompt: str
@@ -35,11 +35,17 @@ class Style:
     boundary: str = "joint"
 
     def render(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A stored row as {"prompt": str, "answer": str, "choices": list of str, "label": int (-1: none)}.
+        """Renders a stored row.
+
+        Args:
+          row: the stored row.
+
+        Returns:
+          {"prompt": str, "answer": str, "choices": list of str, "label": int}; without choices, the label is -1.
 
         Example:
-            >>> Style(prompt="{text} =>", choices=(" no", " yes")).render({"text": "So?", "label": 1})
-            {'prompt': 'So? =>', 'answer': ' yes', 'choices': [' no', ' yes'], 'label': 1}
+          >>> Style(prompt="{text} =>", choices=(" no", " yes")).render({"text": "So?", "label": 1})
+          {'prompt': 'So? =>', 'answer': ' yes', 'choices': [' no', ' yes'], 'label': 1}
         """
         choices = list(self.choices) or [self.choice.format(choice=choice) for choice in row.get("choices", ())]
         label = int(row["label"]) if choices else -1
@@ -53,10 +59,9 @@ class ChatStyle:
     """A way to write a chat as text.
 
     Attributes:
-        headers: what stands before a message, by role; None: the chat template of the model's tokenizer
-            decides everything.
-        footer: what stands after a message.
-        boundary: how the border between prompt and answer of a prompt/completion line is tokenised.
+      headers: role -> the text before a message; None: the chat template of the model's tokenizer writes the chat.
+      footer: the text after a message.
+      boundary: how the boundary between prompt and answer of a prompt/completion line is tokenised.
     """
 
     headers: Mapping[str, str] | None
@@ -69,12 +74,13 @@ class Task:
     """A row of the table of tasks.
 
     Attributes:
-        name: the task's name, also that of its builder package.
-        styles: its wordings by name, the first being the default.
-        metric: "choice" (the most likely of the choices is the label's), "exact_match" (of greedy generation) or
-            "tokens" (the share of the answers' tokens that are the most likely ones behind the true text before them).
-        answer_pattern: regular expression whose first group is the answer to compare; empty: all text.
-        stop: strings at which greedy generation ends, besides the end-of-sequence token.
+      name: the name of the task and of its builder package.
+      styles: the wordings by name; the first one is the default.
+      metric: "choice" (whether the most likely choice is the one of the label), "exact_match" (whether greedy
+        generation gives the answer) or "tokens" (the fraction of the answers' tokens that are the most likely ones
+        after the true text before them).
+      answer_pattern: a regular expression whose first group is the answer to compare; empty: the whole text.
+      stop: the strings at which greedy generation ends; it also ends at the end-of-sequence token.
     """
 
     name: str
@@ -84,15 +90,18 @@ class Task:
     stop: tuple[str, ...] = ()
 
     @property
-    def builder(self) -> type:
-        """The TFDS builder class; importing it imports TFDS."""
+    def builder(self) -> type[Any]:
+        """The TFDS builder class; the first use imports TFDS."""
         return importlib.import_module(f"{BUILDERS}.{self.name}.{self.name}_dataset_builder").Builder
 
     def style(self, name: str = "") -> Style | ChatStyle:
-        """The style of that name, or the default one.
+        """Returns a style of the task.
+
+        Args:
+          name: the name of the style; empty: the default style.
 
         Raises:
-            ValueError: an unknown name; the message has the known ones.
+          ValueError: the name is unknown; the message lists the known names.
         """
         chosen = name or next(iter(self.styles))
         if chosen not in self.styles:
@@ -139,7 +148,7 @@ _TASKS = (
                 boundary="separate",
             ),
         },
-        # Long free answers: none is ever met word for word.
+        # The answers are long and free, so generation never matches one word for word.
         metric="tokens",
     ),
     *(
@@ -162,7 +171,7 @@ _TASKS = (
     ),
     Task(
         name="winogrande",
-        # The harness compares the rest of the sentence behind either word, which is not one prompt with two answers.
+        # The harness compares the rest of the sentence after each word, which is not one prompt with two answers.
         styles={"default": Style(prompt="{question}\nThe blank is:", choice=" {choice}")},
         metric="choice",
     ),
@@ -193,10 +202,10 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """Returns the task of that name.
 
     Raises:
-        ValueError: an unknown name; the message has the nearest and all known ones.
+      ValueError: the name is unknown; the message has the nearest known name and all known names.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)

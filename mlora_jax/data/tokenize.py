@@ -1,13 +1,16 @@
-"""Rows to tokens and loss mask: prompt, answer, end-of-sequence token; the loss is on the answer and the end.
+"""Tokenises rows: prompt, answer, end-of-sequence token, with a loss mask on the answer and the end-of-sequence token.
 
-An answer that is one of a row's choices has no end token: it is scored without one.
+An answer that is one of a row's choices has no end-of-sequence token, because it is scored without one.
 
-How the border between prompt and answer is tokenised matters. The boundary "separate" encodes the two on their
-own (the reference code's way); "joint" encodes them as one text and cuts where the prompt alone would end
-(lm-evaluation-harness's way, and so that of the tasks with choices, which are trained as they are scored);
-"lossless" does so too where no text is lost by it, and elsewhere encodes the answer as what continues the prompt
-(the way of own data: its tokens always spell prompt and completion). The same prompt gives other tokens either
-way, so a run states its boundary; see `Tokenizer.encode_pair`.
+It matters how the boundary between prompt and answer is tokenised. There are three ways:
+
+- "separate" encodes prompt and answer on their own, as the reference code does.
+- "joint" encodes them as one text and splits it where the prompt alone would end, as lm-evaluation-harness does. Tasks
+  with choices use it, so that they are trained as they are scored.
+- "lossless" does the same as "joint" if no text is lost, and otherwise encodes the answer as a continuation of the
+  prompt. Own data use it, because the tokens always spell prompt and completion.
+
+The same row gives different tokens in each of these ways, so a run states its boundary; see `Tokenizer.encode_pair`.
 """
 
 import dataclasses
@@ -28,9 +31,9 @@ class Example:
     """One tokenised row.
 
     Attributes:
-        tokens: int32 [T].
-        loss_mask: bool [T], True where the token is a target; never at 0, which nothing predicts.
-        row: the row's number in its split.
+      tokens: int32 [T].
+      loss_mask: bool [T], True where the token is a target. It is False at 0, because nothing predicts this token.
+      row: the number of the row in its split.
     """
 
     tokens: np.ndarray
@@ -40,11 +43,13 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """What came of the rows: kept + dropped of them, `truncated` of the kept ones cut.
+    """The tokenised rows of a split and the number of rows that were kept, dropped and truncated.
 
     Attributes:
-        examples: the kept ones, in the rows' order.
-        kept, dropped, truncated: counts of rows.
+      examples: the examples that were kept, in the order of the rows.
+      kept: the number of rows that were kept.
+      dropped: the number of rows that were left out.
+      truncated: the number of kept rows that were cut to the limit.
     """
 
     examples: list[Example]
@@ -72,7 +77,7 @@ def _truncate(example: Example, max_length: int, name: str) -> Example | None:
     return Example(example.tokens[:max_length], mask, example.row) if mask.any() else None
 
 
-# What becomes of an example longer than the limit: an error, nothing, or a shorter one.
+# How an example that is longer than the limit is handled: it is an error, it is left out, or it is cut.
 OVERFLOW = {"error": _error, "drop": _drop, "truncate": _truncate}
 
 
@@ -87,22 +92,22 @@ def tokenize(
 ) -> Tokenized:
     """Tokenises rows for training.
 
-    A prompt begins with BOS if the model's tokenizer adds one; an answer ends in EOS (a chat written by the
-    tokenizer's template ends its turns its own way, and one of several choices has no end). The loss is on the
-    answer and what ends it.
+    A prompt begins with BOS if the model's tokenizer adds it. An answer ends in EOS, with two exceptions: the
+    tokenizer's template ends the turns of a chat itself, and one of several choices has no end. The loss is on the
+    answer and its end.
 
     Args:
-        rows: as `load_task` gives them.
-        tokenizer: the model's.
-        boundary: "separate", "joint" or "lossless".
-        max_length: the longest example in tokens, its end token included.
-        overflow: what to do with a longer one: "error", "drop", or "truncate" (cut on the right; one whose
-            whole answer is cut away counts as dropped).
-        split: what errors call the rows.
+      rows: the rows of `load_task`.
+      tokenizer: the model's tokenizer.
+      boundary: "separate", "joint" or "lossless".
+      max_length: the limit of an example's length in tokens, with its end token.
+      overflow: how a longer example is handled: "error"; "drop", which leaves it out; or "truncate", which cuts it on
+        the right. An example whose whole answer would be cut counts as dropped.
+      split: the name of the rows in errors.
 
     Raises:
-        ValueError: an unknown overflow, a row over the limit under "error", a row without anything to learn
-            or to learn it from, one that "lossless" cannot tokenise, or no row left.
+      ValueError: the overflow is unknown, a row is over the limit under "error", a row has an empty answer or an empty
+        prompt, "lossless" cannot tokenise a row, or no row is left.
     """
     if overflow not in OVERFLOW:
         raise ValueError(f"unknown data.overflow {overflow!r}, expected one of {', '.join(map(repr, OVERFLOW))}")
@@ -138,10 +143,17 @@ def tokenize(
 def encode_row(
     row: Mapping[str, Any], tokenizer: Tokenizer, *, boundary: str, name: str = "the row", index: int = 0
 ) -> Example:
-    """One row as tokens and loss mask, of any length.
+    """Tokenises one row, without a limit of its length.
+
+    Args:
+      row: a row of `load_task`.
+      tokenizer: the model's tokenizer.
+      boundary: "separate", "joint" or "lossless".
+      name: the name of the row in errors.
+      index: the number of the row in its split.
 
     Raises:
-        ValueError: an answer without tokens, a prompt without any before it, or what `encode_pair` refuses.
+      ValueError: the answer has no tokens, no token comes before it, or `encode_pair` refuses the texts.
     """
     if "pieces" not in row:
         try:
@@ -173,17 +185,17 @@ def encode_row(
 def check_vocabulary(
     rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, vocab_size: int, boundary: str, split: str
 ) -> None:
-    """Checks that a model knows every token of some rows, their choices included.
+    """Checks that a model knows every token of some rows and of their choices.
 
     Args:
-        rows: as `load_task` gives them.
-        tokenizer: the model's.
-        vocab_size: V of the model, which knows the ids below it.
-        boundary: "separate", "joint" or "lossless".
-        split: what errors call the rows.
+      rows: the rows of `load_task`.
+      tokenizer: the model's tokenizer.
+      vocab_size: V of the model; the model knows the ids below V.
+      boundary: "separate", "joint" or "lossless".
+      split: the name of the rows in errors.
 
     Raises:
-        ValueError: a row holds a token whose id is V or more; the message names row, token, id and V.
+      ValueError: a row holds a token whose id is V or more; the message names the row, the token, its id and V.
     """
     if tokenizer.largest_id < vocab_size:
         return
@@ -203,20 +215,30 @@ def check_vocabulary(
 def _token(tokenizer: Tokenizer, id: int) -> str:
     try:
         return repr(tokenizer.token(id))
-    except ValueError:  # named by number in the model's own files only
+    except ValueError:  # the model's files name this token only by its number
         return "without a name"
 
 
 def prompt_tokens(row: Mapping[str, Any], tokenizer: Tokenizer, *, boundary: str, name: str = "the row") -> list[int]:
-    """The tokens that a row's last answer was trained to follow: what generation starts from."""
+    """Returns the tokens that generation starts from: all tokens before the row's last answer.
+
+    Args:
+      row: a row of `load_task`.
+      tokenizer: the model's tokenizer.
+      boundary: "separate", "joint" or "lossless".
+      name: the name of the row in errors.
+    """
     example = encode_row(row, tokenizer, boundary=boundary, name=name)
-    # The last answer runs to the end, so the last token without loss is the one before it.
+    # The last answer reaches to the end, so the last token without loss is the one before it.
     before = np.flatnonzero(~example.loss_mask)[-1] + 1
     return example.tokens[:before].tolist()
 
 
 def _encode_joined(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[tuple[list[int], bool, bool]]:
-    """Pieces of one text: encoded whole, and cut where the text up to a border alone has the same tokens."""
+    """Encodes the pieces as one text and splits its tokens at the boundaries of the pieces.
+
+    At a boundary, it splits after the tokens that the text up to the boundary has when it is encoded alone.
+    """
     whole = tokenizer.encode("".join(piece.text for piece in pieces), bos=True)
     parts = []
     text, start = "", 0

@@ -1,1 +1,1 @@
-"""Many devices and many hosts: the mesh, where every array lies on it, and what processes have to agree on."""
+"""Runs on several devices and hosts: the mesh, the sharding of every array, and what the processes agree on."""

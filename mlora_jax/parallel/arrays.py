@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.parallel.mesh import ROWS
 from mlora_jax.parallel.rules import replicated, rows_sharding, shardings
 
+Tree = Any
 
-def put(tree, placed):
-    """A tree laid out as given; what several processes put there, each of them has the whole of.
+
+class ResumableBatches(Protocol):
+    """An iterator over batches whose position can be stored and restored."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+
+    def get_state(self) -> Any:
+        """Returns the position of the iterator."""
+
+    def set_state(self, state: Any) -> None:
+        """Moves the iterator to a position that `get_state` returned."""
+
+
+def put(tree: Tree, placed: Tree) -> Tree:
+    """Puts the arrays of a tree on devices. With several processes, each of them must hold the same whole arrays.
 
     Args:
-      tree: of arrays.
-      placed: tree of shardings, or one for all.
+      tree: a tree of arrays.
+      placed: a tree of shardings, or one sharding for all arrays.
+
+    Returns:
+      The tree with these shardings.
     """
     if isinstance(placed, jax.sharding.Sharding):
         return jax.tree.map(lambda leaf: _put(leaf, placed), tree)
     return jax.tree.map(_put, tree, placed)
 
 
-def _put(leaf, sharding: jax.sharding.Sharding):
+def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return _identity(sharding)(leaf)
@@ -38,81 +58,115 @@ def _put(leaf, sharding: jax.sharding.Sharding):
 
 
 @functools.lru_cache(maxsize=256)
-def _identity(sharding: jax.sharding.Sharding):
+def _identity(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=sharding)
 
 
-def put_replicated(tree, mesh: Mesh | None):
-    """A tree on every device; without a mesh as it is."""
+def put_replicated(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Puts a copy of a tree on every device of the mesh. Without a mesh, the tree is returned unchanged."""
     return tree if mesh is None else put(tree, replicated(mesh))
 
 
-def put_weights(tree, mesh: Mesh | None, *, trials: bool = False):
-    """A tree laid out by the rules for paths; without a mesh as it is."""
+def put_weights(tree: Tree, mesh: Mesh | None, *, trials: bool = False) -> Tree:
+    """Shards a tree of weights by `rules.RULES`. Without a mesh, the tree is returned unchanged.
+
+    Args:
+      tree: a tree of arrays.
+      mesh: a mesh with all of `mesh.AXES`, or None.
+      trials: whether the first axis of every array counts trials.
+    """
     return tree if mesh is None else put(tree, shardings(tree, mesh, trials=trials))
 
 
-def put_rows(tree, mesh: Mesh | None, axis: int, *, trials: bool = False, over=("data", "fsdp")):
-    """A tree whose arrays count rows along one axis; without a mesh as it is."""
+def put_rows(
+    tree: Tree, mesh: Mesh | None, axis: int, *, trials: bool = False, over: tuple[str, ...] = ("data", "fsdp")
+) -> Tree:
+    """Shards a tree over the rows of its arrays. Without a mesh, the tree is returned unchanged.
+
+    Args:
+      tree: a tree of arrays.
+      mesh: a mesh with all of `mesh.AXES`, or None.
+      axis: the axis that counts rows in every array.
+      trials: whether the first axis of every array counts trials.
+      over: the axes of the mesh that the rows are sharded over.
+    """
     if mesh is None:
         return tree
     return jax.tree.map(lambda leaf: _put(leaf, rows_sharding(mesh, leaf.ndim, axis, trials=trials, over=over)), tree)
 
 
-def fetch(tree):
-    """A tree with arrays that this process can read: those that lie on several hosts are gathered to all of them."""
+def fetch(tree: Tree) -> Tree:
+    """Returns a tree whose arrays this process can read. Arrays of several processes are gathered to each of them."""
 
-    def one(leaf):
+    def one(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         if not leaf.is_fully_replicated:
-            mesh = leaf.sharding.mesh
-            leaf = _identity(replicated(mesh))(leaf)
+            # Arrays on several hosts are all made with a NamedSharding.
+            leaf = _identity(replicated(cast(NamedSharding, leaf.sharding).mesh))(leaf)
         return leaf.addressable_data(0)
 
     return jax.tree.map(one, tree)
 
 
-def on_one_device(tree):
-    """A tree whose arrays lie whole on this process's first device."""
+def on_one_device(tree: Tree) -> Tree:
+    """Returns a tree whose arrays lie unsharded on this process's first device."""
     device = jax.local_devices()[0]
 
-    def one(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    def one(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(fetch(leaf), device)
         return jax.device_put(np.asarray(fetch(leaf)), device)
 
     return jax.tree.map(one, tree)
 
 
-def split_rows(x, axis: int, shards: int):
-    """[..., B, ...] as [S, ..., B / S, ...]: one part for each shard, in order. An array of the host stays there."""
+def split_rows(x: Any, axis: int, shards: int) -> Any:
+    """Splits the rows of an array into one part per shard, in order. A NumPy array stays a NumPy array.
+
+    Args:
+      x: [..., B, ...], an array of NumPy or jax.
+      axis: the position of B.
+      shards: S, which divides B.
+
+    Returns:
+      [S, ..., B / S, ...].
+    """
     parts = x.reshape(*x.shape[:axis], shards, x.shape[axis] // shards, *x.shape[axis + 1 :])
     return parts.transpose(axis, *range(axis), *range(axis + 1, parts.ndim))
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(first, end) of the rows of a batch that the devices of this process hold, of all B."""
+    """Returns the range of a batch's rows that the devices of this process hold.
+
+    Args:
+      mesh: the mesh of all processes.
+      rows: B, the number of rows over all processes.
+
+    Returns:
+      (first, end), two indices into B.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
-    bounds = [index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    bounds = [index[0].indices(rows)[:2] for index in indices if index is not None]
     firsts, ends = zip(*bounds, strict=True)
     return min(firsts), max(ends)
 
 
 class GlobalBatches:
-    """Batches of all processes, made of the rows that each of them reads.
+    """Iterates over the batches of all processes; each process reads only its own rows of them.
 
     Args:
-      batches: iterator over arrays [K, M, rows of this process, ...], with `get_state` and `set_state`.
-      mesh: of the devices of all processes.
-      rows: B, of all processes.
-      columns: (first, end) of the rows of this process.
+      batches: an iterator over arrays [K, M, rows of this process, ...], with `get_state` and `set_state`.
+      mesh: the mesh of the devices of all processes.
+      rows: B, the number of rows over all processes.
+      columns: (first, end), the range of the rows of this process.
     """
 
-    def __init__(self, batches, mesh: Mesh, rows: int, columns: tuple[int, int]):
+    def __init__(self, batches: ResumableBatches, mesh: Mesh, rows: int, columns: tuple[int, int]):
         self._batches, self._mesh, self._rows, self._first = batches, mesh, rows, columns[0]
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
@@ -122,16 +176,16 @@ class GlobalBatches:
         shape = (*array.shape[:2], self._rows, *array.shape[3:])
         sharding = rows_sharding(self._mesh, array.ndim, 2, trials=True)
 
-        def part(index):
+        def part(index: Any) -> np.ndarray:
             first, end, _ = index[2].indices(self._rows)
             return array[(*index[:2], slice(first - self._first, end - self._first), *index[3:])]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
-    def get_state(self):
-        """Where the iterator is."""
+    def get_state(self) -> Any:
+        """Returns the position of the iterator, for `set_state`."""
         return self._batches.get_state()
 
-    def set_state(self, state) -> None:
-        """Goes there."""
+    def set_state(self, state: Any) -> None:
+        """Moves the iterator to a position that `get_state` returned."""
         self._batches.set_state(state)

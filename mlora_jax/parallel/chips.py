@@ -1,4 +1,4 @@
-"""TPU chips by their published numbers, and slices of them by name, for the compiler alone: no chip is needed."""
+"""The published numbers of TPU chips, and slices to compile programs for. Neither needs a TPU."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """A kind of TPU chip.
 
     Attributes:
-      name: as topologies are called after it.
-      flops: dense bfloat16 products, FLOP/s.
-      memory: of the chip, bytes; the compiler keeps some of it.
-      memory_bandwidth: bytes/s.
-      link_bandwidth: of all links to other chips together, bytes/s in one direction.
-      axes: of the torus.
+      name: the name that topologies begin with, such as v5e.
+      flops: the peak rate of dense bfloat16 products, FLOP/s.
+      memory: the memory of the chip, bytes; the compiler reserves some of it.
+      memory_bandwidth: the rate of the main memory, bytes/s.
+      link_bandwidth: the rate of all links to other chips together, bytes/s in one direction.
+      axes: the number of axes of the torus.
       source: where the numbers are published.
     """
 
@@ -37,7 +37,7 @@ class Chip:
 
 
 _DOCS = "https://cloud.google.com/tpu/docs"
-# What is published as bidirectional is counted half: a ring sends as much as it receives.
+# Bidirectional rates are halved: in a ring, a chip sends as much as it receives.
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
@@ -51,11 +51,11 @@ CHIPS: dict[str, Chip] = {
         Chip("v4", 275e12, 32 * GIB, 1200e9, 300e9, 3, f"{_DOCS}/v4"),
     )
 }
-# Of the TPU compiler, which otherwise looks for chips, asks a metadata server, and lets in one process at a time.
+# Without these settings the TPU compiler looks for chips, asks a metadata server, and serves one process at a time.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of this machine if it had any; the topology's name decides
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # the compiler needs a value, but the topology's name decides
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -68,28 +68,31 @@ class Slice:
     """Chips that are wired together.
 
     Attributes:
-      name: such as v5e:4x4.
-      chip: of which there are `count`.
-      count: chips.
-      devices: descriptions that programs can be compiled for, not run on.
+      name: the topology, such as v5e:4x4.
+      chip: the kind of the chips.
+      count: the number of chips.
+      devices: descriptions of devices; programs can be compiled for them, but cannot run on them.
     """
 
     name: str
     chip: Chip
     count: int
-    devices: tuple[jax.Device, ...]
+    devices: tuple[jax.Device, ...]  # pyright: ignore[reportInvalidTypeForm]  jax exports the class as a variable
 
     @property
     def per_device(self) -> float:
-        """What part of a chip a device is: 1, but for chips whose cores are devices of their own."""
+        """The number of chips per device: 1, or less for chips whose cores are separate devices."""
         return self.count / len(self.devices)
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the shape of a slice.
+    """Returns the chip and the shape of a slice.
+
+    Args:
+      name: the topology, such as v5e:4x4.
 
     Raises:
-      ValueError: another kind of chip, or a shape that is none.
+      ValueError: the chip is unknown, or the shape is malformed.
 
     >>> chip, shape = parse_topology("v5e:4x4")
     >>> chip.name, shape
@@ -106,14 +109,14 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def topology(name: str) -> Slice:
-    """A slice to compile for, from the TPU compiler in the `libtpu` wheel.
+    """Returns a slice to compile for, as the TPU compiler in the `libtpu` wheel describes it.
 
     Args:
-      name: such as v5e:16x16.
+      name: the topology, such as v5e:16x16.
 
     Raises:
-      ModuleNotFoundError: there is no TPU compiler.
-      ValueError: a topology that it does not know.
+      ModuleNotFoundError: the TPU compiler is not installed.
+      ValueError: the name is malformed, or the compiler does not know the topology.
     """
     chip, shape = parse_topology(name)
     if not has_compiler():
@@ -132,5 +135,5 @@ def topology(name: str) -> Slice:
 
 
 def has_compiler() -> bool:
-    """Whether programs can be compiled for TPUs here."""
+    """Whether the TPU compiler is installed."""
     return bool(os.environ.get("TPU_LIBRARY_PATH")) or importlib.util.find_spec("libtpu") is not None

@@ -1,7 +1,7 @@
-"""What a compiled program computes and moves on one device, the bodies of loops times their trip count.
+"""Counts what a compiled program computes and moves on one device. Bodies of loops count once per iteration.
 
-Read from the text of the optimised HLO (`jax.stages.Compiled.as_text`): its shapes are those of one device. The
-compiler's own count (`Compiled.cost_analysis`) takes the body of a loop once, however often it runs.
+The counts come from the text of the optimised HLO (`jax.stages.Compiled.as_text`), whose shapes are those of one
+device. The compiler's own count (`Compiled.cost_analysis`) takes the body of a loop once, however often it runs.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ KernelFlops = Callable[[Sequence[Shape]], float]
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
-# Custom calls that compute.
+# The targets of custom calls that compute.
 KERNELS = ("tpu_custom_call",)
-# What a device sends, and receives, around a ring of n, in payloads; an all-reduce is a reduce-scatter and then an
-# all-gather. Source: Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005.
+# How many payloads a device sends in a ring of n devices; it receives as many. An all-reduce is a reduce-scatter and
+# then an all-gather. Source: Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005.
 _PAYLOADS_MOVED = {
     "all-gather": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -46,7 +46,7 @@ _PAYLOADS_MOVED = {
     "collective-permute": lambda n: 1.0,
     "collective-broadcast": lambda n: 1.0,
 }
-# Nothing happens in these, or what happens is counted where it begins.
+# These instructions cost nothing, or their cost is counted at the instruction that starts the work.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"),
     *("partition-id", "replica-id", "domain", "get-dimension-size", "iota"),
@@ -57,13 +57,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind over groups of one size.
+    """The collectives of one kind over groups of one size.
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      group: devices that take part together.
-      count: how often they run.
-      payload: bytes on one device over all runs: the larger of operand and result.
+      group: the number of devices in a group.
+      count: how many collectives run.
+      payload: the bytes on one device, summed over all runs; of operand and result, the larger one counts.
     """
 
     kind: str
@@ -73,21 +73,22 @@ class Traffic:
 
     @property
     def moved(self) -> float:
-        """Bytes that one device sends, and receives, if the group is a ring."""
+        """The bytes that one device sends if the group is a ring; it receives as many."""
         return self.payload * _PAYLOADS_MOVED[self.kind](self.group)
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one device does in one run of a program.
+    """The costs of one run of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions, and what kernels state of themselves; a multiplication and an addition
-        are two.
-      main_bytes: read from and written to main memory by the instructions that are not inside a fusion.
-      traffic: of collectives.
-      open_loops: loops whose trip count is not in the program.
-      silent_kernels: kernels whose FLOPs are not known, by name: how often each runs.
+      flops: the FLOPs of matrix products and convolutions, and those that kernels state; a multiplication and an
+        addition count as two.
+      main_bytes: the bytes that instructions read from and write to main memory; instructions inside a fusion do not
+        count.
+      traffic: the traffic of the collectives.
+      open_loops: the number of loops whose trip count is not in the program.
+      silent_kernels: the name of each kernel whose FLOPs are not known -> how often it runs.
     """
 
     flops: float
@@ -98,23 +99,24 @@ class Costs:
 
     @property
     def moved_bytes(self) -> float:
-        """Of all collectives, see `Traffic.moved`."""
+        """The bytes that one device sends in all collectives, see `Traffic.moved`."""
         return sum(each.moved for each in self.traffic)
 
 
 def program_costs(text: str, *, open_trips: int = 1, kernels: Mapping[str, KernelFlops] | None = None) -> Costs:
     """Counts what a compiled program does.
 
-    Elementwise work, reductions and sorts count as memory traffic, not as FLOPs. Of a conditional the branch with the
-    most FLOPs counts.
+    Elementwise work, reductions and sorts count as memory traffic, not as FLOPs. A conditional costs as much as its
+    branch with the most FLOPs.
 
     Args:
-      text: of the optimised HLO.
-      open_trips: how often the body of a loop runs whose trip count is not in the program.
-      kernels: FLOPs of those that state none, by the beginning of their names: a function of their operands.
+      text: the text of the optimised HLO.
+      open_trips: the assumed trip count of loops whose trip count is not in the program.
+      kernels: for kernels that do not state their FLOPs, the beginning of a kernel's name -> a function from the shapes
+        of its operands to its FLOPs.
 
     Raises:
-      ValueError: a text without an entry computation.
+      ValueError: the text has no entry computation.
 
     >>> text = '''HloModule tiny
     ... ENTRY %main (a: f32[2,3], b: f32[3,4]) -> f32[2,4] {
@@ -143,7 +145,7 @@ class _Sum:
     flops: float = 0.0
     main_bytes: float = 0.0
     traffic: dict[tuple[str, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
-    silent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    silent: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
     def add(self, other: _Sum, times: float = 1.0) -> None:
         self.flops += times * other.flops
@@ -176,7 +178,7 @@ class _Counter:
         self.costs = functools.cache(self._costs)
 
     def _costs(self, name: str) -> _Sum:
-        """Of one run of a computation."""
+        """The costs of one run of a computation."""
         total = _Sum()
         computation = self._computations[name]
         for instruction in computation.values():
@@ -224,7 +226,7 @@ class _Counter:
         return total
 
     def _trips(self, one: Instruction, computation: Computation, condition: Computation) -> int | None:
-        """Of a loop that counts up by one from a constant while it is less than another one."""
+        """The trip count of a loop that counts up by one from a constant to another constant; None for other loops."""
         compare = root_of(condition)
         names = compare.operands
         if compare.opcode == "fusion":
@@ -243,7 +245,7 @@ class _Counter:
         return None if start is None or limit is None else max(limit - start, 0)
 
     def _constant(self, name: str | None, computation: Computation) -> int | None:
-        """The value of a number that is the same in every run of its computation, if the program says it."""
+        """The value of a number if the program states it and it is the same in every run of its computation."""
         if name is None or name not in computation:
             return None
         one = computation[name]
@@ -261,14 +263,15 @@ class _Counter:
             return None
         loop, outer = loop
         body = self._computations[role(loop, "body")]
-        kept = body.get(tuple_element(root_of(body).name, element_index(one), body))
+        source = tuple_element(root_of(body).name, element_index(one), body)
+        kept = None if source is None else body.get(source)
         if kept is None or kept.opcode != "get-tuple-element" or element_index(kept) != element_index(one):
             return None  # the loop changes it
         return self._constant(tuple_element(loop.operands[0], element_index(one), outer), outer)
 
     def _collective(self, kind: str, one: Instruction, computation: Computation) -> _Sum:
         operands = sum(shape.bytes for shape in operand_shapes(one, computation))
-        # The result of a start holds the operand too, and that of a permutation its flags.
+        # The result of a start also holds the operand, and the result of a permutation also holds flags.
         result = max(one.bytes - operands, 0) if one.opcode.endswith("-start") and len(one.shapes) > 1 else one.bytes
         payload = operands if kind == "collective-permute" else max(operands, result)
         group = group_size(one.rest, self._everyone)
@@ -280,7 +283,7 @@ class _Counter:
     def _kernel(self, one: Instruction, computation: Computation) -> _Sum:
         target = re.search(r'custom_call_target="([^"]*)"', one.rest)
         if target is None or target[1] not in KERNELS:
-            # Of the compiler itself: a place in memory, or a hint.
+            # The compiler adds calls of its own, which reserve memory or give hints.
             return _Sum()
         found = _Sum(main_bytes=_moved(one, computation))
         estimate = re.search(r'"cost_estimate":(\{[^{}]*\})', one.rest)
@@ -302,7 +305,7 @@ class _Counter:
         return found
 
     def _fusion_bytes(self, one: Instruction, computation: Computation, inner: Computation) -> float:
-        """Bytes that a fusion reads and writes: of an array that it only slices or updates the part."""
+        """The bytes that a fusion reads and writes. If it only slices or updates an array, only that part counts."""
         read = sum(
             self._read(number, inner, computation[name].bytes)
             for number, name in enumerate(one.operands)
@@ -311,10 +314,10 @@ class _Counter:
         return float(read + sum(_written(made, shape, inner) for made, shape in _results(one, inner)))
 
     def _read(self, number: int, inner: Computation, whole: int) -> int:
-        """Bytes that a fusion reads of one of its operands."""
+        """The bytes that a fusion reads from one of its operands."""
         names = {each.name for each in inner.values() if each.opcode == "parameter" and int(each.literal) == number}
         total = 0
-        for user in inner.values():  # in an order in which operands come before their users
+        for user in inner.values():  # operands come before their users
             places = [place for place, name in enumerate(user.operands) if name in names]
             if not places:
                 continue
@@ -333,7 +336,7 @@ class _Counter:
         return min(total, whole)
 
     def _inside(self, inner: Computation) -> _Sum:
-        """Of the instructions of a fusion, which keep what is between them to themselves."""
+        """The costs of the instructions in a fusion. Their results in between do not go through main memory."""
         total = _Sum()
         for instruction in inner.values():
             if instruction.opcode not in _FREE:
@@ -342,7 +345,7 @@ class _Counter:
 
 
 def _moved(one: Instruction, computation: Computation) -> float:
-    """Bytes that an instruction on its own reads from and writes to main memory."""
+    """The bytes that an instruction outside a fusion reads from and writes to main memory."""
     operands = [computation[name] for name in one.operands if name in computation]
     kind = one.opcode.removesuffix("-start")
     if kind in ("dynamic-slice", "slice", "gather"):
@@ -367,7 +370,7 @@ _PARTIAL = {
 
 
 def _results(one: Instruction, inner: Computation) -> list[tuple[Instruction, Shape]]:
-    """Of a fusion: the instructions that make them, and where they go."""
+    """The results of a fusion: the instruction that makes each, and the array that it is written to."""
     root = root_of(inner)
     made = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if len(made) != len(one.shapes):

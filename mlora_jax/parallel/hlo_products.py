@@ -1,4 +1,4 @@
-"""How many FLOPs the products of a compiled program take, from their instructions."""
+"""The FLOPs of the matrix products and convolutions of a compiled program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from mlora_jax.parallel.hlo_text import Instruction, Shape
+from mlora_jax.parallel.hlo_text import Instruction, Shape, find_attribute
 
 
 def _integers(rest: str, name: str) -> list[int]:
@@ -21,9 +21,8 @@ def _dot_flops(one: Instruction, operands: Sequence[Shape]) -> float:
 
 
 def _convolution_flops(one: Instruction, operands: Sequence[Shape]) -> float:
-    """Counts the taps of the window that lie on the input, as a product written as a convolution has few of them."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
-    left, right, out = labels.groups()
+    """Counts only taps of the window that lie on the input: a product written as a convolution has few of them."""
+    left, right, out = find_attribute(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
     lhs, rhs, result = operands[0].sizes, operands[1].sizes, one.shapes[0].sizes
     groups = {name: int(found[1]) if (found := re.search(rf"{name}=(\d+)", one.rest)) else 1
               for name in ("feature_group_count", "batch_group_count")}  # fmt: skip
@@ -54,7 +53,7 @@ def _window(rest: str, axes: int) -> dict[str, list]:
 
 @functools.lru_cache(maxsize=4096)
 def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, base: int, dilation: int, reverse: bool) -> int:
-    """Pairs of an output and a tap of the window whose input is neither padding nor a hole."""
+    """Counts the pairs of an output and a tap of the window whose input is neither padding nor a hole."""
     if kernel == 1 and low == 0 and base == 1:
         return min(out, -(-size // stride))
     first, span = -low, (size - 1) * base

@@ -1,6 +1,6 @@
-"""The text of a compiled program (HLO) as instructions.
+"""Parses the text of a compiled program (HLO) into instructions.
 
-Read from `jax.stages.Compiled.as_text`, whose shapes are those of one device.
+The text comes from `jax.stages.Compiled.as_text`; its shapes are those of one device.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Shape:
     """One array of a program.
 
     Attributes:
-      dtype: as HLO writes it, such as bf16.
-      sizes: of its axes.
-      on_chip: whether it lies in memory other than the main one (a TPU's vector memory).
+      dtype: the dtype as HLO writes it, such as bf16.
+      sizes: the sizes of the axes.
+      on_chip: whether the array lies in memory other than the main one (a TPU's vector memory).
     """
 
     dtype: str
@@ -39,12 +39,12 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """The size in bytes, without padding."""
         return -(-math.prod(self.sizes) * _bits(self.dtype) // 8)
 
     @property
     def main_bytes(self) -> int:
-        """In the device's main memory."""
+        """The size in the device's main memory, in bytes."""
         return 0 if self.on_chip else self.bytes
 
 
@@ -53,12 +53,13 @@ class Instruction:
     """One line of a program.
 
     Attributes:
-      name, opcode: as HLO writes them.
-      shapes: of the result, several for a tuple.
-      operands: names of instructions in the same computation.
-      rest: attributes.
-      literal: what stands between the parentheses.
-      root: whether it is the result of its computation.
+      name: the name of the result.
+      opcode: the operation as HLO writes it, such as dot.
+      shapes: the shapes of the result; a tuple has several.
+      operands: the names of the operands, which are instructions of the same computation.
+      rest: the text after the operands, which holds the attributes.
+      literal: the text between the parentheses.
+      root: whether the instruction is the result of its computation.
     """
 
     name: str
@@ -71,21 +72,21 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """The size of the result, in bytes."""
         return sum(shape.bytes for shape in self.shapes)
 
     @property
     def main_bytes(self) -> int:
-        """Of the result, in main memory."""
+        """The size of the result in main memory, in bytes."""
         return sum(shape.main_bytes for shape in self.shapes)
 
 
-# In the order of the text: operands come before their users.
+# The instructions by name, in the order of the text: operands come before their users.
 Computation = dict[str, Instruction]
 
 
 def parse_program(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of an HLO text by name, and the name of the entry.
+    """Returns the computations of an HLO text by name, and the name of the entry computation.
 
     Raises:
       ValueError: there is no entry computation.
@@ -129,7 +130,7 @@ def _parse_instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index behind the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -150,46 +151,75 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else 0
 
 
+def find_attribute(pattern: str, rest: str) -> re.Match[str]:
+    """Finds an attribute that an instruction must have.
+
+    Args:
+      pattern: a regular expression for the attribute.
+      rest: the attributes of the instruction.
+
+    Raises:
+      ValueError: the instruction does not have the attribute.
+    """
+    found = re.search(pattern, rest)
+    if found is None:
+        raise ValueError(f"an instruction of the HLO has no attribute of the form {pattern}: {rest[:120]!r}")
+    return found
+
+
 def role(loop: Instruction, part: str) -> str:
-    """The name of the body or the condition of a loop."""
-    return re.search(rf"\b{part}=%?([\w.\-]+)", loop.rest)[1]
+    """Returns the name of one of the two computations of a loop.
+
+    Args:
+      loop: a while instruction.
+      part: "body" or "condition".
+    """
+    return find_attribute(rf"\b{part}=%?([\w.\-]+)", loop.rest)[1]
 
 
 def root_of(computation: Computation) -> Instruction:
-    """The result of a computation."""
+    """Returns the instruction that makes the result of a computation."""
     return next(each for each in computation.values() if each.root)
 
 
 def element_index(element: Instruction) -> int:
-    """Which element of a tuple a get-tuple-element takes."""
-    return int(re.search(r"index=(\d+)", element.rest)[1])
+    """Returns the index of the element that a get-tuple-element takes from a tuple."""
+    return int(find_attribute(r"index=(\d+)", element.rest)[1])
 
 
 def tuple_element(name: str, index: int, computation: Computation) -> str | None:
-    """The name of what a tuple holds there, if the computation itself makes the tuple."""
+    """Returns the name of an element of a tuple, or None if the computation does not itself make the tuple."""
     made = computation[name]
     return made.operands[index] if made.opcode == "tuple" else None
 
 
 def branches_of(rest: str) -> list[str]:
-    """The computations that a conditional chooses from."""
+    """Returns the names of the computations that a conditional chooses from."""
     return [name for several, one in _BRANCHES.findall(rest) for name in (_NAME.findall(several) or [one]) if name]
 
 
 def operand_shapes(one: Instruction, computation: Computation) -> list[Shape]:
-    """Of all operands in order, tuples flattened."""
+    """Returns the shapes of all operands in order; a tuple counts as its elements."""
     return [shape for name in one.operands if name in computation for shape in computation[name].shapes]
 
 
 def group_size(rest: str, everyone: int) -> int:
-    """How many devices take part in a collective together, of `everyone`; 2 for a permutation."""
+    """Returns the number of devices in each group of a collective; 2 for a permutation.
+
+    Args:
+      rest: the attributes of the collective.
+      everyone: the number of all devices, the size of a group that the text does not state.
+
+    Raises:
+      ValueError: the groups have an unknown form.
+    """
     found = _GROUPS.search(rest)
     if found:
         _, size, listed, mesh, axes = found.groups()
         if mesh is None:
             return int(size) if size else max(len(listed.split(",")), 1)
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
-        # An axis, or a part of it: 'name':(how many are before)how many.
+        # An entry is an axis, 'name', or a part of one, 'name':(devices before the part)devices in the part.
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
         return math.prod(int(part or sizes[name]) for name, part in parts)
     if re.search(r"replica_groups=(?!\{\})", rest):
@@ -198,5 +228,5 @@ def group_size(rest: str, everyone: int) -> int:
 
 
 def called_by(rest: str) -> list[str]:
-    """The computations that a call or a fusion runs."""
+    """Returns the names of the computations that a call or a fusion runs."""
     return _CALLED.findall(rest) or branches_of(rest)

@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on. With one process all of this does nothing."""
+"""Communication between the processes of a run. With one process, none of these functions communicates."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ T = TypeVar("T")
 
 
 def join(options: Mapping[str, Any]) -> None:
-    """Joins the other processes of a run, before anything else is asked of jax.
+    """Joins the other processes of a run. No other function of jax may be called before.
 
     Args:
-      options: `config.parallel`. Without an address, jax finds the others by the cluster's environment: SLURM, GKE,
-        Cloud TPU, Open MPI.
+      options: `config.parallel`. Without an address, jax finds the other processes by the environment of the cluster:
+        SLURM, GKE, Cloud TPU, Open MPI.
 
     Raises:
-      ValueError: some of address, number of processes and own number are given and others are not; or none, and jax
-        finds no cluster.
+      ValueError: only some of the address, the number of processes and the process's own number are given; or none of
+        them is given and jax finds no cluster.
       RuntimeError: jax has been used already.
     """
     if not options["distributed"] or jax.distributed.is_initialized():
@@ -53,17 +53,17 @@ def join(options: Mapping[str, Any]) -> None:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return jax.process_count()
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is the process that writes the files of the run."""
     return jax.process_index() == 0
 
 
 def broadcast(value: T) -> T:
-    """The first process's value, in every process; all of them call this together."""
+    """Returns the first process's value in every process. All processes must call this together."""
     if count() == 1:
         return value
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_first() else np.zeros(0, np.uint8)
@@ -74,15 +74,18 @@ def broadcast(value: T) -> T:
 
 
 class SharedError(Exception):
-    """Marks an error that every process raises: none of them has to be stopped by force."""
+    """Marks an error that every process raises, so that no process has to be stopped by force."""
 
 
 def on_first_process(act: Callable[[], Any]) -> None:
-    """Lets the first process do something; if that fails, it fails in all of them, with the same message.
+    """Calls a function in the first process. If it raises, all processes raise an error with the same message.
+
+    Args:
+      act: the function; its result is ignored.
 
     Raises:
-      Exception: what `act` raised; in the other processes an error of the nearest type of ValueError,
-        FileNotFoundError, ModuleNotFoundError, OSError, RuntimeError.
+      Exception: the error that `act` raised. The other processes raise the nearest of ValueError, FileNotFoundError,
+        ModuleNotFoundError, OSError and RuntimeError.
     """
     if count() == 1:
         act()
@@ -105,7 +108,7 @@ def _kind(error: Exception) -> type[Exception]:
 
 @contextlib.contextmanager
 def leaving_together() -> Iterator[None]:
-    """Ends this process at once if something fails in it alone: the others would wait for it, for minutes."""
+    """Ends this process at once if it alone fails: the others would wait minutes for it."""
     try:
         yield
     except Exception as error:
@@ -119,14 +122,21 @@ def leaving_together() -> Iterator[None]:
         os._exit(1)
 
 
-def check_shared(folder) -> None:
-    """Raises ValueError in all processes unless each of them sees what the first one writes to a folder."""
+def check_shared(folder: str | os.PathLike[str]) -> None:
+    """Checks that all processes see the same files in a folder.
+
+    Args:
+      folder: the path of the folder; the first process makes it if it is missing.
+
+    Raises:
+      ValueError: some process does not see a file that the first process has written; all processes raise it.
+    """
     if count() == 1:
         return
     path = pathlib.Path(folder)
     token, file = broadcast(uuid.uuid4().hex), path / ".processes"
 
-    def write():
+    def write() -> None:
         path.mkdir(parents=True, exist_ok=True)
         file.write_text(token, encoding="utf-8")
 
@@ -142,21 +152,23 @@ def check_shared(folder) -> None:
 
 
 def largest(value: int) -> int:
-    """The largest value of all processes; all of them call this together."""
+    """Returns the largest value of all processes. All processes must call this together."""
     if count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def polled(value: Callable[[], int]) -> Callable[[], int]:
-    """`largest` for the steps of training: asked of the devices behind the step, and never waited for.
+    """Returns a form of `largest` for the steps of training that does not wait for the devices.
+
+    The devices compute the maximum after the step that they work on, and a call returns the maximum of the call before.
 
     Args:
-      value: this process's at the time of a call.
+      value: a function that returns this process's value.
 
     Returns:
-      A function that all processes call together, and that gives all of them the largest value at the call before; 0
-      at its first call. With one process, `value` itself.
+      A function that all processes must call together. It returns the largest value at the previous call, and 0 at the
+      first call. With one process it is `value` itself.
     """
     if count() == 1:
         return value
@@ -175,17 +187,24 @@ def polled(value: Callable[[], int]) -> Callable[[], int]:
 
 
 def wait(name: str) -> None:
-    """Returns when all processes have come here.
+    """Waits until all processes have called this.
 
     Args:
-      name: of the place.
+      name: a name for this place in the code, the same in all processes.
     """
     if count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def first_then_others(make: Callable[[], T]) -> T:
-    """What `make` gives, in the first process before the others: they find the files that it leaves."""
+    """Calls a function in the first process and then in the others, which find the files that it has written.
+
+    Args:
+      make: the function.
+
+    Returns:
+      The result of `make` in this process.
+    """
     if count() == 1:
         return make()
     made = []

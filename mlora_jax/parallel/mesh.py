@@ -1,4 +1,4 @@
-"""The mesh of devices that a run is laid out on."""
+"""The mesh of the devices of a run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-# From the slowest links to the fastest, as devices are numbered: neighbours on the tensor axis talk in every layer.
+# The axes are ordered from the slowest links to the fastest, as devices are numbered: neighbours on the tensor axis
+# communicate in every layer.
 AXES = ("trial", "data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # of a training batch
-EVALUATED = ("trial", "data", "fsdp")  # of requests: one adapter at a time is evaluated
+# The axes that the rows of a training batch are sharded over.
+ROWS = ("data", "fsdp")
+# The axes that requests of an evaluation are sharded over; adapters are evaluated one at a time.
+EVALUATED = ("trial", "data", "fsdp")
 
 
 def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """The size of every axis.
+    """Returns the size of every axis of the mesh.
 
     Args:
-      sizes: of `AXES`; at most one is -1 and takes what the others leave. Other keys are not looked at.
-      count: devices.
+      sizes: the size of each of `AXES`. At most one is -1, which stands for all devices that the others leave. Other
+        keys are ignored.
+      count: the number of devices.
 
     Raises:
-      ValueError: a size that is neither -1 nor positive, two of -1, or sizes that do not use all devices.
+      ValueError: a size is neither -1 nor positive, two sizes are -1, or the sizes do not use all devices.
 
     >>> mesh_sizes({"trial": 1, "data": -1, "fsdp": 4, "tensor": 1}, 8)
     {'trial': 1, 'data': 2, 'fsdp': 4, 'tensor': 1}
@@ -45,26 +49,29 @@ def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     return {axis: count // fixed if size == -1 else size for axis, size in found.items()}
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of `AXES`.
+def make_mesh(
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  jax exports it as a variable
+) -> Mesh:
+    """Makes a mesh with all of `AXES`.
 
     Args:
-      sizes: as `mesh_sizes` takes them.
-      devices: None are all there are, of every process.
+      sizes: the size of each axis, as in `mesh_sizes`.
+      devices: the devices of the mesh; None stands for all devices of all processes.
 
     Raises:
-      ValueError: as `mesh_sizes`.
+      ValueError: the sizes do not fit, see `mesh_sizes`.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(mesh_sizes(sizes, len(devices)).values())
     if devices[0].platform == "tpu" and len(devices) > 1:
         kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-        # Along the wires of the torus; devices that are no box in it, some being idle, have no such order.
+        # jax orders devices along the wires of the torus. It has no order for devices that do not fill a box of it.
         with contextlib.suppress(AssertionError, NotImplementedError, ValueError):
             return jax.make_mesh(shape, AXES, devices=devices, axis_types=kinds)
     return Mesh(np.asarray(devices, object).reshape(shape), AXES)
 
 
 def shards_of(mesh: Mesh | None, axes: tuple[str, ...] = ROWS) -> int:
-    """How many parts an array has whose axis lies along these axes of the mesh; 1 without one."""
+    """Returns how many parts an axis is cut into if it is sharded over these axes of the mesh; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)

@@ -1,9 +1,9 @@
-"""Where every array lies: rules from an array's path to the axes of the mesh that its own axes are cut along.
+"""The sharding of every array: rules that map the path of an array to axes of the mesh.
 
-`tensor` cuts features as Megatron does (Shoeybi et al., arXiv 1909.08053): the outputs of the projections that begin a
-block and the inputs of those that end it, so that a block sums once. `fsdp` cuts the other axis of a kernel, which is
-gathered where it is used. Factors follow their kernel: A its inputs, B its outputs. The layer axis is never cut: a scan
-over cut layers would gather them all.
+`tensor` shards features as Megatron does (Shoeybi et al., arXiv 1909.08053): the outputs of the projections that begin
+a block and the inputs of those that end it, so that a block needs one sum over devices. `fsdp` shards the other axis of
+a kernel, which is gathered where it is used. Factors follow their kernel: A is sharded like the kernel's inputs, B like
+its outputs. The layer axis is never sharded, because a scan over sharded layers would gather all of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.rank_axes import FACTORS, RANK_AXES, path_names
+
+Tree = Any
 
 _BEGIN = r"(q|k|v|gate|up)_proj"
 _END = r"(o|down)_proj"
 _BOTH = ("tensor", "fsdp")
-# The tail of a layer's path; what the inputs of its adapter, D of A, are cut along; what the outputs, F of B, are.
+# The end of a layer's path; the mesh axes of its adapter's inputs (D of A) and those of its outputs (F of B).
 _FEATURES: tuple[tuple[str, tuple], ...] = (
     (_BEGIN, ("fsdp", _BOTH)),
     (_END, (_BOTH, "fsdp")),
@@ -30,15 +33,15 @@ _FEATURES: tuple[tuple[str, tuple], ...] = (
 )
 
 
-def _beside_rank(factor: str, features) -> tuple:
-    """The entries of a factor's last two axes: the rank axis is whole, the other one is cut along `features`."""
-    entries = [features, features]
+def _beside_rank(factor: str, features: str | tuple[str, ...]) -> tuple:
+    """The entries of a factor's last two axes: the rank axis is not sharded, the other one is, over `features`."""
+    entries: list[str | tuple[str, ...] | None] = [features, features]
     entries[RANK_AXES[factor]] = None
     return tuple(entries)
 
 
-# A path's tail, and what its array's last axes are cut along. What no rule names is on every device: norms, profiles
-# and gates among others.
+# The end of a path, and the mesh axes of the array's last axes. Arrays that match no rule, such as norms, profiles and
+# gates, are replicated.
 RULES: tuple[tuple[str, tuple], ...] = (
     (rf"{_BEGIN}(\.base)?\.kernel.*", ("fsdp", "tensor")),  # [D, F]
     (rf"{_END}(\.base)?\.kernel.*", ("tensor", "fsdp")),  # [F, D]
@@ -54,15 +57,17 @@ RULES: tuple[tuple[str, tuple], ...] = (
 _COMPILED = tuple((re.compile(rf"(?:.*\.)?{pattern}"), axes) for pattern, axes in RULES)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, trials: bool = False, gathered: bool = False):
-    """The `PartitionSpec` of one array.
+def spec_of(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, trials: bool = False, gathered: bool = False
+) -> PartitionSpec:
+    """Returns the `PartitionSpec` of one array.
 
     Args:
-      path: dotted, such as layers.mlp.up_proj.kernel.
-      shape: of the array. An axis of the mesh that does not divide the array's is left out there.
-      mesh: with all of `AXES`.
+      path: the dotted path of the array, such as layers.mlp.up_proj.kernel.
+      shape: the shape of the array. An axis is not sharded over mesh axes that do not divide it.
+      mesh: a mesh with all of `mesh.AXES`.
       trials: whether the first axis of the array counts trials.
-      gathered: as where it is used: nothing lies along `fsdp`.
+      gathered: whether to leave out `fsdp`, as where the array is used.
 
     >>> mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), ("trial", "data", "fsdp", "tensor"))
     >>> tuple(spec_of("layers.mlp.up_proj.kernel", (4, 8, 16), mesh))
@@ -79,8 +84,10 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, trials: bool = Fal
     return PartitionSpec(*(_fitting(entry, size, mesh, left_out) for entry, size in zip(entries, shape, strict=True)))
 
 
-def _fitting(entry, size: int, mesh: Mesh, left_out: tuple[str, ...]):
-    """The axes of an entry that divide a size; None if none does."""
+def _fitting(
+    entry: str | tuple[str, ...] | None, size: int, mesh: Mesh | AbstractMesh, left_out: tuple[str, ...]
+) -> str | tuple[str, ...] | None:
+    """Returns the axes of an entry that divide a size, or None if none does."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     names = tuple(name for name in names if name not in left_out and mesh.shape[name] > 1)
     while names and size % math.prod(mesh.shape[name] for name in names):
@@ -88,24 +95,37 @@ def _fitting(entry, size: int, mesh: Mesh, left_out: tuple[str, ...]):
     return names[0] if len(names) == 1 else names or None
 
 
-def shardings(tree, mesh: Mesh, *, trials: bool = False):
-    """The sharding of every array of a tree, by its path.
+def shardings(tree: Tree, mesh: Mesh, *, trials: bool = False) -> Tree:
+    """Returns the sharding of every array of a tree by its path.
 
     Args:
-      tree: of arrays or `jax.ShapeDtypeStruct`s: what `mlora_jax.split` gives, or a state of training.
-      mesh: with all of `AXES`.
+      tree: a tree of arrays or `jax.ShapeDtypeStruct`s, such as the result of `mlora_jax.split` or a state of training.
+      mesh: a mesh with all of `mesh.AXES`.
       trials: whether the first axis of every array counts trials.
+
+    Returns:
+      A tree of `NamedSharding`s.
     """
 
-    def one(path, leaf):
+    def one(path: Any, leaf: Any) -> NamedSharding:
         spec = spec_of(".".join(path_names(path)), leaf.shape, mesh, trials=trials)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def rows_sharding(mesh: Mesh, ndim: int, axis: int, *, trials: bool = False, over=("data", "fsdp")) -> NamedSharding:
-    """The sharding of an array whose `axis` counts rows, and whose first one counts trials if it has `trials`."""
+def rows_sharding(
+    mesh: Mesh, ndim: int, axis: int, *, trials: bool = False, over: tuple[str, ...] = ("data", "fsdp")
+) -> NamedSharding:
+    """Returns the sharding of an array over its rows.
+
+    Args:
+      mesh: a mesh with all of `mesh.AXES`.
+      ndim: the number of axes of the array.
+      axis: the axis that counts rows.
+      trials: whether the first axis counts trials; it is then sharded over `trial`.
+      over: the axes of the mesh that the rows are sharded over.
+    """
     entries: list[Any] = [None] * ndim
     entries[axis] = over
     if trials:
@@ -113,26 +133,26 @@ def rows_sharding(mesh: Mesh, ndim: int, axis: int, *, trials: bool = False, ove
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """What a decoder keeps to while it runs on a mesh: see `Decoder.placement`.
+    """The shardings that a decoder asks for while it runs on a mesh, see `Decoder.placement`.
 
     Attributes:
-      mesh: with all of `AXES`.
+      mesh: a mesh with all of `mesh.AXES`.
     """
 
     mesh: Mesh
 
-    def weights(self, tree):
-        """Weights of one layer, gathered over `fsdp` where they are used."""
+    def weights(self, tree: Tree) -> Tree:
+        """Gathers the weights of one layer over `fsdp`, where they are used."""
 
-        def one(path, leaf):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        def one(path: Any, leaf: Any) -> Any:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return leaf
             spec = spec_of(".".join(path_names(path)), leaf.shape, self.mesh, gathered=True)
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
@@ -140,5 +160,5 @@ class Placement:
         return jax.tree_util.tree_map_with_path(one, tree)
 
     def activations(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] of one shard of the rows, whole on each of its devices."""
+        """Replicates activations [B, T, D] of one shard of the rows on all devices of that shard."""
         return jax.lax.with_sharding_constraint(x, replicated(self.mesh))

@@ -1,1 +1,1 @@
-"""One TFDS builder per task, each in a package of its own: TFDS reads README and checksums from there."""
+"""The TFDS builders, one per task. Each has its own package, from which TFDS reads its README and its checksums."""

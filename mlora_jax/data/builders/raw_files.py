@@ -1,12 +1,12 @@
-"""What every builder shares: raw files found, digested and read line by line, with errors that name the line.
+"""The base of the builders: finds raw files, digests them and reads them line by line, with errors that name the line.
 
-A build is named by what it was made from. For local files the name holds the digest of their bytes, so a
-changed file is another build and an old one can never be served for it. The bytes are digested once more
-while they are read: a file that changes in between stops the build. For a published download the name holds
-the digest of its addresses and of the checksums registered beside its builder, which TFDS compares with what it
-fetched. Where none are registered, nothing is compared: the name tells the addresses and not what lay there, and
-two machines may hold different rows under one name. TFDS writes a build aside and renames it when it is complete,
-so a killed build is never served.
+A build is named by its sources. For local files, the name holds the digest of their bytes, so a changed file gets a new
+build and an old build is never used for it. The bytes are digested once more while they are read, and a file that has
+changed in between stops the build. For a published download, the name holds the digest of its addresses and of the
+checksums that are registered beside its builder, which TFDS compares with the downloaded files. If no checksums are
+registered, nothing is compared: the name depends only on the addresses, and two machines may hold different rows under
+one name. TFDS writes a build under another name and renames it when it is complete, so an incomplete build is never
+used.
 """
 
 import abc
@@ -15,7 +15,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import tensorflow_datasets as tfds
 
@@ -26,23 +26,30 @@ DIGEST_LETTERS = 16
 
 @dataclasses.dataclass(frozen=True)
 class RawFile:
-    """A local file and the sha256 of its bytes (empty: downloaded, and checked by TFDS if a checksum is registered)."""
+    """A raw file.
+
+    Attributes:
+      path: the path of the file.
+      sha256: the digest of its bytes; empty: the file was downloaded, and TFDS checks it if a checksum is registered.
+    """
 
     path: pathlib.Path
     sha256: str = ""
 
     @classmethod
     def at(cls, path: str | pathlib.Path) -> "RawFile":
+        """Digests a local file."""
         path = pathlib.Path(path)
         with open(path, "rb") as file:
             return cls(path, hashlib.file_digest(file, "sha256").hexdigest())
 
     def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-        """Yields (1-based number, text) of every line, see `text_lines`; blank lines are allowed at the end only.
+        """Yields (number from 1, text) of every line, see `text_lines`. Blank lines may stand only at the end.
 
         Raises:
-            ValueError: bytes that are not text, or a blank line between others; the message names file and line.
-            RuntimeError: the file is not the one that was digested.
+          ValueError: some bytes are not text, or a blank line stands between others; the message names the file and the
+            line.
+          RuntimeError: the file has changed since it was digested.
         """
         digest = hashlib.sha256()
         blank = 0
@@ -58,7 +65,7 @@ class RawFile:
             raise RuntimeError(f"{self.path} changed while it was read: run again")
 
 
-def _digested(file: Iterable[bytes], digest) -> Iterator[bytes]:
+def _digested(file: Iterable[bytes], digest: Any) -> Iterator[bytes]:
     for part in file:
         digest.update(part)
         yield part
@@ -66,25 +73,38 @@ def _digested(file: Iterable[bytes], digest) -> Iterator[bytes]:
 
 @dataclasses.dataclass
 class RawFilesConfig(tfds.core.BuilderConfig):
-    """A build's name and the local raw files it is made from, by split (empty: the published download)."""
+    """The config of a build from raw files.
+
+    Attributes:
+      files: split -> local file; empty: the build is made from the published download.
+    """
 
     files: Mapping[str, RawFile] = dataclasses.field(default_factory=dict)
 
 
 def digest_of(parts: Mapping[str, str]) -> str:
-    """The first 16 hex letters of the sha256 of a small table, the same on every machine."""
+    """Returns the first 16 hexadecimal digits of the sha256 of a small table; they are the same on every machine."""
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:DIGEST_LETTERS]
 
 
 def local_config(files: Mapping[str, str | pathlib.Path]) -> RawFilesConfig:
-    """The config of a build from local files: split -> path."""
+    """Returns the config of a build from local files.
+
+    Args:
+      files: split -> path.
+    """
     found = {split: RawFile.at(path) for split, path in files.items()}
     name = f"raw-{digest_of({split: file.sha256 for split, file in found.items()})}"
     return RawFilesConfig(name=name, description="Built from local raw files.", files=found)
 
 
 def published_config(urls: Mapping[str, str], checksums: pathlib.Path) -> RawFilesConfig:
-    """The config of a build from the published download: split -> address, with the registered checksums, if any."""
+    """Returns the config of a build from the published download.
+
+    Args:
+      urls: split -> address.
+      checksums: the path of the registered checksums, which need not exist.
+    """
     registered = checksums.read_text("utf-8") if checksums.exists() else ""
     name = f"published-{digest_of({**urls, 'checksums': registered})}"
     unchecked = "" if registered else ", whose bytes are not checked: no checksums are registered"
@@ -94,8 +114,13 @@ def published_config(urls: Mapping[str, str], checksums: pathlib.Path) -> RawFil
 def text_field(row: Mapping[str, Any], key: str, what: str = "") -> str:
     """Returns row[key], a text that is not blank.
 
+    Args:
+      row: the row.
+      key: the key of the text.
+      what: the name of the text in errors; empty: the key.
+
     Raises:
-        ValueError: it is missing, no text, blank, or holds half a surrogate pair; the message names the key.
+      ValueError: the text is missing, blank or not a string, or it holds half a surrogate pair; the message names it.
     """
     name = what or f"the key {key!r}"
     if key not in row:
@@ -112,7 +137,7 @@ def json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object from one line.
 
     Raises:
-        ValueError: it is not JSON, or not an object.
+      ValueError: the line is not JSON, or not an object.
     """
     try:
         row = json.loads(text)
@@ -124,9 +149,9 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 class QuietBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder without TFDS's announcements on standard output and its warning of new configs."""
+    """A builder without the announcements of TFDS on standard output and without its warning about new configs."""
 
-    def _create_builder_config(self, builder_config, version):
+    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
         if isinstance(builder_config, tfds.core.BuilderConfig):
             return builder_config
         return super()._create_builder_config(builder_config, version)
@@ -141,8 +166,8 @@ class QuietBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class RawFilesBuilder(QuietBuilder, skip_registration=True):
     """A builder that turns each line of its raw files into one row, in the file's order.
 
-    A subclass states where the files are (`FILES`, `URLS`), what a row holds (`FEATURES`), and how a line
-    becomes a row (`parse`). It is not entered in TFDS's table of names, where some of these names are taken.
+    A subclass states where the files are (`FILES`, `URLS`), what a row holds (`features`), and how a line becomes a row
+    (`parse`). It is not registered in TFDS, where some of these names are taken.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -158,19 +183,23 @@ class RawFilesBuilder(QuietBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def parse(cls, line: str) -> dict[str, Any]:
-        """One line as a row; raises ValueError with what is wrong."""
+        """Parses a line into a row.
+
+        Raises:
+          ValueError: the line is malformed; the message says how.
+        """
 
     @classmethod
-    def config_for(cls, *, raw_dir: str = "", **_: str) -> tfds.core.BuilderConfig:
-        """The config of a build from `raw_dir`, or of the published download."""
+    def config_for(cls, *, raw_dir: str = "", **_: Any) -> tfds.core.BuilderConfig:
+        """Returns the config of a build from `raw_dir`, or from the published download if it is empty."""
         return cls.local(raw_dir) if raw_dir else cls.BUILDER_CONFIGS[0]
 
     @classmethod
     def local(cls, folder: str) -> RawFilesConfig:
-        """The config of a build from `folder`, or from the folder of this data set's name in it.
+        """Returns the config of a build from `folder`, or from the folder in it that has the name of this data set.
 
         Raises:
-            FileNotFoundError: names the folder and every file that is missing from it.
+          FileNotFoundError: a file is missing; the message names the folder and all missing files.
         """
         root = pathlib.Path(folder).expanduser()
         nested = root / cls.name
@@ -189,8 +218,8 @@ class RawFilesBuilder(QuietBuilder, skip_registration=True):
             disable_shuffling=True,  # row i is line i of the file
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        files = self.builder_config.files
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        files = cast(RawFilesConfig, self.builder_config).files
         if not files:
             paths = dl_manager.download(dict(self.URLS))
             files = {split: RawFile(pathlib.Path(path)) for split, path in paths.items()}

@@ -1,13 +1,13 @@
-"""Builders of data sets that are published, and lie around, as files of rows: JSON, JSON lines, Parquet, archives.
+"""Builders of data sets that are published as files of rows: JSON, JSON lines, Parquet and archives of them.
 
-`mlora_jax.data.published` knows the forms; the names of builds are those of `raw_files`.
+`mlora_jax.data.published` reads these forms. Builds are named as `raw_files` describes.
 """
 
 import abc
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,13 +29,14 @@ from mlora_jax.data.published import (
 class RowFilesBuilder(raw_files.QuietBuilder, skip_registration=True):
     """A builder that turns each row of its raw files into one stored row, in the file's order.
 
-    A subclass states which splits there are (`SPLITS`, and which of them a folder may lack), where they are published
-    (`URLS`, and `MEMBERS` where that is an archive), what a row holds and how it is made.
+    A subclass states which splits there are (`SPLITS`), which of them a folder may lack (`OPTIONAL`), where they are
+    published (`URLS`, and `MEMBERS` for files in archives), what a row holds (`features`) and how a published row is
+    stored (`stored`).
     """
 
     VERSION = tfds.core.Version("1.0.0")
     SCHEMA: ClassVar[Schema]
-    SPLITS: ClassVar[Mapping[str, str]] = {}  # ours -> the one that the files are called by
+    SPLITS: ClassVar[Mapping[str, str]] = {}  # our name of a split -> its name in the files
     OPTIONAL: ClassVar[Sequence[str]] = ()
     URLS: ClassVar[Mapping[str, str]] = {}
     MEMBERS: ClassVar[Mapping[str, str]] = {}
@@ -48,19 +49,23 @@ class RowFilesBuilder(raw_files.QuietBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def stored(cls, row: Row) -> dict[str, Any]:
-        """A row of the published schema as it is stored; raises ValueError with what is wrong."""
+        """Converts a row of the published schema to the row that is stored.
+
+        Raises:
+          ValueError: the row is malformed; the message says how.
+        """
 
     @classmethod
-    def config_for(cls, *, raw_dir: str = "", **_: str) -> tfds.core.BuilderConfig:
-        """The config of a build from `raw_dir`, or of the published download."""
+    def config_for(cls, *, raw_dir: str = "", **_: Any) -> tfds.core.BuilderConfig:
+        """Returns the config of a build from `raw_dir`, or from the published download if it is empty."""
         return cls.local(raw_dir) if raw_dir else cls.BUILDER_CONFIGS[0]
 
     @classmethod
     def local(cls, folder: str) -> raw_files.RawFilesConfig:
-        """The config of a build from `folder`, or from the folder of this data set's name in it.
+        """Returns the config of a build from `folder`, or from the folder in it that has the name of this data set.
 
         Raises:
-            FileNotFoundError: names the folder and every split that is missing from it.
+          FileNotFoundError: a split is missing; the message names the folder and all missing splits.
         """
         root = pathlib.Path(folder).expanduser()
         nested = root / cls.name
@@ -80,8 +85,8 @@ class RowFilesBuilder(raw_files.QuietBuilder, skip_registration=True):
             disable_shuffling=True,  # row i is row i of the file
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        files = self.builder_config.files
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        files = cast(raw_files.RawFilesConfig, self.builder_config).files
         if files:
             return {split: self._local_rows(split, file) for split, file in files.items()}
         paths = dl_manager.download({url: url for url in self.URLS.values()})
@@ -98,7 +103,7 @@ class RowFilesBuilder(raw_files.QuietBuilder, skip_registration=True):
         rows = archive_rows(path, member) if member else json_rows(path)
         return self._generate_examples(converted(rows, self.SCHEMA.convert, path), path)
 
-    def _generate_examples(self, rows, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, rows: Iterable[Row], path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         number = -1
         for number, row in enumerate(converted(rows, lambda row, _: self.stored(row), path)):
             yield number, row
@@ -109,8 +114,8 @@ class RowFilesBuilder(raw_files.QuietBuilder, skip_registration=True):
 class ChoiceBuilder(RowFilesBuilder, skip_registration=True):
     """Questions with several choices: {"question", "options", "choices", "label"}.
 
-    The split "test" is the one that the harness scores: where the labels of the test rows are kept secret, that is the
-    data set's validation split. `options` lists the choices by letters, one a line.
+    The split "test" is the one that the harness scores. If the labels of the test rows are secret, it is the validation
+    split of the data set. `options` lists the choices by letters, one per line.
     """
 
     ITEM: ClassVar[Callable[[Row], tuple[str, Sequence[str], int]]]
@@ -142,7 +147,7 @@ class ChoiceBuilder(RowFilesBuilder, skip_registration=True):
 
 
 def choice_splits(name: str) -> dict[str, str]:
-    """Our splits of one of `SCHEMAS` and what it calls them.
+    """Returns our names of the splits of one of `SCHEMAS` -> their names in the schema.
 
     >>> choice_splits("hellaswag"), choice_splits("arc_easy")["validation"]
     ({'train': 'train', 'test': 'validation'}, 'validation')

@@ -11,7 +11,7 @@ SOURCE = "https://ai2-public-datasets.s3-us-west-2.amazonaws.com/arc/ARC-V1-Feb2
 
 
 def item(row: Row) -> tuple[str, Sequence[str], int]:
-    """Question, choices and label of a published row."""
+    """Returns the question, the choices and the label of a published row."""
     choices = row["choices"]
     if row["answerKey"] not in choices["label"]:
         raise ValueError(f"the answer {row['answerKey']!r} is none of {', '.join(choices['label'])}")

@@ -1,4 +1,4 @@
-"""ARC-Easy: the other grade-school science questions of ARC (Clark et al., 2018)."""
+"""ARC-Easy: the grade-school science questions of ARC that are not in ARC-Challenge (Clark et al., 2018)."""
 
 import pathlib
 from typing import ClassVar

@@ -12,7 +12,7 @@ SOURCE = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 
 
 def clean(text: str) -> str:
-    """A text without WikiHow's marks, as lm-evaluation-harness cleans it.
+    """Removes WikiHow's marks from a text, as lm-evaluation-harness does.
 
     >>> clean(" How to wash [title] Dry. [step] Now it  is done")
     'How to wash. Dry. Now it is done'
@@ -22,7 +22,7 @@ def clean(text: str) -> str:
 
 
 def item(row: Row) -> tuple[str, Sequence[str], int]:
-    """Context, endings and label of a published row; the six-line form has a context of one piece."""
+    """Returns the context, the endings and the label of a published row. The six-line form has an undivided context."""
     context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
     return clean(f"{row['activity_label']}: {context}"), [clean(ending) for ending in row["endings"]], int(row["label"])
 

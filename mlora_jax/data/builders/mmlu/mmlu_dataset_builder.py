@@ -11,7 +11,7 @@ SOURCE = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 
 
 def item(row: Row) -> tuple[str, Sequence[str], int]:
-    """Question, choices and label of a published row."""
+    """Returns the question, the choices and the label of a published row."""
     return row["question"].strip(), [str(choice) for choice in row["choices"]], int(row["answer"])
 
 

@@ -1,10 +1,10 @@
-"""The quickstart's task: generated here, nothing is downloaded."""
+"""Generates the task of the quickstart; nothing is downloaded."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,13 +17,21 @@ SPLITS = ("train", "test")
 
 @dataclasses.dataclass
 class GeneratedConfig(tfds.core.BuilderConfig):
-    """A build's name and the seed that its rows are generated from."""
+    """The config of a build of generated rows.
+
+    Attributes:
+      seed: the seed that the rows are generated from.
+    """
 
     seed: int = 0
 
 
 def generated_config(seed: int = 0) -> GeneratedConfig:
-    """The config of a build of the generated rows, named by the digest of the rows themselves."""
+    """Returns the config of a build of generated rows, whose name holds the digest of the rows.
+
+    Args:
+      seed: the seed that the rows are generated from.
+    """
     digest = hashlib.sha256()
     for split in SPLITS:
         for row in quickstart_text.task_rows(split, seed):
@@ -33,13 +41,13 @@ def generated_config(seed: int = 0) -> GeneratedConfig:
 
 
 class Builder(raw_files.QuietBuilder, skip_registration=True):
-    """The generated task: prompt, answer, choices and label as they are."""
+    """The generated task; prompt, answer, choices and label are stored as they are."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     @classmethod
-    def config_for(cls, **_: str) -> GeneratedConfig:
-        """The config of a build of the rows of seed 0."""
+    def config_for(cls, **_: Any) -> GeneratedConfig:
+        """Returns the config of a build of the rows of seed 0."""
         return generated_config()
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -51,9 +59,9 @@ class Builder(raw_files.QuietBuilder, skip_registration=True):
         }
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(quickstart_text.task_rows(split, self.builder_config.seed))
+        yield from enumerate(quickstart_text.task_rows(split, cast(GeneratedConfig, self.builder_config).seed))

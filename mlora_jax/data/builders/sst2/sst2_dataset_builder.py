@@ -14,13 +14,13 @@ LABELS = ("negative", "positive")
 class Builder(raw_files.RawFilesBuilder, skip_registration=True):
     """SST-2 in its clean form: lines `sentence TAB 0|1`, with labels for the test sentences too.
 
-    The published build is named by its addresses alone, and they lie on a branch that may change: its bytes are not
-    checked. A build from `raw_dir` is named by the bytes.
+    The name of the published build depends only on its addresses. These belong to a branch that may change, and the
+    bytes are not checked. The name of a build from `raw_dir` depends on the bytes.
     """
 
     FILES: ClassVar = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
     URLS: ClassVar = {split: SOURCE + name for split, name in FILES.items()}
-    # No checksums.tsv: the publisher states none, and none was verified against the download.
+    # There is no checksums.tsv, because the publisher states no checksums and none was verified against the download.
     BUILDER_CONFIGS: ClassVar = [raw_files.published_config(URLS, pathlib.Path(__file__).parent / "checksums.tsv")]
 
     @classmethod

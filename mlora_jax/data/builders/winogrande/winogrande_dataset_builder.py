@@ -11,14 +11,14 @@ SOURCE = "https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande
 
 
 def item(row: Row) -> tuple[str, Sequence[str], int]:
-    """Sentence with a blank, both options and label of a published row."""
+    """Returns the sentence with a blank, both options and the label of a published row."""
     if str(row["answer"]) not in ("1", "2"):
         raise ValueError(f"the answer must be 1 or 2, got {row['answer']!r}")
     return row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1
 
 
 class Builder(row_files.ChoiceBuilder, skip_registration=True):
-    """WinoGrande with a blank in the sentence and its two options."""
+    """WinoGrande; the question is a sentence with a blank, and the choices are its two options."""
 
     SCHEMA = SCHEMAS["winogrande"]
     SPLITS: ClassVar = row_files.choice_splits("winogrande")
