@@ -212,7 +212,7 @@ def scale_ranks(adapter: Tree, factor: jax.Array) -> Tree:
     """Multiplies column i of every A, row i of every B and entry i of every gate by `factor` [R]."""
 
     def scale(path, leaf):
-        return leaf * along_rank(leaf_name(path), factor).astype(leaf.dtype)
+        return leaf * jnp.broadcast_to(along_rank(leaf_name(path), factor), leaf.shape).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(scale, adapter)
 

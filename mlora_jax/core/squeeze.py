@@ -192,7 +192,7 @@ def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
     with jax.default_matmul_precision("highest"):
         q_left, r_left = jnp.linalg.qr(a)  # [D, min(D, R)], [min(D, R), R]
         q_right, r_right = jnp.linalg.qr(b.T)  # [F, min(F, R)], [min(F, R), R]
-        scaled = r_left * p
+        scaled = r_left * p[None]
         u, s, vt = jnp.linalg.svd(scaled @ r_right.T, full_matrices=False)
         # The QRs round every column relative to its own length, so the noise in their product is of the size of eps
         # times these products and not eps times the largest singular value. Measured up to R = 256 it stays below 3 of
@@ -201,10 +201,10 @@ def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
         real = s > 8 * jnp.finfo(wide).eps * jnp.linalg.norm(lengths)  # [K]
         root = jnp.sqrt(jnp.where(real, s, 0.0))
         over = jnp.where(real, 1 / jnp.where(real, root, 1.0), 0.0)
-        left, right = (q_left @ u) * root, (vt @ q_right.T) * root[:, None]
+        left, right = (q_left @ u) * root[None], (vt @ q_right.T) * root[:, None]
         # With A diag(p) M = A' and B' = N B it is g_A' = g_A diag(1 / p) N^T and g_B' = M^T g_B; these are M and N
         # without an inverse.
-        map_a, map_b = r_left.T @ u * over, over[:, None] * (vt @ r_right)
+        map_a, map_b = r_left.T @ u * over[None], over[:, None] * (vt @ r_right)
         if gram is not None:
             gram = map_b @ gram.astype(wide) @ map_b.T  # of X A' = X A diag(p) M
             left, right, map_a, map_b = _reorder(left, right, map_a, map_b, root, real, gram)
@@ -212,7 +212,7 @@ def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
     left, map_a = (jnp.pad(x, [(0, 0), (0, missing)]) for x in (left, map_a))
     right, map_b = (jnp.pad(x, [(0, missing), (0, 0)]) for x in (right, map_b))
     fresh, _ = initialize_factors(key, features_in, 1, rank, init=init, dtype=wide)
-    return jnp.where(jnp.pad(real, (0, missing)), left, fresh), right, map_a, map_b
+    return jnp.where(jnp.pad(real, (0, missing))[None], left, fresh), right, map_a, map_b
 
 
 def _reorder(left, right, map_a, map_b, root, real, gram):
@@ -225,16 +225,16 @@ def _reorder(left, right, map_a, map_b, root, real, gram):
     floor = jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     values, vectors = jnp.linalg.eigh(gram + jnp.diag(jnp.where(real, jnp.where(floor > 0, floor, 1.0), 0.0)))
     half = jnp.sqrt(jnp.maximum(values, 0.0))[:, None] * vectors.T  # half^T half = gram
-    _, s, vt = jnp.linalg.svd(half * root, full_matrices=False)
+    _, s, vt = jnp.linalg.svd(half * root[None], full_matrices=False)
     order = jnp.arange(len(s)) < jnp.sum(real)
     s = jnp.where(order, jnp.maximum(s, jnp.finfo(s.dtype).tiny), 1.0)
     over = jnp.where(real, 1 / jnp.where(real, root, 1.0), 0.0)
-    mix = (root[:, None] * vt.T) / jnp.sqrt(s)  # A'' = A' mix
-    back = jnp.sqrt(s)[:, None] * vt * over  # B'' = back B'
+    mix = (root[:, None] * vt.T) / jnp.sqrt(s)[None]  # A'' = A' mix
+    back = jnp.sqrt(s)[:, None] * vt * over[None]  # B'' = back B'
     left, right = left @ mix, back @ right
     longer = jnp.sqrt(
         jnp.linalg.norm(right, axis=1) / jnp.maximum(jnp.linalg.norm(left, axis=0), jnp.finfo(s.dtype).tiny)
     )
     gauge = jnp.where(order & (longer > 0), longer, 1.0)
     right = jnp.where(order[:, None], right / gauge[:, None], 0.0)
-    return left * gauge, right, map_a @ back.T / gauge, gauge[:, None] * (mix.T @ map_b)
+    return left * gauge[None], right, map_a @ back.T / gauge[None], gauge[:, None] * (mix.T @ map_b)

@@ -136,7 +136,8 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis; the result has the shape and dtype of `x`."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.weight[...].astype(wide.dtype)).astype(x.dtype)
+        weight = jnp.broadcast_to(self.weight[...].astype(wide.dtype), wide.shape)
+        return (wide * weight).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -345,7 +346,8 @@ class Decoder(nnx.Module):
             if parent_ids is not None:
                 mask |= parent_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is not None:
-            mask = jnp.arange(cache[0].v.shape[2]) <= positions[:, None, :, None]  # [B, 1, T, S]
+            slots = jnp.arange(cache[0].v.shape[2])[None, None, None]
+            mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
         x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, counted=counted)
         return x if cache is None else (x, written)
 
@@ -387,7 +389,8 @@ class Decoder(nnx.Module):
         flash = Flash(self.flash_from, None if placement is None else placement.mesh)
         rotary = None if self.config.rotary_layers is None else jnp.asarray(self.config.rotary_layers)
         frequencies = jnp.asarray(rope_frequencies(self.config), self.wide_dtype)
-        angles = positions[..., None, None].astype(self.wide_dtype) * frequencies  # [B, T, 1, Hd / 2]
+        turned = positions[..., None, None].astype(self.wide_dtype)  # [B, T, 1, 1]
+        angles = turned * jnp.expand_dims(frequencies, range(positions.ndim + 1))  # [B, T, 1, Hd / 2]
         rotation = jnp.cos(angles), jnp.sin(angles)
 
         def run(layer, x, window, rotates, part):
