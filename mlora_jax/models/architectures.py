@@ -33,14 +33,14 @@ class Architecture:
     """One model type.
 
     Args:
-        class_name: of the model in transformers.
-        defaults: key of `config.json` -> its value where the file does not have the key.
-        keys: field of `DecoderConfig` -> key of `config.json`, for options that not every model type has.
-        fixed: field of `DecoderConfig` -> its value, for what no key changes.
-        slides: (values, L) -> which layers attend to a sliding window where there is one and `layer_types` does not
-            say; None: the model type has no window.
-        switched: whether a window counts only where `use_sliding_window` is true.
-        layered: keys beyond `sliding_window` that say something of single layers, to be written.
+      class_name: of the model in transformers.
+      defaults: key of `config.json` -> its value where the file does not have the key.
+      keys: field of `DecoderConfig` -> key of `config.json`, for options that not every model type has.
+      fixed: field of `DecoderConfig` -> its value, for what no key changes.
+      slides: (values, L) -> which layers attend to a sliding window where there is one and `layer_types` does not
+        say; None: the model type has no window.
+      switched: whether a window counts only where `use_sliding_window` is true.
+      layered: keys beyond `sliding_window` that say something of single layers, to be written.
     """
 
     class_name: str
@@ -122,16 +122,16 @@ def sliding_layers(model_type: str, values: Mapping[str, Any], layers: int) -> t
     """The window and the layers that attend to it.
 
     Args:
-        model_type: a key of `ARCHITECTURES`.
-        values: of `config.json`, with the row's defaults.
-        layers: L.
+      model_type: a key of `ARCHITECTURES`.
+      values: of `config.json`, with the row's defaults.
+      layers: L.
 
     Returns:
-        (tokens of the window, which layers), or (None, None).
+      (tokens of the window, which layers), or (None, None).
 
     Raises:
-        ValueError: `layer_types` of a wrong length, with an unknown kind, without a window, or of a model type all of
-            whose layers are alike.
+      ValueError: `layer_types` of a wrong length, with an unknown kind, without a window, or of a model type all of
+        whose layers are alike.
     """
     row = ARCHITECTURES[model_type]
     window, kinds = values.get("sliding_window"), values.get("layer_types")
@@ -165,12 +165,12 @@ def rotary_layers(model_type: str, values: Mapping[str, Any], layers: int) -> tu
     """Which layers rotate queries and keys.
 
     Args:
-        model_type: a key of `ARCHITECTURES`.
-        values: of `config.json`, with the row's defaults.
-        layers: L.
+      model_type: a key of `ARCHITECTURES`.
+      values: of `config.json`, with the row's defaults.
+      layers: L.
 
     Raises:
-        ValueError: `no_rope_layers` does not have 0 or 1 for every layer, or an interval that is no positive integer.
+      ValueError: `no_rope_layers` does not have 0 or 1 for every layer, or an interval that is no positive integer.
     """
     if "no_rope_layers" not in ARCHITECTURES[model_type].layered:
         return (True,) * layers
@@ -190,14 +190,14 @@ def layer_values(
     """The keys of `config.json` from which `sliding_layers` and `rotary_layers` read the same.
 
     Args:
-        model_type: a key of `ARCHITECTURES`.
-        window: tokens, or None.
-        slides: which layers attend to it, or None.
-        rotary: which layers rotate, or None for all.
-        layers: L.
+      model_type: a key of `ARCHITECTURES`.
+      window: tokens, or None.
+      slides: which layers attend to it, or None.
+      rotary: which layers rotate, or None for all.
+      layers: L.
 
     Returns:
-        Those keys that the model type has.
+      Those keys that the model type has.
     """
     row = ARCHITECTURES[model_type]
     slides = [False] * layers if slides is None else list(slides)

@@ -50,17 +50,17 @@ def attend(
     `jax.nn.dot_product_attention`.
 
     Args:
-        query: [B, T, H, Hd].
-        key: [B, S, KV, Hd].
-        value: [B, S, KV, Hd].
-        mask: boolean [B, 1, T, S], True where a query sees a key, or None. Every query sees some key.
-        causal: whether query t sees only keys up to t (T equals S).
-        spans: with a mask under which every query sees itself, texts outside of which no query of theirs sees a key.
-            Results are the same with them, but cannot be differentiated; what lies in no text is then undefined.
-        flash: when and where the kernel runs; None: never.
+      query: [B, T, H, Hd].
+      key: [B, S, KV, Hd].
+      value: [B, S, KV, Hd].
+      mask: boolean [B, 1, T, S], True where a query sees a key, or None. Every query sees some key.
+      causal: whether query t sees only keys up to t (T equals S).
+      spans: with a mask under which every query sees itself, texts outside of which no query of theirs sees a key.
+        Results are the same with them, but cannot be differentiated; what lies in no text is then undefined.
+      flash: when and where the kernel runs; None: never.
 
     Returns:
-        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+      [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
     """
     if flash is not None and mask is None and causal and flash.takes(query, key):
         return flash_attend(query, key, value, flash.mesh)
@@ -79,13 +79,13 @@ def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
     """As `attend`, over keys and values in the layout of a cache.
 
     Args:
-        query: [B, T, H, Hd], T small: one step of decoding.
-        key: [B, KV, Hd, S].
-        value: [B, KV, S, Hd].
-        mask: boolean [B, 1, T, S]. Every query sees some key.
+      query: [B, T, H, Hd], T small: one step of decoding.
+      key: [B, KV, Hd, S].
+      value: [B, KV, S, Hd].
+      mask: boolean [B, 1, T, S]. Every query sees some key.
 
     Returns:
-        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+      [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
     """
     batch, length, heads, features = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)

@@ -29,14 +29,14 @@ def read_chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
     Files go before the entry in `tokenizer_config.json`. Of several templates the one named "default" is taken.
 
     Args:
-        folder: a Hugging Face folder.
-        values: of its `tokenizer_config.json`.
+      folder: a Hugging Face folder.
+      values: of its `tokenizer_config.json`.
 
     Returns:
-        Jinja source, or None where the checkpoint has no template, or several and none named "default".
+      Jinja source, or None where the checkpoint has no template, or several and none named "default".
 
     Raises:
-        ValueError: the entry in `tokenizer_config.json` is no template.
+      ValueError: the entry in `tokenizer_config.json` is no template.
     """
     file = folder / TEMPLATE_FILE
     templates = {"default": file} if file.is_file() else {}
@@ -59,11 +59,11 @@ def read_tool_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
     """The template that renders a chat with tools, where the checkpoint keeps one besides the default one.
 
     Args:
-        folder: a Hugging Face folder.
-        values: of its `tokenizer_config.json`.
+      folder: a Hugging Face folder.
+      values: of its `tokenizer_config.json`.
 
     Returns:
-        Jinja source, or None where chats with tools are rendered by the default template.
+      Jinja source, or None where chats with tools are rendered by the default template.
     """
     file = folder / TEMPLATE_FOLDER / f"{TOOL_TEMPLATE}.jinja"
     if file.is_file():

@@ -52,13 +52,13 @@ class RopeScaling:
     multiplied by `factor`, those between are interpolated.
 
     Args:
-        factor: how much longer the longest wavelengths become.
-        low_freq_factor: the context length divided by the wavelength from which all of `factor` applies.
-        high_freq_factor: the same ratio from which nothing applies.
-        original_max_position_embeddings: context length of pretraining, in tokens.
+      factor: how much longer the longest wavelengths become.
+      low_freq_factor: the context length divided by the wavelength from which all of `factor` applies.
+      high_freq_factor: the same ratio from which nothing applies.
+      original_max_position_embeddings: context length of pretraining, in tokens.
 
     Raises:
-        ValueError: a value that is not positive, or `high_freq_factor` not above `low_freq_factor`.
+      ValueError: a value that is not positive, or `high_freq_factor` not above `low_freq_factor`.
 
     Source: Llama 3.1's `apply_scaling` (meta-llama/llama-models, models/llama3/model.py).
     """
@@ -84,35 +84,35 @@ class DecoderConfig:
     """What fixes a decoder's function up to its weights; hashable, so it can sit in a compiled graph.
 
     Args:
-        vocab_size: V.
-        hidden_size: D, width of the residual stream.
-        intermediate_size: width inside the SwiGLU block.
-        num_layers: L.
-        num_heads: H, query heads.
-        num_kv_heads: key and value heads, a divisor of H; None: as many as H.
-        head_dim: features of one head, even; None: hidden_size / num_heads.
-        rope_theta: base of the rotary wavelengths.
-        rope_scaling: None, or Llama 3's stretching of them.
-        rms_norm_eps: added to the mean square.
-        tie_word_embeddings: whether the output head is the embedding itself.
-        max_position_embeddings: context length in tokens.
-        attention_bias: whether q, k and v projections have a bias.
-        attention_output_bias: whether the o projection has one; None: as those.
-        mlp_bias: whether gate, up and down projections have a bias.
-        qk_norm: whether queries and keys are normalised, each head on its own, before they are rotated.
-        sliding_window: a query sees so many latest positions, its own included; None: all up to its own.
-        sliding_layers: per layer, whether that window holds there; None: in every layer, if there is one.
-        rotary_layers: per layer, whether queries and keys are rotated; None: in every layer.
-        bos_token_id: token that begins a text, or None.
-        eos_token_ids: tokens that end a text, possibly none.
-        pad_token_id: token that fills rows, or None; kept for other programs.
-        initializer_range: standard deviation of freshly made weights.
-        model_type: the name by which transformers knows the model, a key of `ARCHITECTURES`.
+      vocab_size: V.
+      hidden_size: D, width of the residual stream.
+      intermediate_size: width inside the SwiGLU block.
+      num_layers: L.
+      num_heads: H, query heads.
+      num_kv_heads: key and value heads, a divisor of H; None: as many as H.
+      head_dim: features of one head, even; None: hidden_size / num_heads.
+      rope_theta: base of the rotary wavelengths.
+      rope_scaling: None, or Llama 3's stretching of them.
+      rms_norm_eps: added to the mean square.
+      tie_word_embeddings: whether the output head is the embedding itself.
+      max_position_embeddings: context length in tokens.
+      attention_bias: whether q, k and v projections have a bias.
+      attention_output_bias: whether the o projection has one; None: as those.
+      mlp_bias: whether gate, up and down projections have a bias.
+      qk_norm: whether queries and keys are normalised, each head on its own, before they are rotated.
+      sliding_window: a query sees so many latest positions, its own included; None: all up to its own.
+      sliding_layers: per layer, whether that window holds there; None: in every layer, if there is one.
+      rotary_layers: per layer, whether queries and keys are rotated; None: in every layer.
+      bos_token_id: token that begins a text, or None.
+      eos_token_ids: tokens that end a text, possibly none.
+      pad_token_id: token that fills rows, or None; kept for other programs.
+      initializer_range: standard deviation of freshly made weights.
+      model_type: the name by which transformers knows the model, a key of `ARCHITECTURES`.
 
     Raises:
-        ValueError: a size that is not a positive integer, heads that do not divide, an odd head_dim, a constant that is
-            no number of its range, a switch that is not true or false, a token that is not an id, not one value for
-            each layer, an unknown model type.
+      ValueError: a size that is not a positive integer, heads that do not divide, an odd head_dim, a constant that is
+        no number of its range, a switch that is not true or false, a token that is not an id, not one value for
+        each layer, an unknown model type.
     """
 
     vocab_size: int
@@ -198,14 +198,14 @@ class DecoderConfig:
         `mlora_jax.models.config_keys`.
 
         Args:
-            values: the parsed JSON object.
+          values: the parsed JSON object.
 
         Returns:
-            The configuration.
+          The configuration.
 
         Raises:
-            ValueError: a model type, activation, rotary type, quantisation or other key that is not supported, or
-                a value that is missing, impossible or of another type.
+          ValueError: a model type, activation, rotary type, quantisation or other key that is not supported, or
+            a value that is missing, impossible or of another type.
         """
         model_type = values.get("model_type")
         _reject("model_type", model_type, MODEL_TYPES)
@@ -243,10 +243,10 @@ class DecoderConfig:
         """The content of a `config.json` that transformers 4 and 5 both read.
 
         Returns:
-            A JSON-able dict; `DecoderConfig.from_hugging_face` gives this configuration back.
+          A JSON-able dict; `DecoderConfig.from_hugging_face` gives this configuration back.
 
         Raises:
-            ValueError: the model type has no key for something that this configuration says.
+          ValueError: the model type has no key for something that this configuration says.
         """
         row, eos = ARCHITECTURES[self.model_type], self.eos_token_ids
         keys = {**_REQUIRED, **_OPTIONAL, **row.keys}
@@ -282,14 +282,14 @@ def read_config(folder: str | os.PathLike) -> DecoderConfig:
     """Reads the `config.json` of a Hugging Face folder.
 
     Args:
-        folder: the folder.
+      folder: the folder.
 
     Returns:
-        The configuration.
+      The configuration.
 
     Raises:
-        FileNotFoundError: there is no `config.json`.
-        ValueError: it is not a JSON object, or describes an unsupported model.
+      FileNotFoundError: there is no `config.json`.
+      ValueError: it is not a JSON object, or describes an unsupported model.
     """
     file = pathlib.Path(folder) / CONFIG_FILE
     if not file.is_file():

@@ -18,11 +18,11 @@ class Key:
     """One key of `config.json`.
 
     Args:
-        effect: READ: it is part of the model's function, or of how texts begin and end. WITHOUT_EFFECT: it changes no
-            output of the model. REFUSED: any value that is not neutral is an error.
-        reason: of that, for a message or a reader.
-        neutral: values of a key REFUSED that are as good as its absence.
-        null: whether a null stands for something, or is as good as absence; else it is an error, as in transformers.
+      effect: READ: it is part of the model's function, or of how texts begin and end. WITHOUT_EFFECT: it changes no
+        output of the model. REFUSED: any value that is not neutral is an error.
+      reason: of that, for a message or a reader.
+      neutral: values of a key REFUSED that are as good as its absence.
+      null: whether a null stands for something, or is as good as absence; else it is an error, as in transformers.
     """
 
     effect: str
@@ -117,11 +117,11 @@ def check_keys(model_type: str, values: Mapping[str, Any]) -> None:
     """Refuses what a `config.json` says that this program would have to ignore.
 
     Args:
-        model_type: a key of `CONFIG_KEYS`.
-        values: the parsed JSON object.
+      model_type: a key of `CONFIG_KEYS`.
+      values: the parsed JSON object.
 
     Raises:
-        ValueError: a key that is refused, or a null where the key must have a value.
+      ValueError: a key that is refused, or a null where the key must have a value.
     """
     for name, key in CONFIG_KEYS[model_type].items():
         if name not in values:

@@ -31,8 +31,8 @@ class Cache(NamedTuple):
     array for all layers would be copied. The last axis of each is the one that its product with a query runs along.
 
     Args:
-        k: keys [B, KV, Hd, S] in the compute dtype.
-        v: values [B, KV, S, Hd], alike.
+      k: keys [B, KV, Hd, S] in the compute dtype.
+      v: values [B, KV, S, Hd], alike.
     """
 
     k: jax.Array
@@ -45,10 +45,10 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
         f_i = theta ** (-2 i / Hd)
 
     Args:
-        config: gives theta, Hd and the scaling.
+      config: gives theta, Hd and the scaling.
 
     Returns:
-        float64 [Hd / 2], radians per token.
+      float64 [Hd / 2], radians per token.
 
     Source: RoFormer (arXiv 2104.09864); Llama 3.1's `apply_scaling` for the stretching.
     """
@@ -66,12 +66,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies rotary positions to queries or keys, pairing feature i with i + Hd / 2 as Hugging Face does.
 
     Args:
-        x: [B, T, H, Hd].
-        cos: [B, T, 1, Hd / 2], at least float32.
-        sin: alike.
+      x: [B, T, H, Hd].
+      cos: [B, T, 1, Hd / 2], at least float32.
+      sin: alike.
 
     Returns:
-        The shape and dtype of `x`; computed in the dtype of `cos`.
+      The shape and dtype of `x`; computed in the dtype of `cos`.
     """
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -82,10 +82,10 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     """Positions that begin at zero with every segment of a packed row.
 
     Args:
-        segment_ids: [B, T] integers; a new segment begins wherever the value changes.
+      segment_ids: [B, T] integers; a new segment begins wherever the value changes.
 
     Returns:
-        int32 [B, T].
+      int32 [B, T].
     """
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -96,13 +96,13 @@ def within_window(mask: jax.Array | None, window, positions: jax.Array, keys: ja
     """What a query sees of `mask` in a sliding window: keys at its own position and at the `window - 1` before it.
 
     Args:
-        mask: boolean [B, 1, T, S], or None for all.
-        window: positive integer, or int32 scalar.
-        positions: int32 [B, T] of the queries.
-        keys: int32 [B, S] or [1, S], positions of the keys; never negative.
+      mask: boolean [B, 1, T, S], or None for all.
+      window: positive integer, or int32 scalar.
+      positions: int32 [B, T] of the queries.
+      keys: int32 [B, S] or [1, S], positions of the keys; never negative.
 
     Returns:
-        boolean [B, 1, T, S].
+      boolean [B, 1, T, S].
 
     Source: Beltagy et al. (arXiv 2004.05150); `sliding_window_overlay` of transformers' `masking_utils.py`.
     """
@@ -121,9 +121,9 @@ class RMSNorm(nnx.Module):
     """y = weight * x / sqrt(mean(x ** 2) + eps), with the mean in float32 or better.
 
     Args:
-        features: D.
-        eps: added to the mean square.
-        dtype: of the weight.
+      features: D.
+      eps: added to the mean square.
+      dtype: of the weight.
 
     Source: Zhang and Sennrich (arXiv 1910.07467).
     """
@@ -143,9 +143,9 @@ class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions, queries and keys normalised before if the config says so.
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute.
-        rngs: keys for fresh weights.
+      config: shape of the model.
+      dtype: of weights and compute.
+      rngs: keys for fresh weights.
 
     Source: Ainslie et al. (arXiv 2305.13245) for the grouping; `modeling_qwen3.py` of transformers for the norms.
     """
@@ -190,9 +190,9 @@ class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)).
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute.
-        rngs: keys for fresh weights.
+      config: shape of the model.
+      dtype: of weights and compute.
+      rngs: keys for fresh weights.
 
     Source: Shazeer (arXiv 2002.05202).
     """
@@ -212,9 +212,9 @@ class DecoderLayer(nnx.Module):
     """One block: attention and SwiGLU, each behind a norm and added to the residual stream.
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute.
-        rngs: keys for fresh weights.
+      config: shape of the model.
+      dtype: of weights and compute.
+      rngs: keys for fresh weights.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
@@ -235,24 +235,24 @@ class Decoder(nnx.Module):
     """A Llama-family language model whose blocks are one module with a leading layer axis.
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
-        rngs: keys for fresh weights (normal with `config.initializer_range`).
+      config: shape of the model.
+      dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
+      rngs: keys for fresh weights (normal with `config.initializer_range`).
 
     Attributes:
-        remat: recompute each layer in the backward pass instead of keeping what is inside it.
-        placement: None, or how weights and activations lie on a mesh where they are used: an object like
-            `mlora_jax.parallel.rules.Placement`.
-        flash_from: tokens of a row from which a TPU attends by a kernel; None: never.
+      remat: recompute each layer in the backward pass instead of keeping what is inside it.
+      placement: None, or how weights and activations lie on a mesh where they are used: an object like
+        `mlora_jax.parallel.rules.Placement`.
+      flash_from: tokens of a row from which a TPU attends by a kernel; None: never.
 
     Example:
-        >>> from flax import nnx
-        >>> import jax.numpy as jnp
-        >>> from mlora_jax.models.config import DecoderConfig
-        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> model = Decoder(config, rngs=nnx.Rngs(0))
-        >>> model(jnp.array([[1, 2, 3]])).shape
-        (1, 3, 11)
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> from mlora_jax.models.config import DecoderConfig
+      >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.array([[1, 2, 3]])).shape
+      (1, 3, 11)
 
     Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
     """
@@ -288,13 +288,13 @@ class Decoder(nnx.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens: int32 [B, T], right-padded if rows differ in length.
-            positions: as in `hidden`.
-            segment_ids: as in `hidden`.
-            parent_ids: as in `hidden`.
+          tokens: int32 [B, T], right-padded if rows differ in length.
+          positions: as in `hidden`.
+          segment_ids: as in `hidden`.
+          parent_ids: as in `hidden`.
 
         Returns:
-            float32 [B, T, V] (float64 for a float64 model).
+          float32 [B, T, V] (float64 for a float64 model).
         """
         return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, parent_ids=parent_ids))
 
@@ -312,23 +312,23 @@ class Decoder(nnx.Module):
         """Hidden states after the final norm.
 
         Args:
-            tokens: int32 [B, T], right-padded if rows differ in length. An id outside 0..V-1 gives NaN.
-            positions: int32 [B, T]; None: 0..T-1, or from 0 in every segment. With a cache also the slot that
-                each token is written to (beyond the cache: not written), and a query sees slots up to its own.
-                Sliding windows are counted in positions.
-            segment_ids: integers [B, T]; tokens of different segments do not see each other.
-            parent_ids: integers [B, T]; with segment ids, a token also sees the tokens before it of the segment with
-                this id. So a row holds a context once and every continuation of it; `positions` must say where each
-                of those begins.
-            spans: with segment ids, where texts lie that see nothing of each other: saves a CPU work.
-            cache: from `init_cache`, `prefill` or an earlier call.
-            layers: with a cache, `single_layers()`, for a loop that decodes to take them once.
+          tokens: int32 [B, T], right-padded if rows differ in length. An id outside 0..V-1 gives NaN.
+          positions: int32 [B, T]; None: 0..T-1, or from 0 in every segment. With a cache also the slot that
+            each token is written to (beyond the cache: not written), and a query sees slots up to its own.
+            Sliding windows are counted in positions.
+          segment_ids: integers [B, T]; tokens of different segments do not see each other.
+          parent_ids: integers [B, T]; with segment ids, a token also sees the tokens before it of the segment with
+            this id. So a row holds a context once and every continuation of it; `positions` must say where each
+            of those begins.
+          spans: with segment ids, where texts lie that see nothing of each other: saves a CPU work.
+          cache: from `init_cache`, `prefill` or an earlier call.
+          layers: with a cache, `single_layers()`, for a loop that decodes to take them once.
 
         Returns:
-            [B, T, D] in the compute dtype; with a cache the pair (hidden, cache).
+          [B, T, D] in the compute dtype; with a cache the pair (hidden, cache).
 
         Raises:
-            ValueError: segment ids together with a cache; parent ids without segment ids or positions.
+          ValueError: segment ids together with a cache; parent ids without segment ids or positions.
         """
         if parent_ids is not None and (segment_ids is None or positions is None):
             raise ValueError("parent_ids needs segment_ids and positions: which tokens are a continuation, and where")
@@ -355,11 +355,11 @@ class Decoder(nnx.Module):
         What `hidden` gives with an empty cache, without attending to its empty slots.
 
         Args:
-            tokens: int32 [B, T], right-padded if rows differ in length.
-            slots: S, the most tokens a row will hold, at least T.
+          tokens: int32 [B, T], right-padded if rows differ in length.
+          slots: S, the most tokens a row will hold, at least T.
 
         Returns:
-            [B, T, D] in the compute dtype, and the cache.
+          [B, T, D] in the compute dtype, and the cache.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x, kept = self._run_layers(tokens, positions, None, keep=True)
@@ -441,10 +441,10 @@ class Decoder(nnx.Module):
         """Logits of hidden states, through the embedding if it is tied, else through `lm_head`.
 
         Args:
-            hidden: [..., D] after the final norm.
+          hidden: [..., D] after the final norm.
 
         Returns:
-            float32 [..., V], accumulated in float32 (float64 for a float64 model).
+          float32 [..., V], accumulated in float32 (float64 for a float64 model).
         """
         if self.config.tie_word_embeddings:
             embedding = self.embed_tokens.embedding[...].astype(self.dtype)
@@ -457,11 +457,11 @@ class Decoder(nnx.Module):
         """An empty cache.
 
         Args:
-            batch: B.
-            length: S, the most tokens a row will hold.
+          batch: B.
+          length: S, the most tokens a row will hold.
 
         Returns:
-            Zeros in the compute dtype, one `Cache` per layer.
+          Zeros in the compute dtype, one `Cache` per layer.
         """
         config = self.config
         k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, length), self.dtype)

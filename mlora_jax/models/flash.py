@@ -21,8 +21,8 @@ class Flash:
     """When and where the kernel runs.
 
     Attributes:
-        least: T from which it does; None: never.
-        mesh: that arrays lie on; None for one device.
+      least: T from which it does; None: never.
+      mesh: that arrays lie on; None for one device.
     """
 
     least: int | None = LEAST
@@ -39,8 +39,8 @@ def fits_flash(query: jax.Array, key: jax.Array) -> bool:
     """Whether the kernel takes these: as many keys as queries, a multiple of 128, in at most 32 bits.
 
     Args:
-        query: [B, T, H, Hd].
-        key: [B, T, KV, Hd].
+      query: [B, T, H, Hd].
+      key: [B, T, KV, Hd].
     """
     same = query.shape[1] == key.shape[1] and query.shape[1] % BLOCKS[-1] == 0
     return same and query.dtype in (jnp.bfloat16, jnp.float32)
@@ -50,9 +50,9 @@ def product_flops(heads: int, length: int, features: int) -> float:
     """FLOPs of queries times keys in the kernel: in the blocks of a row that causality leaves.
 
     Args:
-        heads: query heads, over all rows.
-        length: T.
-        features: Hd.
+      heads: query heads, over all rows.
+      length: T.
+      features: Hd.
 
     >>> product_flops(1, 1024, 64) == 2 * 64 * 3 * 512**2
     True
@@ -76,14 +76,14 @@ def flash_attend(
     divides those of the keys. Rows lie along the axes of the mesh that a `jax.vmap` around has as its `spmd_axis_name`.
 
     Args:
-        query: [B, T, H, Hd].
-        key: [B, T, KV, Hd].
-        value: [B, T, KV, Hd].
-        mesh: that the arrays lie on; None for one device.
-        interpret: run the kernel's steps on any platform, slowly; for tests.
+      query: [B, T, H, Hd].
+      key: [B, T, KV, Hd].
+      value: [B, T, KV, Hd].
+      mesh: that the arrays lie on; None for one device.
+      interpret: run the kernel's steps on any platform, slowly; for tests.
 
     Returns:
-        [B, T, H, Hd] in the dtype of `query`; softmax in float32.
+      [B, T, H, Hd] in the dtype of `query`; softmax in float32.
 
     Source: Dao et al. (arXiv 2205.14135); the kernel is `jax.experimental.pallas.ops.tpu.splash_attention`.
     """

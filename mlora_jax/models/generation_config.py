@@ -22,12 +22,12 @@ class Field:
     """One field of transformers' `GenerationConfig`.
 
     Args:
-        effect: APPLIED: changes the logits as in transformers. WITHOUT_EFFECT: changes no text of one greedy answer.
-            REFUSED: generation raises an error. WARNED: generation logs a warning. SAMPLING: counts only for draws, to
-            which it is not applied: a draw is made as its caller asks, and a warning names the field. TOKENS: read by
-            `Tokenizer.load`.
-        reason: of that, for a message or a reader.
-        neutral: values that are as good as an absent field.
+      effect: APPLIED: changes the logits as in transformers. WITHOUT_EFFECT: changes no text of one greedy answer.
+        REFUSED: generation raises an error. WARNED: generation logs a warning. SAMPLING: counts only for draws, to
+        which it is not applied: a draw is made as its caller asks, and a warning names the field. TOKENS: read by
+        `Tokenizer.load`.
+      reason: of that, for a message or a reader.
+      neutral: values that are as good as an absent field.
     """
 
     effect: str
@@ -129,25 +129,25 @@ class GenerationSettings:
     """What changes the next token of a checkpoint's answers beside its weights; the default changes nothing.
 
     Args:
-        file: where it is said.
-        repetition_penalty: divides positive logits of tokens in the prompt or the answer so far, multiplies others.
-        encoder_repetition_penalty: multiplies positive logits of tokens in the prompt, divides others.
-        no_repeat_ngram_size: tokens of a run that must not occur twice in prompt and answer; 0: none.
-        encoder_no_repeat_ngram_size: tokens of a run of the prompt that must not occur in the answer; 0: none.
-        sequence_bias: ((ids, bias), ...): added to the logit of the last id where the ids before it end the text.
-        bad_words_ids: sequences of ids that are never completed.
-        min_length: no end of text before prompt and answer have so many tokens.
-        min_new_tokens: no end of text before so many tokens of the answer.
-        forced_bos_token_id: the first token behind a prompt of one token; None: none is forced.
-        forced_eos_token_id: ids of which one is the last token of an answer that has all its tokens.
-        exponential_decay_length_penalty: (start, factor): beyond `start` tokens of the answer the logits of its end
-            grow by |logit| * (factor ** (tokens - start) - 1).
-        suppress_tokens: ids that are never made.
-        begin_suppress_tokens: ids that do not begin an answer.
-        refused: what cannot be applied, a sentence each.
-        warnings: what is not applied, a sentence each.
-        sampling: settings of draws that are not applied, "name=value" each.
-        max_new_tokens: of the file, which takes no effect here; None: the file has none.
+      file: where it is said.
+      repetition_penalty: divides positive logits of tokens in the prompt or the answer so far, multiplies others.
+      encoder_repetition_penalty: multiplies positive logits of tokens in the prompt, divides others.
+      no_repeat_ngram_size: tokens of a run that must not occur twice in prompt and answer; 0: none.
+      encoder_no_repeat_ngram_size: tokens of a run of the prompt that must not occur in the answer; 0: none.
+      sequence_bias: ((ids, bias), ...): added to the logit of the last id where the ids before it end the text.
+      bad_words_ids: sequences of ids that are never completed.
+      min_length: no end of text before prompt and answer have so many tokens.
+      min_new_tokens: no end of text before so many tokens of the answer.
+      forced_bos_token_id: the first token behind a prompt of one token; None: none is forced.
+      forced_eos_token_id: ids of which one is the last token of an answer that has all its tokens.
+      exponential_decay_length_penalty: (start, factor): beyond `start` tokens of the answer the logits of its end
+        grow by |logit| * (factor ** (tokens - start) - 1).
+      suppress_tokens: ids that are never made.
+      begin_suppress_tokens: ids that do not begin an answer.
+      refused: what cannot be applied, a sentence each.
+      warnings: what is not applied, a sentence each.
+      sampling: settings of draws that are not applied, "name=value" each.
+      max_new_tokens: of the file, which takes no effect here; None: the file has none.
     """
 
     file: str = ""
@@ -189,13 +189,13 @@ def read_generation_settings(folder: str | os.PathLike) -> GenerationSettings:
     `config.json`.
 
     Args:
-        folder: the folder.
+      folder: the folder.
 
     Returns:
-        The settings. What cannot be used is in them, for generation to refuse: a model may be scored without it.
+      The settings. What cannot be used is in them, for generation to refuse: a model may be scored without it.
 
     Raises:
-        ValueError: a file that is no JSON object.
+      ValueError: a file that is no JSON object.
     """
     folder = pathlib.Path(folder)
     config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -211,12 +211,12 @@ def generation_settings(values: Mapping[str, Any], *, vocab_size: int | None, fi
     """The settings in the content of a `generation_config.json`.
 
     Args:
-        values: the parsed JSON object.
-        vocab_size: V, above all ids of `bad_words_ids`, `sequence_bias` and forced tokens; None: unknown.
-        file: for messages.
+      values: the parsed JSON object.
+      vocab_size: V, above all ids of `bad_words_ids`, `sequence_bias` and forced tokens; None: unknown.
+      file: for messages.
 
     Returns:
-        The settings, with what cannot be used in `refused`.
+      The settings, with what cannot be used in `refused`.
     """
     fields: dict[str, Any] = {}
     told: dict[str, list[str]] = {REFUSED: [], WARNED: [], SAMPLING: []}

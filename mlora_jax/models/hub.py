@@ -39,16 +39,16 @@ def checkpoint_folder(path: str | os.PathLike, *, weights: bool = True) -> pathl
     HF_HUB_OFFLINE, HF_ENDPOINT).
 
     Args:
-        path: a folder, where "~" may stand for the home, or a hub id.
-        weights: whether the weights are needed too.
+      path: a folder, where "~" may stand for the home, or a hub id.
+      weights: whether the weights are needed too.
 
     Returns:
-        The folder.
+      The folder.
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id; a model or revision that the hub does not have or does not
-            show; one that the cache does not have whole while the hub cannot be reached. What is missing is named.
-        ValueError: the model on the hub is not one that the decoder supports; its weights are not downloaded.
+      FileNotFoundError: neither a folder nor a hub id; a model or revision that the hub does not have or does not
+        show; one that the cache does not have whole while the hub cannot be reached. What is missing is named.
+      ValueError: the model on the hub is not one that the decoder supports; its weights are not downloaded.
     """
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir() and path != "":  # which pathlib takes for "."

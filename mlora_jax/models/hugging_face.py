@@ -70,26 +70,26 @@ def load_decoder(
     next: beyond the model itself the host holds the part of one array that one device gets.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` or its shards and index; or, as a string that is no
-            folder, a hub id "OWNER/NAME", which huggingface_hub downloads to its cache or finds there.
-        dtype: of weights and compute (float32, bfloat16, float16 or float64); None: every weight as it is
-            stored, compute in the dtype of the embedding.
-        sharding: dotted path (`layers.mlp.up_proj.kernel`, a key of `WEIGHT_MAP`) and shape ([L, D, F]) of an array ->
-            the sharding in which it is made; a process reads only what its own devices get. None: whole, on the default
-            device.
+      path: a folder with `config.json` and `model.safetensors` or its shards and index; or, as a string that is no
+        folder, a hub id "OWNER/NAME", which huggingface_hub downloads to its cache or finds there.
+      dtype: of weights and compute (float32, bfloat16, float16 or float64); None: every weight as it is
+        stored, compute in the dtype of the embedding.
+      sharding: dotted path (`layers.mlp.up_proj.kernel`, a key of `WEIGHT_MAP`) and shape ([L, D, F]) of an array ->
+        the sharding in which it is made; a process reads only what its own devices get. None: whole, on the default
+        device.
 
     Returns:
-        The decoder.
+      The decoder.
 
     Raises:
-        FileNotFoundError: no such folder, or no config or safetensors in it; a hub id that the hub does not have, or
-            that the cache does not have and the hub cannot be asked for.
-        ValueError: an unsupported architecture; a missing, misshapen, non-float or unknown tensor; a damaged
-            file; a dtype that jax would silently narrow; a sharding that does not divide an array.
+      FileNotFoundError: no such folder, or no config or safetensors in it; a hub id that the hub does not have, or
+        that the cache does not have and the hub cannot be asked for.
+      ValueError: an unsupported architecture; a missing, misshapen, non-float or unknown tensor; a damaged
+        file; a dtype that jax would silently narrow; a sharding that does not divide an array.
 
     Example:
-        >>> model = load_decoder("/data/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
-        >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path, shape: replicated)  # doctest: +SKIP
+      >>> model = load_decoder("/data/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
+      >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path, shape: replicated)  # doctest: +SKIP
     """
     folder = checkpoint_folder(path)
     config = read_config(folder)
@@ -105,12 +105,12 @@ def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
     Each file is written aside and renamed, the config last: a folder with a config is complete.
 
     Args:
-        path: the folder; made if absent. A `model.safetensors` and `config.json` in it are replaced.
-        model: a decoder without adapters (fold them first).
+      path: the folder; made if absent. A `model.safetensors` and `config.json` in it are replaced.
+      model: a decoder without adapters (fold them first).
 
     Raises:
-        ValueError: the model holds arrays that this format has no place for, such as an adapter's, or is quantised.
-        FileExistsError: the folder holds a checkpoint in shards, which would stay beside the new file.
+      ValueError: the model holds arrays that this format has no place for, such as an adapter's, or is quantised.
+      FileExistsError: the folder holds a checkpoint in shards, which would stay beside the new file.
     """
     leaves = {_dotted(names): leaf for names, leaf in nnx.to_flat_state(nnx.state(model))}
     extra = sorted(set(leaves) - set(WEIGHT_MAP))

@@ -45,11 +45,11 @@ class TokenFiles:
     """What the files of a folder say about its tokenizer.
 
     Args:
-        backend: the tokenizer with all its tokens, without truncation and padding.
-        named: role ("bos_token", ..) -> text of the token.
-        opening: ids that the post-processor puts before every text.
-        cleans_up: whether decoded text loses the spaces before punctuation.
-        values: of `tokenizer_config.json`.
+      backend: the tokenizer with all its tokens, without truncation and padding.
+      named: role ("bos_token", ..) -> text of the token.
+      opening: ids that the post-processor puts before every text.
+      cleans_up: whether decoded text loses the spaces before punctuation.
+      values: of `tokenizer_config.json`.
     """
 
     backend: tokenizers.Tokenizer
@@ -63,14 +63,14 @@ def read_token_files(folder: pathlib.Path, config: Mapping[str, Any]) -> TokenFi
     """Reads the tokenizer of a Hugging Face folder as `AutoTokenizer` of transformers 5 does.
 
     Args:
-        folder: with `tokenizer.json`; its other files may be absent.
-        config: values of `config.json`.
+      folder: with `tokenizer.json`; its other files may be absent.
+      config: values of `config.json`.
 
     Returns:
-        The tokenizer and its named tokens.
+      The tokenizer and its named tokens.
 
     Raises:
-        ValueError: a file that cannot be read, an entry that transformers refuses or that is not supported here.
+      ValueError: a file that cannot be read, an entry that transformers refuses or that is not supported here.
     """
     values, file = _optional(folder / CONFIG), folder / TOKENIZER_FILE
     _check(folder / CONFIG, values)

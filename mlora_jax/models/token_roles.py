@@ -23,10 +23,10 @@ class TokenRoles:
       ids; one without padding pads with EOS.
 
     Args:
-        bos_id: id of the token that begins a text, or None.
-        eos_id: id of the token that ends a text.
-        pad_id: id that fills rows.
-        stops: every id at which generation stops, `eos_id` first.
+      bos_id: id of the token that begins a text, or None.
+      eos_id: id of the token that ends a text.
+      pad_id: id that fills rows.
+      stops: every id at which generation stops, `eos_id` first.
 
     Source: `HFLM.prefix_token_id` and `HFLM.eot_token_id` of lm-evaluation-harness;
     `GenerationMixin.adjust_generation_fn` of transformers.
@@ -49,17 +49,17 @@ def token_roles(
     """The roles of tokens by the rule of `TokenRoles`.
 
     Args:
-        ids: role ("bos_token", ..) -> id, of the tokenizer.
-        folder: for messages.
-        generation: values of `generation_config.json`, or None where there is no such file.
-        config: values of `config.json`.
+      ids: role ("bos_token", ..) -> id, of the tokenizer.
+      folder: for messages.
+      generation: values of `generation_config.json`, or None where there is no such file.
+      config: values of `config.json`.
 
     Returns:
-        The roles.
+      The roles.
 
     Raises:
-        ValueError: no file names a token that ends a text, an `eos_token_id` is no id, or BOS or EOS is a token that
-            the model does not know.
+      ValueError: no file names a token that ends a text, an `eos_token_id` is no id, or BOS or EOS is a token that
+        the model does not know.
     """
     size = config.get("vocab_size")
     for role in ("bos_token", "eos_token"):

@@ -36,18 +36,18 @@ class Tokenizer:
     Made by `Tokenizer.load`.
 
     Attributes:
-        bos_id: id of the token that begins a text, or None.
-        eos_id: id of the token that ends a text.
-        eos_ids: every id at which generation stops; `eos_id` first (chat models have several).
-        shown_stops: those of them that are ordinary tokens, so that decoded text shows them.
-        pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
-        prefix_id: id that stands before a text without a context. `TokenRoles` says how these are chosen.
-        opening: ids with which the model's own tokenizer begins every text; mostly none, or BOS.
-        vocab_size: number of tokens including added ones; a model's V may be larger.
-        largest_id: the largest id of any token.
-        chat_template: Jinja source, or None.
-        tool_template: Jinja source for chats with tools; None: `chat_template` renders them too.
-        known_below: the model knows the ids below this one; None: nobody said.
+      bos_id: id of the token that begins a text, or None.
+      eos_id: id of the token that ends a text.
+      eos_ids: every id at which generation stops; `eos_id` first (chat models have several).
+      shown_stops: those of them that are ordinary tokens, so that decoded text shows them.
+      pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
+      prefix_id: id that stands before a text without a context. `TokenRoles` says how these are chosen.
+      opening: ids with which the model's own tokenizer begins every text; mostly none, or BOS.
+      vocab_size: number of tokens including added ones; a model's V may be larger.
+      largest_id: the largest id of any token.
+      chat_template: Jinja source, or None.
+      tool_template: Jinja source for chats with tools; None: `chat_template` renders them too.
+      known_below: the model knows the ids below this one; None: nobody said.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Tokenizer:
         which other files count for the tokens, `tokenizer_classes` which class, and `token_roles` what ends a text.
 
         Args:
-            path: the folder, or a hub id as for `load_decoder`.
+          path: the folder, or a hub id as for `load_decoder`.
 
         Returns:
-            The tokenizer. It begins texts as the post-processor in `tokenizer.json` does.
+          The tokenizer. It begins texts as the post-processor in `tokenizer.json` does.
 
         Raises:
-            FileNotFoundError: there is no such folder or model, or no `tokenizer.json` in it.
-            ValueError: a file that cannot be read, an entry that is not supported, or no token that ends a text.
+          FileNotFoundError: there is no such folder or model, or no `tokenizer.json` in it.
+          ValueError: a file that cannot be read, an entry that is not supported, or no token that ends a text.
         """
         folder = checkpoint_folder(path, weights=False)
         file = folder / TOKENIZER_FILE
@@ -120,12 +120,12 @@ class Tokenizer:
         """Token ids of a text, without an end token.
 
         Args:
-            text: any string; the names of special tokens in it become those tokens.
-            bos: whether a text begins here. BOS is put first only if the model's own tokenizer does so (`opening`),
-                and not a second time before a text that already begins with its name, as a rendered chat does.
+          text: any string; the names of special tokens in it become those tokens.
+          bos: whether a text begins here. BOS is put first only if the model's own tokenizer does so (`opening`),
+            and not a second time before a text that already begins with its name, as a rendered chat does.
 
         Returns:
-            The ids.
+          The ids.
         """
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [*self.opening, *ids] if bos and not text.startswith(self._prefix_text) else ids
@@ -134,11 +134,11 @@ class Tokenizer:
         """Checks that the model knows every id.
 
         Args:
-            ids: token ids of this tokenizer.
-            name: what an error calls the text.
+          ids: token ids of this tokenizer.
+          name: what an error calls the text.
 
         Raises:
-            ValueError: an id is that of a token which the tokenizer has and the model lacks.
+          ValueError: an id is that of a token which the tokenizer has and the model lacks.
         """
         if self.known_below is None or self.largest_id < self.known_below:
             return
@@ -154,32 +154,32 @@ class Tokenizer:
         """Token ids of a prompt and of the answer that follows it.
 
         Args:
-            prompt: what the model is given; begins with BOS if the tokenizer adds it.
-            answer: what the model is to say, without an end token.
-            boundary: "separate": each is encoded on its own, which in many tokenizers puts a space before the answer.
-                "joint": the two are encoded as one text and cut after as many ids as the prompt alone has. Where the
-                tokenizer merges across the boundary, this loses or repeats text, and may leave few ids or none for the
-                answer; the harness scores choices so, and they are to be trained as they are scored.
-                "lossless": as "joint" where that keeps the text. Elsewhere the answer gets ids that continue the
-                prompt's own: those it has alone, or else behind a line break. What is trained is always the text.
-                "joint" and "lossless" first move the prompt's trailing white space to the answer.
+          prompt: what the model is given; begins with BOS if the tokenizer adds it.
+          answer: what the model is to say, without an end token.
+          boundary: "separate": each is encoded on its own, which in many tokenizers puts a space before the answer.
+            "joint": the two are encoded as one text and cut after as many ids as the prompt alone has. Where the
+            tokenizer merges across the boundary, this loses or repeats text, and may leave few ids or none for the
+            answer; the harness scores choices so, and they are to be trained as they are scored.
+            "lossless": as "joint" where that keeps the text. Elsewhere the answer gets ids that continue the
+            prompt's own: those it has alone, or else behind a line break. What is trained is always the text.
+            "joint" and "lossless" first move the prompt's trailing white space to the answer.
 
         Returns:
-            The ids of the prompt and those of the answer. By "joint" and "lossless" the prompt's depend on the prompt
-            alone: nothing of the answer shows in them, and generation starts from the same ids.
+          The ids of the prompt and those of the answer. By "joint" and "lossless" the prompt's depend on the prompt
+          alone: nothing of the answer shows in them, and generation starts from the same ids.
 
         Raises:
-            ValueError: an unknown boundary, or under "lossless" an answer that no ids after the prompt's own spell.
+          ValueError: an unknown boundary, or under "lossless" an answer that no ids after the prompt's own spell.
 
         Source: "joint" is `TemplateLM._encode_pair` of lm-evaluation-harness.
 
         Example:
-            Of a tokenizer that knows the word "upon" ("|" stands between tokens):
+          Of a tokenizer that knows the word "upon" ("|" stands between tokens):
 
-                boundary        "Once up" and "on a time"
-                separate    Once| up|| on| a| time      one space too many
-                joint       Once| up|| a| time          "on" is lost
-                lossless    Once| up||on| a| time
+              boundary        "Once up" and "on a time"
+              separate    Once| up|| on| a| time      one space too many
+              joint       Once| up|| a| time          "on" is lost
+              lossless    Once| up||on| a| time
         """
         if boundary not in BOUNDARIES:
             raise ValueError(f"boundary {boundary!r} is not one of {', '.join(map(repr, BOUNDARIES))}")
@@ -189,11 +189,11 @@ class Tokenizer:
         """The text of token ids.
 
         Args:
-            ids: token ids, each below `vocab_size`.
-            skip_special_tokens: leave out BOS, EOS and their like.
+          ids: token ids, each below `vocab_size`.
+          skip_special_tokens: leave out BOS, EOS and their like.
 
         Returns:
-            The text.
+          The text.
         """
         text = self._backend.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
         if self._cleans_up:
@@ -205,7 +205,7 @@ class Tokenizer:
         """How the vocabulary writes a token, such as "▁up" or "</s>".
 
         Raises:
-            ValueError: no token has this id.
+          ValueError: no token has this id.
         """
         token = self._backend.id_to_token(int(id))
         if token is None:
@@ -224,17 +224,17 @@ class Tokenizer:
         """The text of a chat by the model's own template, as transformers' `apply_chat_template` renders it.
 
         Args:
-            messages: dicts with "role" and "content" and whatever else the template reads.
-            add_generation_prompt: whether to open the assistant's next turn.
-            tools: the functions that the assistant may call, as JSON schemas; None: none are mentioned.
-            documents: texts to answer from, for templates that read them.
-            template_arguments: further variables of the template.
+          messages: dicts with "role" and "content" and whatever else the template reads.
+          add_generation_prompt: whether to open the assistant's next turn.
+          tools: the functions that the assistant may call, as JSON schemas; None: none are mentioned.
+          documents: texts to answer from, for templates that read them.
+          template_arguments: further variables of the template.
 
         Returns:
-            The text, special tokens by name; encode it with either value of `bos`.
+          The text, special tokens by name; encode it with either value of `bos`.
 
         Raises:
-            ValueError: the tokenizer has no template, or the template refuses the messages.
+          ValueError: the tokenizer has no template, or the template refuses the messages.
         """
         try:
             return compiled(self._template(tools)).render(

@@ -58,11 +58,11 @@ class TokenizerClass:
     """A class that builds its own pipeline.
 
     Args:
-        build: (vocab, merges, values of `tokenizer_config.json`) -> tokenizer without added tokens.
-        named: role -> token where `tokenizer_config.json` does not have the key.
-        differences: (tokenizer of `tokenizer.json`, the one built, its model in `tokenizer.json`) -> what the class
-            does that the file does not say, for a warning.
-        names_again: whether the class adds its named and extra tokens a second time, as plain special tokens.
+      build: (vocab, merges, values of `tokenizer_config.json`) -> tokenizer without added tokens.
+      named: role -> token where `tokenizer_config.json` does not have the key.
+      differences: (tokenizer of `tokenizer.json`, the one built, its model in `tokenizer.json`) -> what the class
+        does that the file does not say, for a warning.
+      names_again: whether the class adds its named and extra tokens a second time, as plain special tokens.
     """
 
     build: Callable[[Mapping[str, int], list[tuple[str, str]], Mapping[str, Any]], tokenizers.Tokenizer]
@@ -127,12 +127,12 @@ def class_name(values: Mapping[str, Any], config: Mapping[str, Any], *, byte_lev
     """The tokenizer class that `AutoTokenizer` of transformers 5 takes, without "Fast" at its end.
 
     Args:
-        values: of `tokenizer_config.json`.
-        config: values of `config.json`.
-        byte_level: whether "ByteLevel" occurs in `tokenizer.json`.
+      values: of `tokenizer_config.json`.
+      config: values of `config.json`.
+      byte_level: whether "ByteLevel" occurs in `tokenizer.json`.
 
     Returns:
-        A key of `CLASSES`, or any other name.
+      A key of `CLASSES`, or any other name.
 
     Source: `AutoTokenizer.from_pretrained` in transformers/models/auto/tokenization_auto.py.
     """
@@ -154,16 +154,16 @@ def build_backend(
     """The tokenizer of a folder before any token is added that `tokenizer.json` does not hold.
 
     Args:
-        file: `tokenizer.json`, for messages.
-        content: its text.
-        values: of `tokenizer_config.json`.
-        config: values of `config.json`.
+      file: `tokenizer.json`, for messages.
+      content: its text.
+      values: of `tokenizer_config.json`.
+      config: values of `config.json`.
 
     Returns:
-        (the tokenizer, the row of its class); the row is None where `tokenizer.json` is taken as it stands.
+      (the tokenizer, the row of its class); the row is None where `tokenizer.json` is taken as it stands.
 
     Raises:
-        ValueError: the file cannot be read; or the class is not known here, or does not fit the file.
+      ValueError: the file cannot be read; or the class is not known here, or does not fit the file.
     """
     try:
         written = tokenizers.Tokenizer.from_str(content)

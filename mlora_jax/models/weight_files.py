@@ -30,10 +30,10 @@ class StoredTensor:
     """One tensor of a checkpoint: which open file holds it, and what that file's header says of it.
 
     Args:
-        file: an open `safe_open`.
-        name: of the tensor.
-        shape: of the tensor.
-        code: a key of `STORED_DTYPES`, or the code of a dtype that no weight has.
+      file: an open `safe_open`.
+      name: of the tensor.
+      shape: of the tensor.
+      code: a key of `STORED_DTYPES`, or the code of a dtype that no weight has.
     """
 
     file: Any
@@ -45,8 +45,8 @@ class StoredTensor:
         """Fills an array with a part of a tensor of at least one axis, block by block.
 
         Args:
-            out: of the part's shape; any strides, any float dtype.
-            index: one slice with a beginning and an end for each axis.
+          out: of the part's shape; any strides, any float dtype.
+          index: one slice with a beginning and an end for each axis.
         """
         rows, rest = index[0], index[1:]
         width = STORED_DTYPES[self.code].itemsize * max(1, out[:1].size)
@@ -70,15 +70,15 @@ def open_weights(folder: pathlib.Path, open_files: contextlib.ExitStack) -> dict
     """Opens every weight file and reads what it holds, no data yet.
 
     Args:
-        folder: a Hugging Face folder.
-        open_files: closes them.
+      folder: a Hugging Face folder.
+      open_files: closes them.
 
     Returns:
-        name -> tensor.
+      name -> tensor.
 
     Raises:
-        FileNotFoundError: see `weight_files`.
-        ValueError: a file that is damaged or cut short, an index that is no index.
+      FileNotFoundError: see `weight_files`.
+      ValueError: a file that is damaged or cut short, an index that is no index.
     """
     stored = {}
     for file in weight_files(folder):
@@ -96,11 +96,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The one file if there is one, else the shards that the index names.
 
     Args:
-        folder: a Hugging Face folder.
+      folder: a Hugging Face folder.
 
     Raises:
-        FileNotFoundError: there are no safetensors, or a shard is missing.
-        ValueError: an index without names, or with one that leads out of the folder.
+      FileNotFoundError: there are no safetensors, or a shard is missing.
+      ValueError: an index without names, or with one that leads out of the folder.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -126,10 +126,10 @@ def shard_names(index: pathlib.Path) -> list[str]:
     """The files that an index names.
 
     Args:
-        index: `model.safetensors.index.json`.
+      index: `model.safetensors.index.json`.
 
     Raises:
-        ValueError: it names none, or one that leads out of its folder.
+      ValueError: it names none, or one that leads out of its folder.
     """
     shards = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
