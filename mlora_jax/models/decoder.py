@@ -22,7 +22,7 @@ from mlora_jax.models.attention import Spans, attend, attend_cached
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.flash import LEAST, Flash
 
-# The state that a layer may change while it runs. Only modules that are put into a layer have any, such as dropout.
+# The state that a layer may change while it runs. Only added modules, such as dropout, have any.
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
 
@@ -58,9 +58,8 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    turns = (
-        scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    )  # The turns within the context of pretraining.
+    # These are the turns of a pair within the context of pretraining.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
@@ -257,7 +256,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Applies the layer to [B, T, D], and returns the result and the layer's new cache."""
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans, flash)
-        # The residual stream keeps its dtype, also where an adapter replaces a projection and returns another dtype.
+        # The residual stream keeps its dtype even if an adapter that replaces a projection returns another one.
         x = x + mixed.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache
 
@@ -375,9 +374,8 @@ class Decoder(nnx.Module):
             raise ValueError("parent_ids needs segment_ids and positions: which tokens are a continuation, and where")
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids and cache exclude each other: decode packed texts as rows of their own")
-        counted = (
-            positions is None or cache is not None
-        )  # then the distance of two positions is below the number of keys
+        # In these cases the distance of two positions is below the number of keys.
+        counted = positions is None or cache is not None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             if segment_ids is not None:

@@ -249,9 +249,8 @@ def generation_settings(values: Mapping[str, Any], *, vocab_size: int | None, fi
         if forced and forced <= suppressed:
             told[REFUSED].append(f"{name} {sorted(forced)} is also in suppress_tokens")
     longest = values.get("max_new_tokens")
-    told[WARNED] = [
-        text for text in told[WARNED] if not text.startswith("max_new_tokens=")
-    ]  # only the harness reports this one
+    # Only the harness reports max_new_tokens.
+    told[WARNED] = [text for text in told[WARNED] if not text.startswith("max_new_tokens=")]
     return GenerationSettings(
         file=file,
         refused=tuple(told[REFUSED]),

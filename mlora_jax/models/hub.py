@@ -104,8 +104,8 @@ def _fetch(repository: str, revision: str | None, files: tuple[str, ...], *, nee
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{repository!r} is no folder, and as the hub's cache has it ({folder}) it lacks {_listed(missing)}: the "
-            "download was cut short, or the repository has none (only safetensors are read). "
+            f"{repository!r} is no folder, and its copy in the hub's cache ({folder}) lacks {_listed(missing)}: the "
+            "download was cut short, or the repository does not have them (only safetensors are read). "
             f"{_way_out(repository, revision)}"
         )
     return folder
@@ -118,7 +118,7 @@ def _cause(error: Exception) -> str:
 
 def _way_out(repository: str, revision: str | None) -> str:
     which = repository if revision is None else f"{repository} --revision {revision}"
-    return f"With the network (and HF_HUB_OFFLINE unset) run again, or `hf download {which}`"
+    return f"Run again with network access and without HF_HUB_OFFLINE, or run `hf download {which}`"
 
 
 def _listed(names: Iterable[str]) -> str:

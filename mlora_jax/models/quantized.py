@@ -161,8 +161,8 @@ def _quantize(qwix, kernel: jax.Array, form: Format, where: str):
 
     @jax.jit
     def each(kernel):
-        # Layers are quantised one after the other, because the search for codes makes arrays many
-        # times the size of a kernel.
+        # Layers are quantised one after the other, because the search for codes makes arrays many times the size of a
+        # kernel.
         one = lambda matrix: qwix.quantize(  # noqa: E731
             matrix, form.qtype, channelwise_axes=(1,), tiled_axes={0: block} if block else None
         )
