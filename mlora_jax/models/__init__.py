@@ -1,6 +1,7 @@
 """The Llama-family decoder, its configuration, its tokenizer and the Hugging Face layout."""
 
 import importlib
+from typing import Any
 
 _HOMES = {
     "Cache": "decoder",
@@ -17,7 +18,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What the model types of the Llama family say beyond their sizes: one row each.
+"""The model types of the Llama family and what sets each apart besides its sizes: one row for each type.
 
 A row follows transformers' `configuration_*.py` and `modeling_*.py` of its model type.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-_OLDER_NAMES = {"attention": FULL}  # of kinds of layers, see `remap_legacy_layer_types` in transformers
+# Older names of the kinds of layers; see `remap_legacy_layer_types` in transformers.
+_OLDER_NAMES = {"attention": FULL}
 
 
 def _every_layer(values: Mapping[str, Any], layers: int) -> list[bool]:
@@ -33,14 +34,14 @@ class Architecture:
     """One model type.
 
     Args:
-        class_name: of the model in transformers.
-        defaults: key of `config.json` -> its value where the file does not have the key.
-        keys: field of `DecoderConfig` -> key of `config.json`, for options that not every model type has.
-        fixed: field of `DecoderConfig` -> its value, for what no key changes.
-        slides: (values, L) -> which layers attend to a sliding window where there is one and `layer_types` does not
-            say; None: the model type has no window.
-        switched: whether a window counts only where `use_sliding_window` is true.
-        layered: keys beyond `sliding_window` that say something of single layers, to be written.
+      class_name: the name of the model class in transformers.
+      defaults: maps a key of `config.json` to the value that it has where the file lacks the key.
+      keys: maps a field of `DecoderConfig` to its key in `config.json`, for options that not every model type has.
+      fixed: maps a field of `DecoderConfig` to its value, for fields that no key changes.
+      slides: a function (values, L) -> which layers attend to a sliding window. It counts where the model has a window
+        and no `layer_types`. None: the model type has no window.
+      switched: whether the window counts only where `use_sliding_window` is true.
+      layered: the keys besides `sliding_window` that describe single layers. They are written to `config.json`.
     """
 
     class_name: str
@@ -119,19 +120,20 @@ ARCHITECTURES = {
 
 
 def sliding_layers(model_type: str, values: Mapping[str, Any], layers: int) -> tuple[Any, tuple[bool, ...] | None]:
-    """The window and the layers that attend to it.
+    """Returns the sliding window and the layers that attend to it.
 
     Args:
-        model_type: a key of `ARCHITECTURES`.
-        values: of `config.json`, with the row's defaults.
-        layers: L.
+      model_type: a key of `ARCHITECTURES`.
+      values: the values of `config.json`, completed with the defaults of the model type.
+      layers: L.
 
     Returns:
-        (tokens of the window, which layers), or (None, None).
+      (the size of the window in tokens, for each layer whether it attends to the window), or (None, None) where there
+      is no window.
 
     Raises:
-        ValueError: `layer_types` of a wrong length, with an unknown kind, without a window, or of a model type all of
-            whose layers are alike.
+      ValueError: `layer_types` has a wrong length or an unknown kind, or it names a sliding window where the model has
+        none, or it names several kinds for a model type whose layers are all alike.
     """
     row = ARCHITECTURES[model_type]
     window, kinds = values.get("sliding_window"), values.get("layer_types")
@@ -162,15 +164,16 @@ def sliding_layers(model_type: str, values: Mapping[str, Any], layers: int) -> t
 
 
 def rotary_layers(model_type: str, values: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Which layers rotate queries and keys.
+    """Returns which layers rotate queries and keys.
 
     Args:
-        model_type: a key of `ARCHITECTURES`.
-        values: of `config.json`, with the row's defaults.
-        layers: L.
+      model_type: a key of `ARCHITECTURES`.
+      values: the values of `config.json`, completed with the defaults of the model type.
+      layers: L.
 
     Raises:
-        ValueError: `no_rope_layers` does not have 0 or 1 for every layer, or an interval that is no positive integer.
+      ValueError: `no_rope_layers` does not have 0 or 1 for every layer, or `no_rope_layer_interval` is not a positive
+        integer.
     """
     if "no_rope_layers" not in ARCHITECTURES[model_type].layered:
         return (True,) * layers
@@ -187,24 +190,24 @@ def rotary_layers(model_type: str, values: Mapping[str, Any], layers: int) -> tu
 def layer_values(
     model_type: str, window: int | None, slides: Sequence[bool] | None, rotary: Sequence[bool] | None, layers: int
 ) -> dict[str, Any]:
-    """The keys of `config.json` from which `sliding_layers` and `rotary_layers` read the same.
+    """Writes the keys of `config.json` from which `sliding_layers` and `rotary_layers` read these settings again.
 
     Args:
-        model_type: a key of `ARCHITECTURES`.
-        window: tokens, or None.
-        slides: which layers attend to it, or None.
-        rotary: which layers rotate, or None for all.
-        layers: L.
+      model_type: a key of `ARCHITECTURES`.
+      window: the size of the sliding window in tokens, or None.
+      slides: for each layer whether it attends to the window, or None where there is no window.
+      rotary: for each layer whether it rotates queries and keys; None: all layers do.
+      layers: L.
 
     Returns:
-        Those keys that the model type has.
+      The keys that the model type has, with their values.
     """
     row = ARCHITECTURES[model_type]
     slides = [False] * layers if slides is None else list(slides)
     full = slides.index(True) if True in slides else layers
     values = {
         "use_sliding_window": window is not None,
-        "max_window_layers": full if all(slides[full:]) else layers,  # of no account beside layer_types
+        "max_window_layers": full if all(slides[full:]) else layers,  # has no effect beside layer_types
         "layer_types": [SLIDING if slide else FULL for slide in slides],
         "no_rope_layers": [1] * layers if rotary is None else [int(turned) for turned in rotary],
     }

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with grouped key and value heads, by the means of each platform.
+"""Scaled dot-product attention with grouped key and value heads, by the method that suits each platform.
 
 Axes: B batch, T queries, S keys, H query heads, KV key and value heads, Hd features of a head.
 """
@@ -14,20 +14,23 @@ import jax.numpy as jnp
 
 from mlora_jax.models.flash import Flash, flash_attend
 
-QUERIES, BLOCKS = 96, 16  # of a row that a CPU attends from at once, more where that would be too many blocks
-LITTLE = 2**17  # scores of a whole batch below which a CPU is not worth other means
+# A CPU attends from QUERIES queries of a row at a time, or from more where a row would have more than BLOCKS blocks.
+QUERIES, BLOCKS = 96, 16
+LITTLE = 2**17  # A batch with at most this many scores is attended at once on a CPU too.
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("starts",), meta_fields=("widths",))
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """Where the texts of packed rows lie, for a CPU to attend within each of them only.
+    """The places of the texts in packed rows. A CPU then attends within each text only.
 
-    In a row they come in the order of `starts`: all of the first width, then those of the next, from left to right.
+    The texts of a row lie from left to right in the order of `starts`: first all texts of the first width, then all
+    texts of the next width.
 
     Attributes:
-      starts: per width int32 [B, N], first tokens; -1 behind the last one.
-      widths: falling; no text is longer than its width, and none of them larger than T.
+      starts: for each width an int32 array [B, N] with the position of the first token of each text. Unused entries at
+        the end are -1.
+      widths: the widths in falling order, each at most T. No text is longer than its width.
     """
 
     starts: tuple[jax.Array, ...]
@@ -43,24 +46,25 @@ def attend(
     spans: Spans | None = None,
     flash: Flash | None = None,
 ) -> jax.Array:
-    """softmax(q k' / sqrt(Hd)) v, each key and value head serving H / KV query heads.
+    """Computes softmax(q k' / sqrt(Hd)) v, where each key and value head serves H / KV query heads.
 
-    On a TPU by a flash kernel where there is no mask and rows are long. On a CPU one row of the batch and a block of
-    its queries at a time, whose scores stay in the cache and are computed again in the backward pass. Elsewhere by
-    `jax.nn.dot_product_attention`.
+    A TPU runs a flash kernel where there is no mask and rows are long. A CPU attends from one row of the batch and one
+    block of its queries at a time; the scores of a block stay in the cache and are computed again in the backward pass.
+    All other cases use `jax.nn.dot_product_attention`.
 
     Args:
-        query: [B, T, H, Hd].
-        key: [B, S, KV, Hd].
-        value: [B, S, KV, Hd].
-        mask: boolean [B, 1, T, S], True where a query sees a key, or None. Every query sees some key.
-        causal: whether query t sees only keys up to t (T equals S).
-        spans: with a mask under which every query sees itself, texts outside of which no query of theirs sees a key.
-            Results are the same with them, but cannot be differentiated; what lies in no text is then undefined.
-        flash: when and where the kernel runs; None: never.
+      query: [B, T, H, Hd].
+      key: [B, S, KV, Hd].
+      value: [B, S, KV, Hd].
+      mask: boolean [B, 1, T, S], True where a query sees a key, or None. Every query sees some key.
+      causal: whether query t sees only keys up to t (T equals S).
+      spans: the places of the texts, for a mask under which every query sees itself and no key outside its own text.
+        The results within texts are the same with spans and without. Results outside every text are undefined, and
+        the function cannot be differentiated.
+      flash: when and where the flash kernel runs; None: never.
 
     Returns:
-        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+      [B, T, H, Hd] in the dtype of `query`. The softmax is computed in float32, or in float64 for float64.
     """
     if flash is not None and mask is None and causal and flash.takes(query, key):
         return flash_attend(query, key, value, flash.mesh)
@@ -76,21 +80,21 @@ def attend(
 
 
 def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """As `attend`, over keys and values in the layout of a cache.
+    """Computes what `attend` computes, from keys and values in the layout of a cache.
 
     Args:
-        query: [B, T, H, Hd], T small: one step of decoding.
-        key: [B, KV, Hd, S].
-        value: [B, KV, S, Hd].
-        mask: boolean [B, 1, T, S]. Every query sees some key.
+      query: [B, T, H, Hd], with a small T: one step of decoding.
+      key: [B, KV, Hd, S].
+      value: [B, KV, S, Hd].
+      mask: boolean [B, 1, T, S]. Every query sees some key.
 
     Returns:
-        [B, T, H, Hd] in the dtype of `query`; softmax in float32, in float64 for float64.
+      [B, T, H, Hd] in the dtype of `query`. The softmax is computed in float32, or in float64 for float64.
     """
     batch, length, heads, features = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
     groups = key.shape[1]
-    # Queries of a group as rows of one matrix: other orders of the axes make XLA transpose the keys or the scores.
+    # The queries of a group are the rows of one matrix. With other orders of the axes XLA transposes keys or scores.
     query = query.reshape(batch, length, groups, -1, features).transpose(0, 2, 1, 3, 4)  # [B, KV, T, H / KV, Hd]
     query = query.reshape(batch, groups, -1, features)
     scores = jnp.matmul(query, key, preferred_element_type=wide) / math.sqrt(features)
@@ -106,7 +110,7 @@ def _attend_at_once(causal: bool, query, key, value, mask=None):
 
 
 def _attend_in_float64(causal: bool, query, key, value, mask=None):
-    """`jax.nn.dot_product_attention` rounds the scores to float32 whatever the dtype of its arguments."""
+    """Stands in for `jax.nn.dot_product_attention`, which rounds the scores to float32 for arguments of any dtype."""
     batch, length, heads, features = query.shape
     query = query.reshape(batch, length, key.shape[2], -1, features)
     scores = jnp.einsum("btkgh,bskh->bkgts", query, key) / math.sqrt(features)
@@ -123,7 +127,7 @@ def _attend_in_blocks(causal: bool, *operands):
 
 
 def _attend_in_spans(causal: bool, spans: Spans, query, key, value, mask):
-    """As `_attend_in_blocks`, one text after the other."""
+    """Computes what `_attend_in_blocks` computes, one text after the other."""
 
     def row(operands):
         query, key, value, mask, all_starts = operands
@@ -134,8 +138,9 @@ def _attend_in_spans(causal: bool, spans: Spans, query, key, value, mask):
                 start = jnp.minimum(starts[number], len(mixed) - width)
                 part = [jax.lax.dynamic_slice_in_dim(x, start, width) for x in (query, key, value)]
                 visible = jax.lax.dynamic_slice(mask, (0, start, start), (1, width, width))
-                found = _attend_row(causal, *part, visible)
-                # Texts before it are done. What goes beyond it, if it is shorter, the texts that lie there write later.
+                found = _attend_row(causal, *part, mask=visible)
+                # Results of the texts before this one are kept. A text may be shorter than its width: the results
+                # behind its end are wrong, and the texts that lie there overwrite them later.
                 before = (jnp.arange(width) < starts[number] - start)[:, None, None]
                 found = jnp.where(before, jax.lax.dynamic_slice_in_dim(mixed, start, width), found)
                 return jax.lax.dynamic_update_slice_in_dim(mixed, found, start, 0)
@@ -147,7 +152,7 @@ def _attend_in_spans(causal: bool, spans: Spans, query, key, value, mask):
 
 
 def _attend_row(causal: bool, query, key, value, mask=None):
-    """One row: query [T, H, Hd], key and value [S, KV, Hd], mask [1, T, S] or None; [T, H, Hd]."""
+    """Attends in one row: query [T, H, Hd], key and value [S, KV, Hd], mask [1, T, S] or None -> [T, H, Hd]."""
     length, heads, features = query.shape
     groups = key.shape[1]
     query = query.transpose(1, 0, 2).reshape(groups, -1, length, features)  # [KV, H / KV, T, Hd]
@@ -166,7 +171,7 @@ def _attend_row(causal: bool, query, key, value, mask=None):
 
 @jax.checkpoint
 def _attend_block(query, key, value, visible):
-    """query [KV, G, T, Hd], key [KV, Hd, S], value [KV, S, Hd], visible [T, S]; [KV, G, T, Hd]."""
+    """Attends in one block: query [KV, G, T, Hd], key [KV, Hd, S], value [KV, S, Hd], visible [T, S] -> as query."""
     groups, each, length, features = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
     query = query.reshape(groups, each * length, features)

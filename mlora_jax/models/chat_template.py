@@ -24,19 +24,20 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str | None:
-    """The template that renders a chat.
+    """Reads the template that renders a chat.
 
-    Files go before the entry in `tokenizer_config.json`. Of several templates the one named "default" is taken.
+    Template files take precedence over the entry in `tokenizer_config.json`. Where there are several templates, the one
+    named "default" is read.
 
     Args:
-        folder: a Hugging Face folder.
-        values: of its `tokenizer_config.json`.
+      folder: a Hugging Face folder.
+      values: the values of its `tokenizer_config.json`.
 
     Returns:
-        Jinja source, or None where the checkpoint has no template, or several and none named "default".
+      Jinja source, or None where the checkpoint has no template, or has several of which none is named "default".
 
     Raises:
-        ValueError: the entry in `tokenizer_config.json` is no template.
+      ValueError: the entry in `tokenizer_config.json` is not a template.
     """
     file = folder / TEMPLATE_FILE
     templates = {"default": file} if file.is_file() else {}
@@ -56,21 +57,21 @@ def read_chat_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
 
 
 def read_tool_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str | None:
-    """The template that renders a chat with tools, where the checkpoint keeps one besides the default one.
+    """Reads the template that renders a chat with tools, where the checkpoint has one besides the default template.
 
     Args:
-        folder: a Hugging Face folder.
-        values: of its `tokenizer_config.json`.
+      folder: a Hugging Face folder.
+      values: the values of its `tokenizer_config.json`.
 
     Returns:
-        Jinja source, or None where chats with tools are rendered by the default template.
+      Jinja source, or None where the default template also renders chats with tools.
     """
     file = folder / TEMPLATE_FOLDER / f"{TOOL_TEMPLATE}.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = values.get("chat_template")
     files = (folder / TEMPLATE_FILE).is_file() or any((folder / TEMPLATE_FOLDER).glob("*.jinja"))
-    if files or not isinstance(template, (list, dict)):  # files go before the entry, whatever their names
+    if files or not isinstance(template, (list, dict)):  # template files of any name replace the entry
         return None
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -78,9 +79,9 @@ def read_tool_template(folder: pathlib.Path, values: Mapping[str, Any]) -> str |
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as transformers gives them to a template.
+    """Returns the messages in the form in which transformers passes them to a template.
 
-    A key whose value is null is left out, and reasoning is found under the names that templates read.
+    Keys whose value is null are left out, and reasoning is stored under the names that templates read.
 
     >>> template_messages([{"role": "assistant", "content": None, "reasoning": "So."}])
     [{'thinking': 'So.', 'role': 'assistant', 'reasoning': 'So.', 'reasoning_content': 'So.'}]
@@ -99,7 +100,7 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
 @functools.lru_cache(maxsize=8)
 def names_in(source: str) -> frozenset[str]:
-    """Every name by which a template may read something: variables, attributes and texts such as keys.
+    """Returns every name that a template may read: variables, attributes, and strings, which may be keys.
 
     >>> sorted(names_in("{{ messages[0].content }}{% if 'name' in messages[0] %}{{ tools }}{% endif %}"))
     ['content', 'messages', 'name', 'tools']
@@ -111,9 +112,9 @@ def names_in(source: str) -> frozenset[str]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said; the text is its content."""
+    """The tag `{% generation %}`, which marks the words of an assistant. It renders as its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - jinja declares an instance variable
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -123,7 +124,10 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.lru_cache(maxsize=8)
 def compiled(source: str) -> jinja2.Template:
-    """The template in a sandbox (it comes with the model) with the functions that transformers gives it."""
+    """Compiles a template, with the functions that transformers provides.
+
+    The template runs in a sandbox, because it comes with the checkpoint and may be hostile.
+    """
     return _environment().from_string(source)
 
 

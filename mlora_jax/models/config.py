@@ -1,4 +1,4 @@
-"""Shape and constants of a Llama-family decoder, from and to a Hugging Face `config.json`."""
+"""The shape and constants of a Llama-family decoder, read from and written to a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlora_jax.models.architectures import ARCHITECTURES, layer_values, rotary_layers, sliding_layers
@@ -15,7 +15,7 @@ from mlora_jax.models.json_file import read_json_object
 
 CONFIG_FILE = "config.json"
 MODEL_TYPES = tuple(ARCHITECTURES)
-ACTIVATIONS = ("silu", "swish")  # Two names of one function.
+ACTIVATIONS = ("silu", "swish")  # The two are names of one function.
 ROPE_TYPES = ("default", "llama3")
 SOURCE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -24,7 +24,7 @@ _SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 
-# Our field -> the key in config.json, for what is carried over as it stands.
+# Field of `DecoderConfig` -> key of config.json, for values that are copied unchanged.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -43,22 +43,26 @@ _OPTIONAL = {
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")
 _SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 
+# The default, None, of a field whose value `__post_init__` derives from other fields: the attribute is never None.
+_DERIVED: Any = None
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the rotary wavelengths beyond the context of pretraining.
+    """The way in which Llama 3 stretches the rotary wavelengths for contexts longer than those of pretraining.
 
-    Wavelengths up to `original / high_freq_factor` stay, those from `original / low_freq_factor` on are
-    multiplied by `factor`, those between are interpolated.
+    Wavelengths up to `original / high_freq_factor` stay the same. Wavelengths from `original / low_freq_factor` on are
+    multiplied by `factor`. Wavelengths in between are interpolated.
 
     Args:
-        factor: how much longer the longest wavelengths become.
-        low_freq_factor: the context length divided by the wavelength from which all of `factor` applies.
-        high_freq_factor: the same ratio from which nothing applies.
-        original_max_position_embeddings: context length of pretraining, in tokens.
+      factor: the factor by which the longest wavelengths grow.
+      low_freq_factor: the context length of pretraining divided by the shortest wavelength that grows by all of
+        `factor`.
+      high_freq_factor: the context length of pretraining divided by the longest wavelength that stays the same.
+      original_max_position_embeddings: the context length of pretraining, in tokens.
 
     Raises:
-        ValueError: a value that is not positive, or `high_freq_factor` not above `low_freq_factor`.
+      ValueError: a value is not positive, or `high_freq_factor` is not above `low_freq_factor`.
 
     Source: Llama 3.1's `apply_scaling` (meta-llama/llama-models, models/llama3/model.py).
     """
@@ -81,38 +85,41 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What fixes a decoder's function up to its weights; hashable, so it can sit in a compiled graph.
+    """Everything besides the weights that determines what a decoder computes.
+
+    The config is hashable, so it can be a static part of a compiled function.
 
     Args:
-        vocab_size: V.
-        hidden_size: D, width of the residual stream.
-        intermediate_size: width inside the SwiGLU block.
-        num_layers: L.
-        num_heads: H, query heads.
-        num_kv_heads: key and value heads, a divisor of H; None: as many as H.
-        head_dim: features of one head, even; None: hidden_size / num_heads.
-        rope_theta: base of the rotary wavelengths.
-        rope_scaling: None, or Llama 3's stretching of them.
-        rms_norm_eps: added to the mean square.
-        tie_word_embeddings: whether the output head is the embedding itself.
-        max_position_embeddings: context length in tokens.
-        attention_bias: whether q, k and v projections have a bias.
-        attention_output_bias: whether the o projection has one; None: as those.
-        mlp_bias: whether gate, up and down projections have a bias.
-        qk_norm: whether queries and keys are normalised, each head on its own, before they are rotated.
-        sliding_window: a query sees so many latest positions, its own included; None: all up to its own.
-        sliding_layers: per layer, whether that window holds there; None: in every layer, if there is one.
-        rotary_layers: per layer, whether queries and keys are rotated; None: in every layer.
-        bos_token_id: token that begins a text, or None.
-        eos_token_ids: tokens that end a text, possibly none.
-        pad_token_id: token that fills rows, or None; kept for other programs.
-        initializer_range: standard deviation of freshly made weights.
-        model_type: the name by which transformers knows the model, a key of `ARCHITECTURES`.
+      vocab_size: V.
+      hidden_size: D, the width of the residual stream.
+      intermediate_size: the width inside the SwiGLU block.
+      num_layers: L.
+      num_heads: H, the number of query heads.
+      num_kv_heads: KV, the number of key and value heads, a divisor of H; None: H.
+      head_dim: Hd, the number of features of one head, which is even; None: hidden_size / num_heads.
+      rope_theta: the base of the rotary wavelengths.
+      rope_scaling: the stretching of the rotary wavelengths, or None.
+      rms_norm_eps: the number that is added to the mean square.
+      tie_word_embeddings: whether the output head is the embedding itself.
+      max_position_embeddings: the context length in tokens.
+      attention_bias: whether q, k and v projections have a bias.
+      attention_output_bias: whether the o projection has a bias; None: the value of `attention_bias`.
+      mlp_bias: whether gate, up and down projections have a bias.
+      qk_norm: whether queries and keys are normalised, each head on its own, before they are rotated.
+      sliding_window: the number of latest positions that a query sees, its own included; None: a query sees all
+        positions up to its own.
+      sliding_layers: for each layer whether it has the sliding window; None: every layer has it, if there is one.
+      rotary_layers: for each layer whether it rotates queries and keys; None: every layer does.
+      bos_token_id: the token that begins a text, or None.
+      eos_token_ids: the tokens that end a text, possibly none.
+      pad_token_id: the token that fills rows, or None. It is kept for other programs only.
+      initializer_range: the standard deviation of freshly made weights.
+      model_type: the name by which transformers knows the model, a key of `ARCHITECTURES`.
 
     Raises:
-        ValueError: a size that is not a positive integer, heads that do not divide, an odd head_dim, a constant that is
-            no number of its range, a switch that is not true or false, a token that is not an id, not one value for
-            each layer, an unknown model type.
+      ValueError: a size is not a positive integer, one number of heads does not divide the other, head_dim is odd, a
+        constant is not a number of its range, a switch is not true or false, a token is not an id, a field has not one
+        value for each layer, or the model type is unknown.
     """
 
     vocab_size: int
@@ -120,15 +127,15 @@ class DecoderConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_kv_heads: int = _DERIVED
+    head_dim: int = _DERIVED
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     attention_bias: bool = False
-    attention_output_bias: bool | None = None
+    attention_output_bias: bool = _DERIVED
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
@@ -141,7 +148,7 @@ class DecoderConfig:
     model_type: str = "llama"
 
     def __post_init__(self):
-        _reject("model_type", self.model_type, MODEL_TYPES)
+        _check_choice("model_type", self.model_type, MODEL_TYPES)
         for name, stand_in in (("num_kv_heads", self.num_heads), ("attention_output_bias", self.attention_bias)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, stand_in)
@@ -171,7 +178,7 @@ class DecoderConfig:
         self._check_layers()
 
     def _check_layers(self) -> None:
-        """Brings what is said per layer to one form: None where it would say nothing."""
+        """Checks the fields with one value for each layer, and gives equal settings the same form."""
         if self.sliding_window is None:
             if self.sliding_layers is not None:
                 raise ValueError(f"sliding_layers {self.sliding_layers!r} without a sliding_window")
@@ -192,26 +199,25 @@ class DecoderConfig:
     def from_hugging_face(cls, values: Mapping[str, Any]) -> DecoderConfig:
         """Reads the content of a Hugging Face `config.json`.
 
-        Both forms of the rotary settings are understood: `rope_theta` with `rope_scaling`, and the
-        `rope_parameters` that transformers 5 writes. Where both are given, `rope_scaling` counts, as in transformers. A
-        key that is absent has the default that transformers gives it for the model type. What every key does is in
-        `mlora_jax.models.config_keys`.
+        Both forms of the rotary settings are read: `rope_theta` with `rope_scaling`, and the `rope_parameters` that
+        transformers 5 writes. Where both are given, `rope_scaling` counts, as in transformers. A key that is absent has
+        the default that transformers gives it for the model type. `mlora_jax.models.config_keys` lists the effect of
+        every key.
 
         Args:
-            values: the parsed JSON object.
+          values: the parsed JSON object.
 
         Returns:
-            The configuration.
+          The configuration.
 
         Raises:
-            ValueError: a model type, activation, rotary type, quantisation or other key that is not supported, or
-                a value that is missing, impossible or of another type.
+          ValueError: a model type, activation, rotary type, quantisation or other key is not supported, or a value is
+            missing, impossible or of a wrong type.
         """
-        model_type = values.get("model_type")
-        _reject("model_type", model_type, MODEL_TYPES)
+        model_type = _check_choice("model_type", values.get("model_type"), MODEL_TYPES)
         row = ARCHITECTURES[model_type]
         values = {**row.defaults, **values}
-        _reject("hidden_act", values.get("hidden_act", "silu"), ACTIVATIONS)
+        _check_choice("hidden_act", values.get("hidden_act", "silu"), ACTIVATIONS)
         missing = [key for key in _REQUIRED.values() if values.get(key) is None]
         if missing:
             raise ValueError(f"config.json lacks {_listed(missing)}: without it the shape of the model is unknown")
@@ -240,13 +246,13 @@ class DecoderConfig:
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """The content of a `config.json` that transformers 4 and 5 both read.
+        """Returns the content of a `config.json` that both transformers 4 and transformers 5 read.
 
         Returns:
-            A JSON-able dict; `DecoderConfig.from_hugging_face` gives this configuration back.
+          A dict that JSON can hold, from which `DecoderConfig.from_hugging_face` makes this configuration again.
 
         Raises:
-            ValueError: the model type has no key for something that this configuration says.
+          ValueError: the model type has no key for a field of this configuration that is not at its default.
         """
         row, eos = ARCHITECTURES[self.model_type], self.eos_token_ids
         keys = {**_REQUIRED, **_OPTIONAL, **row.keys}
@@ -282,14 +288,14 @@ def read_config(folder: str | os.PathLike) -> DecoderConfig:
     """Reads the `config.json` of a Hugging Face folder.
 
     Args:
-        folder: the folder.
+      folder: the folder.
 
     Returns:
-        The configuration.
+      The configuration.
 
     Raises:
-        FileNotFoundError: there is no `config.json`.
-        ValueError: it is not a JSON object, or describes an unsupported model.
+      FileNotFoundError: there is no `config.json`.
+      ValueError: the file is not a JSON object, or it describes an unsupported model.
     """
     file = pathlib.Path(folder) / CONFIG_FILE
     if not file.is_file():
@@ -302,7 +308,7 @@ def read_config(folder: str | os.PathLike) -> DecoderConfig:
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, from either form."""
+    """Reads the base and the scaling of the rotary embedding from either form."""
     for key in ("rope_parameters", "rope_scaling"):
         if values.get(key) and not isinstance(values[key], Mapping):
             raise ValueError(f"{key} must be an object, not {values[key]!r}")
@@ -312,7 +318,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"rotary settings per kind of layer ({_listed(nested)}) are not supported")
     theta = _check_number("rope_theta", rope.get("rope_theta", values.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _reject("rope_type", kind, ROPE_TYPES)
+    _check_choice("rope_type", kind, ROPE_TYPES)
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
         raise ValueError(f"partial_rotary_factor {partial!r} is not supported: it must be 1.0")
@@ -321,15 +327,16 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     missing = [key for key in _SCALING_KEYS if rope.get(key) is None]
     if missing:
         raise ValueError(f"rope_type 'llama3' lacks {_listed(missing)} in config.json")
-    # Beside the object it counts first, as in transformers, and max_position_embeddings last.
+    # As in transformers, the key outside the object counts before the one in it, and max_position_embeddings last.
     original = rope.get("original_max_position_embeddings", values.get("max_position_embeddings", 2048))
     original = values.get("original_max_position_embeddings", original)
     original = int(_check_number("original_max_position_embeddings", original))
-    return theta, RopeScaling(*(_check_number(key, rope[key]) for key in _SCALING_KEYS), original)
+    factors = {key: _check_number(key, rope[key]) for key in _SCALING_KEYS}
+    return theta, RopeScaling(**factors, original_max_position_embeddings=original)
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> float:
-    """The value as a float, if it is a positive finite number (or 0, where that is allowed)."""
+    """Returns the value as a float if it is a positive finite number (or 0, where that is allowed)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (0 < value < math.inf or (zero and value == 0)):
         raise ValueError(f"{name} must be a positive number{' or 0' if zero else ''}, not {value!r}")
@@ -341,10 +348,12 @@ def _check_integer(name: str, value: Any, *, least: int | None) -> None:
         raise ValueError(f"{name} must be {'an' if least is None else 'a positive'} integer, not {value!r}")
 
 
-def _reject(key: str, value: Any, supported: tuple[str, ...]) -> None:
+def _check_choice(key: str, value: Any, supported: tuple[str, ...]) -> str:
+    """Returns the value if it is supported."""
     if value not in supported:
         raise ValueError(f"{key} {value!r} is not supported: this decoder knows {_listed(supported)}")
+    return value
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)

@@ -1,7 +1,7 @@
-"""What every key of a `config.json` does here, per model type: it is read, without effect, or refused.
+"""The effect of every key of a `config.json`, for each model type: the key is read, has no effect, or is refused.
 
-A model type's rows are all attributes that transformers' config class of this type has, and the keys beyond those that
-change what transformers computes.
+The rows of a model type are all attributes of its config class in transformers, and further keys that change what
+transformers computes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Key:
     """One key of `config.json`.
 
     Args:
-        effect: READ: it is part of the model's function, or of how texts begin and end. WITHOUT_EFFECT: it changes no
-            output of the model. REFUSED: any value that is not neutral is an error.
-        reason: of that, for a message or a reader.
-        neutral: values of a key REFUSED that are as good as its absence.
-        null: whether a null stands for something, or is as good as absence; else it is an error, as in transformers.
+      effect: one of three. READ: the key determines what the model computes, or how texts begin and end.
+        WITHOUT_EFFECT: the key changes no output of the model. REFUSED: any value that is not neutral is an error.
+      reason: the reason for this effect, for error messages and for readers of this table.
+      neutral: the values of a refused key that mean the same as its absence.
+      null: whether a null is allowed. Where it is not, a null is an error, as in transformers.
     """
 
     effect: str
@@ -114,14 +114,14 @@ CONFIG_KEYS: Mapping[str, Mapping[str, Key]] = {
 
 
 def check_keys(model_type: str, values: Mapping[str, Any]) -> None:
-    """Refuses what a `config.json` says that this program would have to ignore.
+    """Refuses the values of a `config.json` that this program would have to ignore.
 
     Args:
-        model_type: a key of `CONFIG_KEYS`.
-        values: the parsed JSON object.
+      model_type: a key of `CONFIG_KEYS`.
+      values: the parsed JSON object.
 
     Raises:
-        ValueError: a key that is refused, or a null where the key must have a value.
+      ValueError: a refused key has a value that is not neutral, or a key is null that must have a value.
     """
     for name, key in CONFIG_KEYS[model_type].items():
         if name not in values:

@@ -1,38 +1,40 @@
-"""The Llama-family decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers in one scan.
+"""The Llama-family decoder: grouped-query attention, rotary positions, RMSNorm and SwiGLU. One scan runs the layers.
 
 Axes: B batch, T time, S cache slots, D hidden, V vocabulary, L layer, H query heads, KV key and value heads,
-Hd features of a head. Attribute names are Hugging Face's, so the path of a module (`layers.self_attn.q_proj`)
-is what users know from there. Projections are called, never read: an adapter may have taken their place.
+Hd features of a head. Attributes have the names that Hugging Face uses, so users know the path of a module, such as
+`layers.self_attn.q_proj`. Projections are called and their weights are never read, because an adapter may have replaced
+them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mlora_jax.models.attention import Spans, attend, attend_cached
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.flash import LEAST, Flash
 
-# State that a layer may change while it runs, should a module put into a layer have any (dropout's counter).
+# The state that a layer may change while it runs. Only added modules, such as dropout, have any.
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
 
 class Cache(NamedTuple):
-    """Keys (already rotated) and values of the tokens that one layer has seen so far.
+    """The rotated keys and the values of the tokens that one layer has seen so far.
 
-    A layer has arrays of its own, which a step of decoding writes in place and reads where they lie: a slice of one
-    array for all layers would be copied. The last axis of each is the one that its product with a query runs along.
+    Each layer has arrays of its own, so that a step of decoding writes and reads them in place. Slices of one array for
+    all layers would be copied. The axes have the order in which the products of attention need no transposes.
 
     Args:
-        k: keys [B, KV, Hd, S] in the compute dtype.
-        v: values [B, KV, S, Hd], alike.
+      k: the keys [B, KV, Hd, S] in the compute dtype.
+      v: the values [B, KV, S, Hd] in the compute dtype.
     """
 
     k: jax.Array
@@ -40,15 +42,15 @@ class Cache(NamedTuple):
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Angle per position of every rotary pair, with Llama 3's stretching if the config has one.
+    """Returns the angle per position of every rotary pair, stretched as in Llama 3 if the config says so.
 
         f_i = theta ** (-2 i / Hd)
 
     Args:
-        config: gives theta, Hd and the scaling.
+      config: the config with theta, Hd and the scaling.
 
     Returns:
-        float64 [Hd / 2], radians per token.
+      float64 [Hd / 2], radians per token.
 
     Source: RoFormer (arXiv 2104.09864); Llama 3.1's `apply_scaling` for the stretching.
     """
@@ -56,7 +58,8 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # Within the old context.
+    # These are the turns of a pair within the context of pretraining.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
@@ -66,12 +69,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies rotary positions to queries or keys, pairing feature i with i + Hd / 2 as Hugging Face does.
 
     Args:
-        x: [B, T, H, Hd].
-        cos: [B, T, 1, Hd / 2], at least float32.
-        sin: alike.
+      x: [B, T, H, Hd].
+      cos: [B, T, 1, Hd / 2], at least float32.
+      sin: [B, T, 1, Hd / 2], in the dtype of `cos`.
 
     Returns:
-        The shape and dtype of `x`; computed in the dtype of `cos`.
+      An array with the shape and dtype of `x`, computed in the dtype of `cos`.
     """
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -79,40 +82,42 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Positions that begin at zero with every segment of a packed row.
+    """Returns positions that begin at zero in every segment of a packed row.
 
     Args:
-        segment_ids: [B, T] integers; a new segment begins wherever the value changes.
+      segment_ids: integers [B, T]; a new segment begins wherever the value changes.
 
     Returns:
-        int32 [B, T].
+      int32 [B, T].
     """
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def within_window(mask: jax.Array | None, window, positions: jax.Array, keys: jax.Array) -> jax.Array:
-    """What a query sees of `mask` in a sliding window: keys at its own position and at the `window - 1` before it.
+def within_window(mask: jax.Array | None, window: int | jax.Array, positions: jax.Array, keys: jax.Array) -> jax.Array:
+    """Restricts a mask to a sliding window: keys at the position of the query and at the `window - 1` before it.
 
     Args:
-        mask: boolean [B, 1, T, S], or None for all.
-        window: positive integer, or int32 scalar.
-        positions: int32 [B, T] of the queries.
-        keys: int32 [B, S] or [1, S], positions of the keys; never negative.
+      mask: boolean [B, 1, T, S], True where a query sees a key; None: every query sees every key.
+      window: a positive integer or an int32 scalar.
+      positions: int32 [B, T], the positions of the queries.
+      keys: int32 [B, S] or [1, S], the positions of the keys, which are never negative.
 
     Returns:
-        boolean [B, 1, T, S].
+      boolean [B, 1, T, S].
 
     Source: Beltagy et al. (arXiv 2004.05150); `sliding_window_overlay` of transformers' `masking_utils.py`.
     """
-    # A query beyond the last key (of a row that is done, in decoding) counts from there: it must see something.
+    # A finished row in decoding may have queries beyond the last key. Their window ends there, so that they see a key.
     first = jnp.minimum(positions, keys.max(axis=1, keepdims=True)) - window + 1
     near = keys[:, None, None, :] >= first[:, None, :, None]
     return near if mask is None else near & mask
 
 
-def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(
+    config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
@@ -121,14 +126,14 @@ class RMSNorm(nnx.Module):
     """y = weight * x / sqrt(mean(x ** 2) + eps), with the mean in float32 or better.
 
     Args:
-        features: D.
-        eps: added to the mean square.
-        dtype: of the weight.
+      features: D, the number of features.
+      eps: the number that is added to the mean square.
+      dtype: the dtype of the weight.
 
     Source: Zhang and Sennrich (arXiv 1910.07467).
     """
 
-    def __init__(self, features: int, *, eps: float, dtype):
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
@@ -141,19 +146,21 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions, queries and keys normalised before if the config says so.
+    """Grouped-query self-attention with rotary positions.
+
+    Queries and keys are normalised before they are rotated if the config has `qk_norm`.
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute.
-        rngs: keys for fresh weights.
+      config: the shape of the model.
+      dtype: the dtype of weights and compute.
+      rngs: the keys for fresh weights.
 
     Source: Ainslie et al. (arXiv 2305.13245) for the grouping; `modeling_qwen3.py` of transformers for the norms.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        made = dict(dtype=dtype, rngs=rngs)
+        made: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.q_proj = _linear(config, config.hidden_size, heads, bias=config.attention_bias, **made)
         self.k_proj = _linear(config, config.hidden_size, groups, bias=config.attention_bias, **made)
         self.v_proj = _linear(config, config.hidden_size, groups, bias=config.attention_bias, **made)
@@ -164,8 +171,20 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.head_dim = config.head_dim
 
-    def __call__(self, x, rotation, mask, positions, cache, spans=None, flash=None):
-        """Mixes over time; the cache after it. With None for a cache that is one of these tokens alone."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        positions: jax.Array,
+        cache: Cache | None,
+        spans: Spans | None = None,
+        flash: Flash | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Mixes [B, T, D] over time, and returns the result and the new cache.
+
+        Without a cache, the new one holds these tokens alone.
+        """
         batch, length, _ = x.shape
         query, key, value = (
             projection(x).astype(x.dtype).reshape(batch, length, -1, self.head_dim)
@@ -178,12 +197,14 @@ class Attention(nnx.Module):
             mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash)
             cache = Cache(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
         else:
+            if mask is None:
+                raise ValueError("a cache needs a mask, which hides the slots without a token")
             rows = jnp.arange(batch)[:, None]
             cache = Cache(
                 cache.k.at[rows, :, :, positions].set(key.astype(cache.k.dtype)),
                 cache.v.at[rows, :, positions].set(value.astype(cache.v.dtype)),
             )
-            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache), mask)
+            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache), mask=mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 
 
@@ -191,85 +212,97 @@ class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)).
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute.
-        rngs: keys for fresh weights.
+      config: the shape of the model.
+      dtype: the dtype of weights and compute.
+      rngs: the keys for fresh weights.
 
     Source: Shazeer (arXiv 2002.05202).
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
-        made = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        made: dict[str, Any] = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, **made)
         self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, **made)
         self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] to [B, T, D]."""
+        """Maps [B, T, D] to [B, T, D]."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):
-    """One block: attention and SwiGLU, each behind a norm and added to the residual stream.
+    """One layer: attention and SwiGLU. Each follows a norm and is added to the residual stream.
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute.
-        rngs: keys for fresh weights.
+      config: the shape of the model.
+      dtype: the dtype of weights and compute.
+      rngs: the keys for fresh weights.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rotation, mask, positions, cache, spans=None, flash=None):
-        """[B, T, D] and the layer's cache, both as after this layer."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        positions: jax.Array,
+        cache: Cache | None,
+        spans: Spans | None = None,
+        flash: Flash | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Applies the layer to [B, T, D], and returns the result and the layer's new cache."""
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans, flash)
-        # The residual stream keeps its dtype whatever an adapter in a projection's place returns.
+        # The residual stream keeps its dtype even if an adapter that replaces a projection returns another one.
         x = x + mixed.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache
 
 
 class Decoder(nnx.Module):
-    """A Llama-family language model whose blocks are one module with a leading layer axis.
+    """A Llama-family language model whose layers are one module with a leading layer axis.
 
     Args:
-        config: shape of the model.
-        dtype: of weights and compute; norms, softmax, rotary positions and logits are in float32 at least.
-        rngs: keys for fresh weights (normal with `config.initializer_range`).
+      config: the shape of the model.
+      dtype: the dtype of weights and compute. Norms, softmax, rotary positions and logits are in float32 at least.
+      rngs: the keys for fresh weights, which are normal with the standard deviation `config.initializer_range`.
 
     Attributes:
-        remat: recompute each layer in the backward pass instead of keeping what is inside it.
-        placement: None, or how weights and activations lie on a mesh where they are used: an object like
-            `mlora_jax.parallel.rules.Placement`.
-        flash_from: tokens of a row from which a TPU attends by a kernel; None: never.
+      remat: whether the backward pass computes the activations inside each layer again instead of storing them.
+      placement: the placement of weights and activations on a mesh while the decoder runs, an object like
+        `mlora_jax.parallel.rules.Placement`; None: one device.
+      flash_from: the number of tokens per row from which a TPU attends by the flash kernel; None: never.
+      quantization: only where `mlora_jax.models.quantized` made the decoder: its `Quantization`, or None.
 
     Example:
-        >>> from flax import nnx
-        >>> import jax.numpy as jnp
-        >>> from mlora_jax.models.config import DecoderConfig
-        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> model = Decoder(config, rngs=nnx.Rngs(0))
-        >>> model(jnp.array([[1, 2, 3]])).shape
-        (1, 3, 11)
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> from mlora_jax.models.config import DecoderConfig
+      >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.array([[1, 2, 3]])).shape
+      (1, 3, 11)
 
     Source: Touvron et al. (arXiv 2302.13971) and `modeling_llama.py` of Hugging Face transformers.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    quantization: Any  # An annotation alone: only `mlora_jax.models.quantized` sets the attribute.
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = False
-        self.placement = None
-        self.flash_from = LEAST
+        self.placement: Any = None
+        self.flash_from: int | None = LEAST
         normal = nnx.initializers.normal(config.initializer_range)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=normal, rngs=rngs
         )
 
-        def layer(key):
+        def layer(key: jax.Array) -> DecoderLayer:
             return DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(key))
 
         graphdef = nnx.graphdef(nnx.eval_shape(layer, jax.random.key(0)))
@@ -281,21 +314,28 @@ class Decoder(nnx.Module):
             self.lm_head.preferred_element_type = self.wide_dtype
 
     @property
-    def wide_dtype(self):
+    def wide_dtype(self) -> np.dtype:
         """The dtype of reductions and logits: float32, or float64 for a float64 model."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
-    def __call__(self, tokens: jax.Array, *, positions=None, segment_ids=None, parent_ids=None) -> jax.Array:
-        """Logits of the next token at every position.
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        parent_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the logits of the next token at every position.
 
         Args:
-            tokens: int32 [B, T], right-padded if rows differ in length.
-            positions: as in `hidden`.
-            segment_ids: as in `hidden`.
-            parent_ids: as in `hidden`.
+          tokens: int32 [B, T], right-padded if rows differ in length.
+          positions: see `hidden`.
+          segment_ids: see `hidden`.
+          parent_ids: see `hidden`.
 
         Returns:
-            float32 [B, T, V] (float64 for a float64 model).
+          float32 [B, T, V] (float64 for a float64 model).
         """
         return self.head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, parent_ids=parent_ids))
 
@@ -303,39 +343,40 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         *,
-        positions=None,
-        segment_ids=None,
-        parent_ids=None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        parent_ids: jax.Array | None = None,
         spans: Spans | None = None,
         cache: tuple[Cache, ...] | None = None,
         layers: Sequence[DecoderLayer] | None = None,
-    ):
-        """Hidden states after the final norm.
+    ) -> Any:
+        """Returns the hidden states after the final norm.
 
         Args:
-            tokens: int32 [B, T], right-padded if rows differ in length. An id outside 0..V-1 gives NaN.
-            positions: int32 [B, T]; None: 0..T-1, or from 0 in every segment. With a cache also the slot that
-                each token is written to (beyond the cache: not written), and a query sees slots up to its own.
-                Sliding windows are counted in positions.
-            segment_ids: integers [B, T]; tokens of different segments do not see each other.
-            parent_ids: integers [B, T]; with segment ids, a token also sees the tokens before it of the segment with
-                this id. So a row holds a context once and every continuation of it; `positions` must say where each
-                of those begins.
-            spans: with segment ids, where texts lie that see nothing of each other: saves a CPU work.
-            cache: from `init_cache`, `prefill` or an earlier call.
-            layers: with a cache, `single_layers()`, for a loop that decodes to take them once.
+          tokens: int32 [B, T], right-padded if rows differ in length. An id outside 0..V-1 gives NaN.
+          positions: int32 [B, T]; None: 0..T-1, or from 0 in every segment. With a cache, a position is also the slot
+            that its token is written to, and a query sees the slots up to its own. A token whose position lies beyond
+            the cache is not written. Sliding windows are counted in positions.
+          segment_ids: integers [B, T]; tokens of different segments do not see each other.
+          parent_ids: integers [B, T], used with segment ids. A token also sees the earlier tokens of the segment with
+            this id. So a row can hold a context once, with all its continuations. `positions` must then give the
+            position at which each continuation begins.
+          spans: used with segment ids. The places of texts that do not see each other, which save a CPU work.
+          cache: the cache from `init_cache`, `prefill` or an earlier call.
+          layers: used with a cache. The result of `single_layers()`, which a decoding loop then computes only once.
 
         Returns:
-            [B, T, D] in the compute dtype; with a cache the pair (hidden, cache).
+          [B, T, D] in the compute dtype; with a cache, the pair (hidden states, new cache).
 
         Raises:
-            ValueError: segment ids together with a cache; parent ids without segment ids or positions.
+          ValueError: segment ids are given with a cache, or parent ids without segment ids or positions.
         """
         if parent_ids is not None and (segment_ids is None or positions is None):
             raise ValueError("parent_ids needs segment_ids and positions: which tokens are a continuation, and where")
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids and cache exclude each other: decode packed texts as rows of their own")
-        counted = positions is None or cache is not None  # so that no two positions are as far apart as there are keys
+        # In these cases the distance of two positions is below the number of keys.
+        counted = positions is None or cache is not None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             if segment_ids is not None:
@@ -351,17 +392,17 @@ class Decoder(nnx.Module):
         x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, counted=counted)
         return x if cache is None else (x, written)
 
-    def prefill(self, tokens: jax.Array, slots: int):
-        """Hidden states of rows from their beginning, and a cache of them with room for more.
+    def prefill(self, tokens: jax.Array, slots: int) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Computes the hidden states of whole prompts, and a cache that holds them and has room for more tokens.
 
-        What `hidden` gives with an empty cache, without attending to its empty slots.
+        The result is that of `hidden` with an empty cache, but this method does not attend to empty slots.
 
         Args:
-            tokens: int32 [B, T], right-padded if rows differ in length.
-            slots: S, the most tokens a row will hold, at least T.
+          tokens: int32 [B, T], right-padded if rows differ in length.
+          slots: S, the largest number of tokens that a row will hold, at least T.
 
         Returns:
-            [B, T, D] in the compute dtype, and the cache.
+          The pair (hidden states [B, T, D] in the compute dtype, cache).
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x, kept = self._run_layers(tokens, positions, None, keep=True)
@@ -371,15 +412,25 @@ class Decoder(nnx.Module):
         return x, tuple(Cache(k[index], v[index]) for index in range(self.config.num_layers))
 
     def single_layers(self) -> tuple[DecoderLayer, ...]:
-        """Every layer as a module of its own."""
+        """Returns every layer as a module of its own."""
         graphdef, state = nnx.split(self.layers)
         parts = (jax.tree.map(lambda leaf, index=index: leaf[index], state) for index in range(self.config.num_layers))
         return tuple(nnx.merge(graphdef, part) for part in parts)
 
-    def _run_layers(self, tokens, positions, mask, cache=None, layers=None, spans=None, *, counted=True, keep=False):
-        """Hidden states, and per layer the cache after it; without one and to `keep`, caches of these tokens [L, ...].
+    def _run_layers(
+        self, tokens, positions, mask, cache=None, layers=None, spans=None, *, counted=True, keep=False
+    ) -> tuple[jax.Array, Any]:
+        """Returns the hidden states and, with a cache, the new cache of each layer.
 
-        `counted`: whether no two positions of a row are as far apart as there are keys.
+        Args:
+          tokens: see `hidden`.
+          positions: int32 [B, T].
+          mask: boolean [B, 1, T, S] or None.
+          cache: see `hidden`.
+          layers: see `hidden`.
+          spans: see `hidden`.
+          counted: whether the distance of any two positions of a row is below the number of keys.
+          keep: whether to return, where no cache is given, a `Cache` of these tokens whose arrays begin with [L].
         """
         keys = positions if cache is None else jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
         windows = self._windows(keys.shape[1] if counted else None)
@@ -407,11 +458,11 @@ class Decoder(nnx.Module):
             table = placement.weights({"embed_tokens": table})["embed_tokens"]
             x = placement.activations(nnx.merge(graphdef, table)(tokens))
         if cache is not None:
-            # No scan: it would copy the whole cache, as its input or its output, at every step of decoding.
+            # A scan would copy the whole cache, as its input or its output, at every step of decoding.
             written = []
             for index, layer in enumerate(self.single_layers() if layers is None else layers):
-                of_layer = (None if each is None else each[index] for each in (windows, rotary))
-                x, part = run(layer, x, *of_layer, cache[index])
+                window, rotates = (None if each is None else each[index] for each in (windows, rotary))
+                x, part = run(layer, x, window, rotates, cache[index])
                 written.append(part)
             return self.norm(x), tuple(written)
         graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
@@ -433,21 +484,24 @@ class Decoder(nnx.Module):
             nnx.update(self.layers, mutable)
         return self.norm(x), written
 
-    def _windows(self, keys: int | None):
-        """The window of all layers as an int, one for each as int32 [L], or None if it hides none of so many keys."""
+    def _windows(self, keys: int | None) -> int | jax.Array | None:
+        """Returns the window as an int if all layers share it, else the windows of the layers as int32 [L].
+
+        Returns None where no window hides any of this number of keys.
+        """
         window, slides = self.config.sliding_window, self.config.sliding_layers
-        if window is None or not any(slides) or (keys is not None and keys <= window):
+        if window is None or slides is None or not any(slides) or (keys is not None and keys <= window):
             return None
         return window if all(slides) else jnp.asarray(np.where(slides, window, np.iinfo(np.int32).max), jnp.int32)
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """Logits of hidden states, through the embedding if it is tied, else through `lm_head`.
+        """Computes the logits of hidden states with the embedding if the weights are tied, else with `lm_head`.
 
         Args:
-            hidden: [..., D] after the final norm.
+          hidden: the hidden states [..., D] after the final norm.
 
         Returns:
-            float32 [..., V], accumulated in float32 (float64 for a float64 model).
+          float32 [..., V], accumulated in float32 (float64 for a float64 model).
         """
         if self.config.tie_word_embeddings:
             embedding = self.embed_tokens.embedding[...].astype(self.dtype)
@@ -457,14 +511,14 @@ class Decoder(nnx.Module):
         return self.lm_head(hidden).astype(self.wide_dtype)
 
     def init_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
-        """An empty cache.
+        """Returns an empty cache.
 
         Args:
-            batch: B.
-            length: S, the most tokens a row will hold.
+          batch: B, the number of rows.
+          length: S, the largest number of tokens that a row will hold.
 
         Returns:
-            Zeros in the compute dtype, one `Cache` per layer.
+          One `Cache` of zeros in the compute dtype for each layer.
         """
         config = self.config
         k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, length), self.dtype)

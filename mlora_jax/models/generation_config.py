@@ -1,4 +1,4 @@
-"""What a checkpoint's `generation_config.json` says of generation: applied, without effect, refused or warned of."""
+"""Reads the `generation_config.json` of a checkpoint. Its settings are applied, have no effect, warn or are refused."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Field:
     """One field of transformers' `GenerationConfig`.
 
     Args:
-        effect: APPLIED: changes the logits as in transformers. WITHOUT_EFFECT: changes no text of one greedy answer.
-            REFUSED: generation raises an error. WARNED: generation logs a warning. SAMPLING: counts only for draws, to
-            which it is not applied: a draw is made as its caller asks, and a warning names the field. TOKENS: read by
-            `Tokenizer.load`.
-        reason: of that, for a message or a reader.
-        neutral: values that are as good as an absent field.
+      effect: one of six. APPLIED: the field changes the logits as in transformers. WITHOUT_EFFECT: the field does not
+        change a single greedy answer. REFUSED: generation raises an error. WARNED: generation logs a warning. SAMPLING:
+        transformers applies the field to sampled answers only. Here the caller's settings decide how answers are
+        sampled, and a warning names the field. TOKENS: `Tokenizer.load` reads the field.
+      reason: the reason for this effect, for messages and for readers of this table.
+      neutral: the values that mean the same as an absent field.
     """
 
     effect: str
@@ -126,28 +126,30 @@ FIELDS: Mapping[str, Field] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What changes the next token of a checkpoint's answers beside its weights; the default changes nothing.
+    """The settings of a checkpoint that change the next token of its answers. The defaults change nothing.
 
     Args:
-        file: where it is said.
-        repetition_penalty: divides positive logits of tokens in the prompt or the answer so far, multiplies others.
-        encoder_repetition_penalty: multiplies positive logits of tokens in the prompt, divides others.
-        no_repeat_ngram_size: tokens of a run that must not occur twice in prompt and answer; 0: none.
-        encoder_no_repeat_ngram_size: tokens of a run of the prompt that must not occur in the answer; 0: none.
-        sequence_bias: ((ids, bias), ...): added to the logit of the last id where the ids before it end the text.
-        bad_words_ids: sequences of ids that are never completed.
-        min_length: no end of text before prompt and answer have so many tokens.
-        min_new_tokens: no end of text before so many tokens of the answer.
-        forced_bos_token_id: the first token behind a prompt of one token; None: none is forced.
-        forced_eos_token_id: ids of which one is the last token of an answer that has all its tokens.
-        exponential_decay_length_penalty: (start, factor): beyond `start` tokens of the answer the logits of its end
-            grow by |logit| * (factor ** (tokens - start) - 1).
-        suppress_tokens: ids that are never made.
-        begin_suppress_tokens: ids that do not begin an answer.
-        refused: what cannot be applied, a sentence each.
-        warnings: what is not applied, a sentence each.
-        sampling: settings of draws that are not applied, "name=value" each.
-        max_new_tokens: of the file, which takes no effect here; None: the file has none.
+      file: the file that holds the settings.
+      repetition_penalty: for tokens in the prompt or in the answer so far, it divides positive logits and multiplies
+        other logits.
+      encoder_repetition_penalty: for tokens in the prompt, it multiplies positive logits and divides other logits.
+      no_repeat_ngram_size: no run of this many tokens occurs twice in prompt and answer; 0: runs may repeat.
+      encoder_no_repeat_ngram_size: no run of this many tokens of the prompt occurs in the answer; 0: runs may repeat.
+      sequence_bias: ((ids, bias), ...). The bias is added to the logit of the last id where the text ends with the ids
+        before it.
+      bad_words_ids: the sequences of ids that are never completed.
+      min_length: no text ends before prompt and answer together have this many tokens.
+      min_new_tokens: no text ends before the answer has this many tokens.
+      forced_bos_token_id: the first token after a prompt of one token; None: no token is forced.
+      forced_eos_token_id: the ids one of which is the last token of an answer that reaches its largest length.
+      exponential_decay_length_penalty: (start, factor). Beyond `start` tokens of the answer, the logits of tokens that
+        end it grow by |logit| * (factor ** (tokens - start) - 1).
+      suppress_tokens: the ids that are never generated.
+      begin_suppress_tokens: the ids that never begin an answer.
+      refused: one sentence for each setting that cannot be applied.
+      warnings: one sentence for each setting that is not applied.
+      sampling: "name=value" for each setting of sampling that is not applied.
+      max_new_tokens: the value in the file, which has no effect here; None: the file has none.
     """
 
     file: str = ""
@@ -177,25 +179,25 @@ class GenerationSettings:
             )
 
     def applied(self) -> dict[str, Any]:
-        """The settings that change logits, by name, without those that change nothing."""
+        """Returns, by name, the settings that change logits and differ from their defaults."""
         plain = GenerationSettings()
         return {name: getattr(self, name) for name in READERS if getattr(self, name) != getattr(plain, name)}
 
 
 def read_generation_settings(folder: str | os.PathLike) -> GenerationSettings:
-    """Reads the settings of generation of a Hugging Face folder.
+    """Reads the generation settings of a Hugging Face folder.
 
-    As in transformers they are those of `generation_config.json`; without this file, those that older versions put into
-    `config.json`.
+    As in transformers, they come from `generation_config.json`. Without this file they come from `config.json`, into
+    which older versions wrote them.
 
     Args:
-        folder: the folder.
+      folder: the folder.
 
     Returns:
-        The settings. What cannot be used is in them, for generation to refuse: a model may be scored without it.
+      The settings. They also hold what cannot be applied, so that generation can refuse it while scoring goes on.
 
     Raises:
-        ValueError: a file that is no JSON object.
+      ValueError: a file is not a JSON object.
     """
     folder = pathlib.Path(folder)
     config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -208,15 +210,15 @@ def read_generation_settings(folder: str | os.PathLike) -> GenerationSettings:
 
 
 def generation_settings(values: Mapping[str, Any], *, vocab_size: int | None, file: str) -> GenerationSettings:
-    """The settings in the content of a `generation_config.json`.
+    """Reads the settings from the content of a `generation_config.json`.
 
     Args:
-        values: the parsed JSON object.
-        vocab_size: V, above all ids of `bad_words_ids`, `sequence_bias` and forced tokens; None: unknown.
-        file: for messages.
+      values: the parsed JSON object.
+      vocab_size: V. The ids of `bad_words_ids`, `sequence_bias` and forced tokens must be below it; None: V is unknown.
+      file: the file that messages name.
 
     Returns:
-        The settings, with what cannot be used in `refused`.
+      The settings. Those that cannot be applied are in `refused`.
     """
     fields: dict[str, Any] = {}
     told: dict[str, list[str]] = {REFUSED: [], WARNED: [], SAMPLING: []}
@@ -239,7 +241,7 @@ def generation_settings(values: Mapping[str, Any], *, vocab_size: int | None, fi
                  SAMPLING: shown}[field.effect]
             )  # fmt: skip
     if "min_new_tokens" in fields:
-        fields.pop("min_length", None)  # as in transformers, where the former overwrites the latter
+        fields.pop("min_length", None)  # as in transformers, where min_new_tokens overwrites min_length
     suppressed = set(fields.get("suppress_tokens", ()))
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = fields.get(name)
@@ -247,7 +249,8 @@ def generation_settings(values: Mapping[str, Any], *, vocab_size: int | None, fi
         if forced and forced <= suppressed:
             told[REFUSED].append(f"{name} {sorted(forced)} is also in suppress_tokens")
     longest = values.get("max_new_tokens")
-    told[WARNED] = [text for text in told[WARNED] if not text.startswith("max_new_tokens=")]  # only the harness tells
+    # Only the harness reports max_new_tokens.
+    told[WARNED] = [text for text in told[WARNED] if not text.startswith("max_new_tokens=")]
     return GenerationSettings(
         file=file,
         refused=tuple(told[REFUSED]),
@@ -278,7 +281,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _suppressed(value: Any) -> tuple[int, ...]:
-    """Ids to suppress; transformers takes such as -1 for no token at all."""
+    """Reads the ids to suppress. As in transformers, negative ids such as -1 stand for no token."""
     if not isinstance(value, list) or any(isinstance(id, bool) or not isinstance(id, int) for id in value):
         raise ValueError("it must be a list of token ids")
     return tuple(id for id in value if id >= 0)
@@ -294,7 +297,7 @@ def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     form = ValueError("it must be a list of pairs [[token id, ...], bias]")
     if not isinstance(value, list) or not value or not all(isinstance(x, list) and len(x) == 2 for x in value):
         raise form
-    biases = {}  # of equal sequences the last counts
+    biases = {}  # where sequences are equal, the last one counts
     for sequence, bias in value:
         if not isinstance(sequence, list) or not sequence or not isinstance(bias, float) or math.isnan(bias):
             raise form
@@ -316,7 +319,7 @@ def _check_ids(ids: Any, vocab_size: int | None) -> None:
         raise ValueError(f"token id {ids} is not below the vocabulary's size {vocab_size}")
 
 
-# Of the fields that are applied -> how the value of the file is read.
+# Field that is applied -> the function that reads its value in the file.
 READERS: Mapping[str, Callable[[Any], Any]] = {
     "sequence_bias": _biases,
     "encoder_repetition_penalty": _positive,
@@ -332,5 +335,5 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
     "suppress_tokens": _suppressed,
     "begin_suppress_tokens": _suppressed,
 }
-# Transformers fails on an id beyond the vocabulary in these, and ignores one in others.
+# transformers fails on ids beyond the vocabulary in these fields, and ignores such ids in others.
 _IDS_CHECKED = ("sequence_bias", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")

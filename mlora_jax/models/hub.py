@@ -1,15 +1,16 @@
-"""Where a model lies: its own folder, or the cache of the Hugging Face hub, filled on demand."""
+"""Finds the folder of a model: a local one, or one in the cache of the Hugging Face hub, which is filled on demand."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from mlora_jax.models.config import CONFIG_FILE, read_config
 from mlora_jax.models.weight_files import INDEX_FILE, WEIGHTS_FILE, shard_names
 
-# What is read of a repository besides its weights; others (pickles, PyTorch's own layout, other frameworks) stay there.
+# The files of a repository that are read besides its weights. Others, such as pickles, are not downloaded.
 SETTINGS = (
     CONFIG_FILE, "generation_config.json", INDEX_FILE, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
@@ -20,7 +21,7 @@ _HUB_ID = re.compile(f"(?!.*(?:--|\\.\\.|\\.git(?:@|$))){_PART}/{_PART}(?:@\\w[\
 
 
 def hub_id(path: str | os.PathLike) -> tuple[str, str | None] | None:
-    """Repository and revision of a model on the hub; None for what can only be a folder.
+    """Returns the repository and the revision of a model on the hub, or None if the path can only be a folder.
 
     >>> hub_id("Qwen/Qwen3-0.6B"), hub_id("Qwen/Qwen3-0.6B@refs/pr/3"), hub_id("models/mine/base")
     (('Qwen/Qwen3-0.6B', None), ('Qwen/Qwen3-0.6B', 'refs/pr/3'), None)
@@ -32,26 +33,26 @@ def hub_id(path: str | os.PathLike) -> tuple[str, str | None] | None:
 
 
 def checkpoint_folder(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
-    """The folder of a model; one on the hub is downloaded to huggingface_hub's cache unless it is there.
+    """Returns the folder of a model. A model on the hub is downloaded to huggingface_hub's cache if it is not there.
 
-    Only a string of the form "OWNER/NAME" goes to the hub, or "OWNER/NAME@REVISION" for a branch, a tag or a commit of
-    it, and only where there is no such folder. The environment variables of huggingface_hub hold (HF_TOKEN, HF_HOME,
+    A string "OWNER/NAME" names a model on the hub unless there is such a folder. In "OWNER/NAME@REVISION" the revision
+    is a branch, a tag or a commit. The environment variables of huggingface_hub apply (HF_TOKEN, HF_HOME,
     HF_HUB_OFFLINE, HF_ENDPOINT).
 
     Args:
-        path: a folder, where "~" may stand for the home, or a hub id.
-        weights: whether the weights are needed too.
+      path: a folder, where "~" may stand for the home directory, or a hub id.
+      weights: whether to download the weights too.
 
     Returns:
-        The folder.
+      The folder.
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id; a model or revision that the hub does not have or does not
-            show; one that the cache does not have whole while the hub cannot be reached. What is missing is named.
-        ValueError: the model on the hub is not one that the decoder supports; its weights are not downloaded.
+      FileNotFoundError: the path is neither a folder nor a hub id; the hub does not have the model or the revision, or
+        does not show it; or the hub cannot be reached and the cache lacks a file. The message names what is missing.
+      ValueError: the decoder does not support the model on the hub, whose weights are then not downloaded.
     """
     folder = pathlib.Path(path).expanduser()
-    if folder.is_dir() and path != "":  # which pathlib takes for "."
+    if folder.is_dir() and path != "":  # pathlib takes "" for "."
         return folder
     model = hub_id(path)
     if model is None:
@@ -69,8 +70,8 @@ def checkpoint_folder(path: str | os.PathLike, *, weights: bool = True) -> pathl
 
 
 def _fetch(repository: str, revision: str | None, files: tuple[str, ...], *, needed: tuple[str, ...]) -> pathlib.Path:
-    """The cached snapshot of a repository with those of `files` that it has."""
-    # Here, because a model in a folder of its own needs none of it: it imports for half a second.
+    """Returns the cached snapshot of a repository, with those of `files` that the repository has."""
+    # These imports stand here because they take half a second, and a local folder needs none of them.
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -103,22 +104,22 @@ def _fetch(repository: str, revision: str | None, files: tuple[str, ...], *, nee
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{repository!r} is no folder, and as the hub's cache has it ({folder}) it lacks {_listed(missing)}: the "
-            "download was cut short, or the repository has none (only safetensors are read). "
+            f"{repository!r} is no folder, and its copy in the hub's cache ({folder}) lacks {_listed(missing)}: the "
+            "download was cut short, or the repository does not have them (only safetensors are read). "
             f"{_way_out(repository, revision)}"
         )
     return folder
 
 
 def _cause(error: Exception) -> str:
-    """Why the hub could not be asked, in the words of what failed first."""
+    """Returns the reason why the hub could not be reached, in the words of the first error."""
     return str(error.__cause__ or error).splitlines()[0].rstrip(".")
 
 
 def _way_out(repository: str, revision: str | None) -> str:
     which = repository if revision is None else f"{repository} --revision {revision}"
-    return f"With the network (and HF_HUB_OFFLINE unset) run again, or `hf download {which}`"
+    return f"Run again with network access and without HF_HUB_OFFLINE, or run `hf download {which}`"
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)

@@ -1,4 +1,4 @@
-"""Decoders from and to Hugging Face folders: `config.json` and safetensors, one file or many shards."""
+"""Loads decoders from Hugging Face folders, and saves them: `config.json` and safetensors, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from mlora_jax.disk import write_aside
@@ -51,45 +53,45 @@ WEIGHT_MAP = {
     "lm_head.kernel": (HEAD, True),
 }
 
-# Tensors that old exporters wrote and that hold nothing a config does not say.
+# Tensors that old exporters wrote and that follow from the config.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
-_ALIGNMENT = 64  # bytes; what XLA asks of memory that is not its own
-_COMPLAINTS = 12  # Named in one message; a checkpoint of another model differs in hundreds.
+_ALIGNMENT = 64  # The alignment in bytes that XLA needs to use memory which it did not allocate.
+_COMPLAINTS = 12  # The most differences that a message lists: the checkpoint of another model has hundreds.
 
 
 def load_decoder(
     path: str | os.PathLike,
     *,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
 ) -> Decoder:
     """Loads a Llama-family decoder from a Hugging Face folder or from the hub.
 
-    One array of the decoder is filled at a time, block by block from the files, and goes to its devices before the
-    next: beyond the model itself the host holds the part of one array that one device gets.
+    The arrays of the decoder are filled one at a time, block by block from the files. Each goes to its devices before
+    the next is read. So the host holds, besides the model itself, only the part of one array that one device gets.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` or its shards and index; or, as a string that is no
-            folder, a hub id "OWNER/NAME", which huggingface_hub downloads to its cache or finds there.
-        dtype: of weights and compute (float32, bfloat16, float16 or float64); None: every weight as it is
-            stored, compute in the dtype of the embedding.
-        sharding: dotted path (`layers.mlp.up_proj.kernel`, a key of `WEIGHT_MAP`) and shape ([L, D, F]) of an array ->
-            the sharding in which it is made; a process reads only what its own devices get. None: whole, on the default
-            device.
+      path: a folder with `config.json` and with `model.safetensors` or its shards and index. A string that names no
+        folder may be a hub id "OWNER/NAME", which huggingface_hub finds in its cache or downloads to it.
+      dtype: the dtype of weights and compute: float32, bfloat16, float16 or float64. None: every weight has the dtype
+        in which it is stored, and compute has the dtype of the embedding.
+      sharding: a function of the dotted path (such as `layers.mlp.up_proj.kernel`, a key of `WEIGHT_MAP`) and the shape
+        (such as [L, D, F]) of an array, which returns the sharding of the array. A process reads only the parts that
+        its own devices get. None: every array is whole on the default device.
 
     Returns:
-        The decoder.
+      The decoder.
 
     Raises:
-        FileNotFoundError: no such folder, or no config or safetensors in it; a hub id that the hub does not have, or
-            that the cache does not have and the hub cannot be asked for.
-        ValueError: an unsupported architecture; a missing, misshapen, non-float or unknown tensor; a damaged
-            file; a dtype that jax would silently narrow; a sharding that does not divide an array.
+      FileNotFoundError: there is no such folder, or it has no config or no safetensors; the hub does not have the id;
+        or the hub cannot be reached and the cache does not have the id.
+      ValueError: the architecture is not supported; a tensor is missing, misshapen, not of floats or unknown; a file is
+        damaged; jax would silently narrow the dtype; or a sharding does not divide an array.
 
     Example:
-        >>> model = load_decoder("/data/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
-        >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path, shape: replicated)  # doctest: +SKIP
+      >>> model = load_decoder("/data/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
+      >>> model = load_decoder("Qwen/Qwen3-0.6B", sharding=lambda path, shape: replicated)  # doctest: +SKIP
     """
     folder = checkpoint_folder(path)
     config = read_config(folder)
@@ -102,15 +104,16 @@ def load_decoder(
 def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
     """Writes a decoder as a Hugging Face folder that transformers and `load_decoder` read.
 
-    Each file is written aside and renamed, the config last: a folder with a config is complete.
+    Each file is written under another name and then renamed. The config comes last, so a folder with a config is
+    complete.
 
     Args:
-        path: the folder; made if absent. A `model.safetensors` and `config.json` in it are replaced.
-        model: a decoder without adapters (fold them first).
+      path: the folder, which is created if it does not exist. Its `model.safetensors` and `config.json` are replaced.
+      model: a decoder without adapters (fold them first).
 
     Raises:
-        ValueError: the model holds arrays that this format has no place for, such as an adapter's, or is quantised.
-        FileExistsError: the folder holds a checkpoint in shards, which would stay beside the new file.
+      ValueError: the model is quantised, or it holds arrays that this format cannot store, such as those of an adapter.
+      FileExistsError: the folder holds a checkpoint in shards, which would remain next to the new file.
     """
     leaves = {_dotted(names): leaf for names, leaf in nnx.to_flat_state(nnx.state(model))}
     extra = sorted(set(leaves) - set(WEIGHT_MAP))
@@ -129,7 +132,7 @@ def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
         array = np.asarray(leaf[...])
         array = np.swapaxes(array, -1, -2) if transposed else array
         stack = enumerate(array) if "{layer}" in source else [(None, array)]
-        # The writer takes the bytes as they lie in memory: a view would be written untransposed.
+        # The writer takes the bytes in the order of memory, so it would write a transposed view untransposed.
         tensors |= {source.format(layer=layer): np.ascontiguousarray(value) for layer, value in stack}
     values = model.config.to_hugging_face() | {"torch_dtype": model.dtype.name}
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ def save_decoder(path: str | os.PathLike, model: Decoder) -> None:
 
 
 def _source_names(config: DecoderConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:
-    """Expected tensor -> stored tensor, where they differ: a tied pair may be stored under either name."""
+    """Maps expected tensors to stored tensors whose names differ: a tied pair may be stored under either name."""
     if not config.tie_word_embeddings or HEAD not in stored:
         return {}
     if EMBEDDING not in stored:
@@ -179,8 +182,8 @@ def _assemble(folder, config: DecoderConfig, stored: dict[str, StoredTensor], na
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _read(path: tuple[str, ...], tensors, dtype, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """The part of one array of the decoder between `bounds`, a beginning and an end for each axis."""
+def _read(path: tuple[Any, ...], tensors, dtype, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Reads the part of one array of the decoder between `bounds`, a beginning and an end for each axis."""
     array = _aligned([end - start for start, end in bounds], dtype)
     places, inner = [array], [slice(*pair) for pair in bounds]
     if path[0] == "layers":
@@ -194,7 +197,7 @@ def _read(path: tuple[str, ...], tensors, dtype, bounds: tuple[tuple[int, int], 
 
 
 def _aligned(shape: list[int], dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; where NumPy puts an array it would be copied."""
+    """Allocates memory that a CPU device can use without a copy, which NumPy's own allocation does not ensure."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -202,7 +205,7 @@ def _aligned(shape: list[int], dtype) -> np.ndarray:
 
 
 def _placed(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None, read) -> jax.Array:
-    """An array on its devices; `read(bounds)` makes a part, once for all devices that get the same."""
+    """Places an array on its devices. `read(bounds)` reads a part, once for all devices that get the same part."""
     if sharding is None:
         return jax.device_put(read(tuple((0, size) for size in shape)))
     try:
@@ -212,18 +215,19 @@ def _placed(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding |
     wanted = {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         for device, index in indices.items()
+        if index is not None
     }
     arrays = {}
     for bounds in dict.fromkeys(wanted.values()):
         part = read(bounds)
         arrays |= {device: jax.device_put(part, device) for device in wanted if wanted[device] == bounds}
-        # Else the host would hold this part until its transfer ends, and meanwhile the next.
+        # Without this wait the host would hold both this part, until its transfer ends, and the next part.
         jax.block_until_ready(list(arrays.values()))
     return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[device] for device in wanted])
 
 
-def _tensors(path: tuple[str, ...], shape: tuple[int, ...], names: dict[str, str]):
-    """The stored names and shapes that make up one array of the decoder."""
+def _tensors(path: tuple[Any, ...], shape: tuple[int, ...], names: dict[str, str]):
+    """Returns the names and shapes of the stored tensors that make up one array of the decoder."""
     template, transposed = WEIGHT_MAP[_dotted(path)]
     layers = range(shape[0]) if path[0] == "layers" else [None]
     shape = shape[1:] if path[0] == "layers" else shape
@@ -232,7 +236,7 @@ def _tensors(path: tuple[str, ...], shape: tuple[int, ...], names: dict[str, str
 
 
 def _check(folder, config: DecoderConfig, stored: dict[str, StoredTensor], expected: list[tuple[str, tuple]]) -> None:
-    """Compares what the files hold with what the config asks for, before any data is read."""
+    """Compares the tensors in the files with those that the config needs, before any data is read."""
     complaints = []
     for name, shape in expected:
         found = stored.get(name)
@@ -253,8 +257,8 @@ def _check(folder, config: DecoderConfig, stored: dict[str, StoredTensor], expec
         raise ValueError(f"the weights in {folder} are not those its {CONFIG_FILE} describes:\n  {listing}")
 
 
-def _checked(dtype) -> np.dtype:
-    """The dtype, unless it is no weight's dtype or jax would narrow it."""
+def _checked(dtype: DTypeLike) -> np.dtype:
+    """Returns the dtype if weights may have it and jax does not narrow it."""
     dtype = jnp.dtype(dtype)
     if dtype.name not in SOURCE_DTYPES:
         raise ValueError(f"dtype {dtype.name!r} is not one of {', '.join(SOURCE_DTYPES)}")
@@ -263,5 +267,5 @@ def _checked(dtype) -> np.dtype:
     return dtype
 
 
-def _dotted(path: tuple[str, ...]) -> str:
+def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(path)

@@ -1,4 +1,4 @@
-"""The JSON files of a Hugging Face folder."""
+"""Reads the JSON files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from mlora_jax.models.text_file import read_text
 
 
 def read_json_object(file: pathlib.Path) -> dict[str, Any]:
-    """The object that a file holds.
+    """Reads the JSON object that a file holds.
+
+    Args:
+      file: the file, which is UTF-8 text.
+
+    Returns:
+      The object.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it holds no text, no JSON, or none that is an object; the message names it.
+      ValueError: the file is not text, is not JSON, or holds no object. The message names the file.
     """
     text = read_text(file)
     try:

@@ -1,7 +1,7 @@
-"""A frozen base with quantised kernels, by qwix: less memory for what training only reads.
+"""A frozen base model with kernels that qwix quantises, so that weights which are only read need less memory.
 
-The layers stay `nnx.Linear`. Their kernel is a `qwix.QArray` of codes and scales [L, D, F], which a call turns into a
-dense matrix of the compute dtype, one layer at a time.
+The layers stay `nnx.Linear`. Their kernels are `qwix.QArray`s of codes and scales [L, D, F]. A call turns the kernel of
+one layer at a time into a dense matrix of the compute dtype.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from mlora_jax.models.decoder import Decoder
 
-# Text that the error of a quantised base is measured on: so many random tokens, in rows of a length.
+# The error of a quantised base is measured on this number of rows of random tokens, each of this length.
 _ROWS, _LENGTH = 2, 32
 
 
 class Format(NamedTuple):
-    """How a kernel [D, F] is stored.
+    """A format in which a kernel [D, F] is stored.
 
     Attributes:
-      qtype: of the codes, as qwix names it.
-      block: so many neighbours along D share a scale; None: a whole column does.
-      source: of the format.
+      qtype: the type of the codes, in the terms of qwix.
+      block: the number of neighbours along D that share a scale; None: a whole column shares one.
+      source: the paper that describes the format.
     """
 
     qtype: Any
@@ -44,13 +44,15 @@ FORMATS: Mapping[str, Format] = {
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """What was quantised, and what it costs.
+    """The format of a quantised base, its size and its error.
 
     Attributes:
       format: a key of `FORMATS`.
-      dense_bytes, stored_bytes: of the quantised kernels before and after.
-      logits_error: the norm of the logits' difference over that of the dense base's logits, on random tokens.
-      same_choice: the share of those tokens after which the most likely next token is the same.
+      dense_bytes: the bytes of the kernels before they are quantised.
+      stored_bytes: the bytes of the quantised kernels.
+      logits_error: the norm of the difference of the logits, divided by the norm of the dense base's logits, on random
+        tokens.
+      same_choice: the share of these tokens after which both models find the same next token most likely.
     """
 
     format: str
@@ -68,21 +70,22 @@ class Quantization:
 
 
 def quantize_decoder(model: Decoder, name: str) -> Decoder:
-    """The same decoder with quantised kernels in its layers; embeddings, norms, biases and the head stay as they are.
+    """Returns a decoder with quantised kernels in its layers. Embeddings, norms, biases and the head stay the same.
 
-    Adapters go on it as on the dense one. Folding one into quantised kernels is refused: the sum would be rounded;
-    fold into the dense weights.
+    The quantised decoder takes adapters like a dense one. An adapter cannot be folded into quantised kernels, because
+    the sum would be rounded. Fold it into the dense weights.
 
     Args:
-      model: without adapters; left as it is.
-      name: "int8" (a scale per output feature) or "nf4" (4-bit NormalFloat, a scale for 64 inputs of an output
-        feature, or the largest divisor of D below).
+      model: a decoder without adapters, which is not changed.
+      name: "int8" (one scale per output feature) or "nf4" (4-bit NormalFloat with one scale for 64 inputs of an output
+        feature, or for the largest divisor of D below 64).
 
     Returns:
-      A new decoder, whose attribute `quantization` says what it costs.
+      A new decoder, whose attribute `quantization` holds its size and its error.
 
     Raises:
-      ValueError: an unknown format; a quantised or an adapted model; for nf4 a D with no divisor in 16..64.
+      ValueError: the format is unknown; the model is quantised already or has adapters; or, for nf4, D has no divisor
+        from 16 to 64.
       ModuleNotFoundError: qwix is not installed.
     """
     if name not in FORMATS:
@@ -109,7 +112,7 @@ def quantize_decoder(model: Decoder, name: str) -> Decoder:
 
 
 def dequantize_decoder(model: Decoder) -> Decoder:
-    """A dense decoder with the values that a quantised one computes with.
+    """Returns a dense decoder with the values that a quantised decoder computes with.
 
     >>> from mlora_jax.models import DecoderConfig
     >>> config = DecoderConfig(vocab_size=9, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2)
@@ -128,7 +131,7 @@ def dequantize_decoder(model: Decoder) -> Decoder:
 
 
 def compare_logits(dense: Decoder, quantized: Decoder) -> tuple[float, float]:
-    """(relative error, share of equal choices) of a quantised base on random tokens, see `Quantization`."""
+    """Returns (`logits_error`, `same_choice`) of a quantised base on random tokens; see `Quantization`."""
     tokens = jax.random.randint(jax.random.key(0), (_ROWS, _LENGTH), 0, dense.config.vocab_size)
 
     def logits(model):
@@ -144,8 +147,11 @@ def compare_logits(dense: Decoder, quantized: Decoder) -> tuple[float, float]:
     return float(error), float(same)
 
 
-def stored_bytes(tree) -> int:
-    """Bytes of a tree's arrays in a device's memory, where two 4-bit codes share a byte (`nbytes` counts one each)."""
+def stored_bytes(tree: Any) -> int:
+    """Counts the bytes of a tree's arrays in the memory of a device.
+
+    Two 4-bit codes share a byte there, while `nbytes` counts a byte for each.
+    """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     return sum(-(-leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8) for leaf in leaves)
 
@@ -155,7 +161,8 @@ def _quantize(qwix, kernel: jax.Array, form: Format, where: str):
 
     @jax.jit
     def each(kernel):
-        # One layer after the other: the codes are looked up by way of arrays many times the size of a kernel.
+        # Layers are quantised one after the other, because the search for codes makes arrays many times the size of a
+        # kernel.
         one = lambda matrix: qwix.quantize(  # noqa: E731
             matrix, form.qtype, channelwise_axes=(1,), tiled_axes={0: block} if block else None
         )
@@ -176,8 +183,11 @@ def _block(form: Format, features_in: int, where: str) -> int | None:
     return block
 
 
-def _promote(arrays, *, dtype=None):
-    """Flax's `promote_dtype` where the kernel is a QArray, whose dtype is what it becomes when it is read."""
+def _promote(arrays: Any, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Does what `promote_dtype` of flax does where the kernel is a QArray, whose dtype is that of its dense matrix.
+
+    The argument `inexact` belongs to the signature in flax. It changes nothing, because the arrays are floats.
+    """
     x, kernel, bias = arrays
     dtype = dtype or jnp.result_type(*(array.dtype for array in arrays if array is not None))
     return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(dtype)
@@ -185,7 +195,7 @@ def _promote(arrays, *, dtype=None):
 
 def _dot_general(x, kernel, dimension_numbers, **options):
     qwix = _qwix()
-    # The dense matrix is made again in the backward pass: kept, those of all layers would be there at once.
+    # The backward pass makes the dense matrix again. Otherwise the dense matrices of all layers would be kept at once.
     product = lambda x, kernel: qwix.dot_general(x, kernel, dimension_numbers, **options)  # noqa: E731
     return jax.checkpoint(product, prevent_cse=False)(x, kernel)
 

@@ -1,8 +1,8 @@
-"""The reader of every text file that a user hands over: prompts, data, tables, JSON, YAML and chat templates.
+"""Reads every text file that a user provides: prompts, data, tables, JSON, YAML and chat templates.
 
-Text is UTF-8 unless a data set is published in another encoding. A UTF-8 byte-order mark is no part of the text. A line
-ends with LF, CRLF or CR, as in Python's text mode, and with nothing else: U+2028, NEL, NUL and the other characters at
-which `str.splitlines` cuts may stand within a line. The last line needs no end.
+Text is UTF-8 unless a data set is published in another encoding. A UTF-8 byte-order mark is not part of the text. A
+line ends with LF, CRLF or CR, as in Python's text mode. No other character ends a line: U+2028, NEL and the other
+characters at which `str.splitlines` cuts, and NUL, may occur within a line. The last line needs no line end.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 UTF8_MARK = b"\xef\xbb\xbf"
-# The first bytes of files that are no text in an encoding that begins with ASCII: UTF-32 in little-endian order begins
-# as UTF-16 does, so it comes first.
+# The first bytes of files that are not text in an extension of ASCII. UTF-32 stands before UTF-16, because
+# little-endian UTF-32 begins like UTF-16.
 SIGNATURES = (
     (b"\xff\xfe\x00\x00", "is UTF-32 text: save it as UTF-8"),
     (b"\x00\x00\xfe\xff", "is UTF-32 text: save it as UTF-8"),
@@ -29,38 +29,41 @@ SIGNATURES = (
 
 
 class MalformedLineError(ValueError):
-    """A line that cannot be used; the message is `FILE, line N: what is wrong`."""
+    """The error for a line that cannot be used. Its message is `FILE, line N: what is wrong`."""
 
     def __init__(self, path: str | pathlib.Path, line: int, problem: str):
         super().__init__(f"{path}, line {line}: {problem}")
 
 
 def read_text(path: str | pathlib.Path) -> str:
-    r"""The text of a UTF-8 file, every line end as "\n".
+    r"""Reads the text of a UTF-8 file, with "\n" for every line end.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not UTF-8 text; the message names file, line and byte.
+      ValueError: the file is not UTF-8 text. The message names the file, the line and the byte.
     """
     text = decode_text(pathlib.Path(path).read_bytes(), path)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: str | pathlib.Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, see `text_lines`."""
+    """Yields the numbers and texts of the lines of a UTF-8 file; see `text_lines`."""
     with pathlib.Path(path).open("rb") as file:
         yield from text_lines(file, path)
 
 
 def decode_text(content: bytes, name: str | pathlib.Path) -> str:
-    r"""The text of a file's bytes, UTF-8, its line ends as they are.
+    r"""Decodes the UTF-8 bytes of a file. Line ends stay the same.
 
     Args:
-      content: the whole file.
-      name: what errors call it.
+      content: the bytes of the whole file.
+      name: the name of the file in error messages.
+
+    Returns:
+      The text, without a byte-order mark.
 
     Raises:
-      ValueError: it is not UTF-8 text; the message names file, line and byte.
+      ValueError: the bytes are not UTF-8 text. The message names the file, the line and the byte.
 
     >>> decode_text(b"\xef\xbb\xbfa\r\n", "file")
     'a\r\n'
@@ -69,24 +72,24 @@ def decode_text(content: bytes, name: str | pathlib.Path) -> str:
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError:
-        for _ in text_lines(io.BytesIO(content), name):  # the error of the line at fault
+        for _ in text_lines(io.BytesIO(content), name):  # raises an error that names the line
             pass
         raise
 
 
 def text_lines(file: Iterable[bytes], name: str | pathlib.Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    r"""The lines of a binary file.
+    r"""Yields the lines of a binary file.
 
     Args:
-      file: the bytes, cut behind each "\n" as a binary file gives them.
-      name: what errors call it.
-      encoding: one that begins with ASCII, such as latin-1. A file with a UTF-8 byte-order mark is UTF-8 all the same.
+      file: the bytes of the file, cut after each "\n", as a binary file yields them.
+      name: the name of the file in error messages.
+      encoding: an extension of ASCII, such as latin-1. A file with a UTF-8 byte-order mark is read as UTF-8 instead.
 
     Yields:
-      (number from 1, text without its line end), blank lines too.
+      (the number of the line from 1, its text without the line end), also for blank lines.
 
     Raises:
-      ValueError: a line is not text of this encoding; the message names file, line and byte.
+      ValueError: a line is not text in this encoding. The message names the file, the line and the byte.
 
     >>> list(text_lines([b"\xef\xbb\xbfa\rb\r\n", b"\n", b"c"], "file"))
     [(1, 'a'), (2, 'b'), (3, ''), (4, 'c')]
@@ -106,17 +109,17 @@ def text_lines(file: Iterable[bytes], name: str | pathlib.Path, encoding: str = 
                     f"({error.reason}): save the file as {encoding.upper()}"
                 )
                 raise MalformedLineError(name, number, problem) from None
-        number = number or 1  # a first part that is a byte-order mark and no more
+        number = number or 1  # for a first part that is only a byte-order mark
 
 
 def _open_end(part: bytes) -> list[bytes]:
-    """The lines of a last part, which no LF ends."""
+    """Splits the last part of a file, which does not end with LF, into lines."""
     *lines, last = part.split(b"\r")
     return [*lines, last] if last else lines
 
 
 def _beginning(content: bytes, name: str | pathlib.Path, encoding: str) -> tuple[bytes, str]:
-    """The content without a byte-order mark, and its encoding."""
+    """Returns the content without a byte-order mark, and its encoding."""
     for signature, problem in SIGNATURES:
         if content.startswith(signature):
             raise ValueError(f"{name} {problem}")
@@ -126,10 +129,15 @@ def _beginning(content: bytes, name: str | pathlib.Path, encoding: str) -> tuple
 
 
 def check_text(text: str, name: str) -> str:
-    """Returns a text that can be encoded.
+    """Returns the text if it can be encoded.
+
+    Args:
+      text: the text.
+      name: the name of the text in error messages.
 
     Raises:
-      ValueError: it holds half a surrogate pair, as "\\ud800" in JSON or an argument that is not UTF-8 gives one.
+      ValueError: the text holds half a surrogate pair, which comes from "\\ud800" in JSON or from a command-line
+        argument that is not UTF-8.
     """
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{name} holds half a surrogate pair, which is not text")

@@ -1,14 +1,14 @@
-"""Special and added tokens of a checkpoint, from all the files that name them.
+"""Reads the special and added tokens of a checkpoint from all the files that name them.
 
 transformers 5 reads such tokens in this order, and so does this module:
 
-1. `tokenizer_config.json`: the named tokens (`bos_token`, `eos_token`, .. and any other key that ends in `_token`),
+1. `tokenizer_config.json`: the named tokens (`bos_token`, `eos_token` and any other key that ends in `_token`),
    `extra_special_tokens` or, where that is absent or empty, `additional_special_tokens`, and `added_tokens_decoder`.
 2. Only where `tokenizer_config.json` has no `added_tokens_decoder`: `special_tokens_map.json`, whose entries replace
    those of step 1; then `added_tokens.json`; then `added_tokens` of `tokenizer.json`.
 
-A token that the vocabulary lacks gets the next free id, whatever id a file gives it. `add_bos_token` and
-`add_eos_token` change nothing: the post-processor of `tokenizer.json` alone puts tokens around a text.
+A token that the vocabulary lacks gets the next free id, even where a file gives it another id. `add_bos_token` and
+`add_eos_token` have no effect: only the post-processor of `tokenizer.json` adds tokens before or after a text.
 
 Source: `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` of transformers.
 """
@@ -42,14 +42,14 @@ Token = str | tokenizers.AddedToken
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenFiles:
-    """What the files of a folder say about its tokenizer.
+    """The tokenizer of a folder, as its files describe it.
 
     Args:
-        backend: the tokenizer with all its tokens, without truncation and padding.
-        named: role ("bos_token", ..) -> text of the token.
-        opening: ids that the post-processor puts before every text.
-        cleans_up: whether decoded text loses the spaces before punctuation.
-        values: of `tokenizer_config.json`.
+      backend: the tokenizer with all its tokens, without truncation and padding.
+      named: maps a role, such as "bos_token", to the text of its token.
+      opening: the ids that the post-processor puts before every text.
+      cleans_up: whether decoding removes the spaces before punctuation.
+      values: the values of `tokenizer_config.json`.
     """
 
     backend: tokenizers.Tokenizer
@@ -63,14 +63,14 @@ def read_token_files(folder: pathlib.Path, config: Mapping[str, Any]) -> TokenFi
     """Reads the tokenizer of a Hugging Face folder as `AutoTokenizer` of transformers 5 does.
 
     Args:
-        folder: with `tokenizer.json`; its other files may be absent.
-        config: values of `config.json`.
+      folder: the folder, which has a `tokenizer.json`. The other files may be absent.
+      config: the values of `config.json`.
 
     Returns:
-        The tokenizer and its named tokens.
+      The tokenizer and its named tokens.
 
     Raises:
-        ValueError: a file that cannot be read, an entry that transformers refuses or that is not supported here.
+      ValueError: a file cannot be read, or an entry is not supported here or is refused by transformers.
     """
     values, file = _optional(folder / CONFIG), folder / TOKENIZER_FILE
     _check(folder / CONFIG, values)
@@ -92,7 +92,7 @@ def read_token_files(folder: pathlib.Path, config: Mapping[str, Any]) -> TokenFi
 
 
 def _cleans_up(values: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
-    """transformers 5 leaves texts of BPE alone unless a second key insists."""
+    """Returns whether decoded texts are cleaned up. For BPE, transformers 5 needs a second key to do so."""
     forced = values.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     return bool(values.get("clean_up_tokenization_spaces")) and (bool(forced) or layout["model"]["type"] != "BPE")
 
@@ -102,7 +102,7 @@ def _optional(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _check(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Refuses what makes transformers read other files or run other code."""
+    """Refuses the keys that make transformers read other files or run other code."""
     code = values.get("auto_map")
     if code and (not isinstance(code, dict) or code.get("AutoTokenizer")):
         raise ValueError(
@@ -122,11 +122,11 @@ def _check(file: pathlib.Path, values: Mapping[str, Any]) -> None:
 def _listed(
     folder: pathlib.Path, values: Mapping[str, Any], layout: Mapping[str, Any], row: TokenizerClass | None
 ) -> tuple[dict[str, Token], list[Token], list[tokenizers.AddedToken]]:
-    """(role -> named token, further special tokens, added tokens in the order of their ids)."""
+    """Returns (role -> named token, further special tokens, added tokens in the order of their ids)."""
     file, source = folder / CONFIG, dict(values)
     if _EXTRA[1] in source and not source.get(_EXTRA[0]):
         source[_EXTRA[0]] = source.pop(_EXTRA[1])
-    # Roles beyond the usual ones. Those written as plain text or in extra_special_tokens come last.
+    # These are the roles besides the usual ones. Roles in plain text or in extra_special_tokens come last.
     explicit: dict[str, Any] = {}
     own = [key for key, value in source.items() if _is_role(key) and key not in NAMED and isinstance(value, str)]
     explicit |= {key: source.pop(key) for key in own}
@@ -157,7 +157,7 @@ def _listed(
 
 
 def _named(file, source, explicit, by_text, row: TokenizerClass | None, layout) -> dict[str, Token]:
-    """Role -> token: the usual roles first, in the order in which those without an id get one."""
+    """Maps roles to tokens. The usual roles come first; tokens without an id get their ids in this order."""
     known = dict(row.named) if row is not None else {}
     padding = (layout.get("padding") or {}).get("pad_token")
     if padding is not None:
@@ -180,7 +180,7 @@ def _named(file, source, explicit, by_text, row: TokenizerClass | None, layout) 
 
 
 def _merge_map(file: pathlib.Path, source: dict[str, Any]) -> None:
-    """Puts the entries of `special_tokens_map.json` over those of `tokenizer_config.json`."""
+    """Replaces entries of `tokenizer_config.json` with those of `special_tokens_map.json`."""
     for key, value in _optional(file).items():
         if key not in (*NAMED, *_EXTRA) and not (_is_role(key) and isinstance(value, str | dict)):
             raise ValueError(f"{file}: {key!r} is {value!r}, which is no token: move it to {CONFIG}, or remove it")
@@ -197,7 +197,7 @@ def _merge_map(file: pathlib.Path, source: dict[str, Any]) -> None:
 
 
 def _merge_added(file: pathlib.Path, source, added, by_text) -> None:
-    """Puts in the tokens of `added_tokens.json`; they are special where another file names them."""
+    """Adds the tokens of `added_tokens.json`, which are special where another file names them."""
     special = {str(source[role]) for role in NAMED if source.get(role)}
     special |= {str(token) for token in source.get(_EXTRA[0]) or ()}
     for text, index in _optional(file).items():
@@ -208,7 +208,7 @@ def _merge_added(file: pathlib.Path, source, added, by_text) -> None:
 
 
 def _add(backend: tokenizers.Tokenizer, named, extra, added, *, names_again: bool) -> None:
-    """Adds the tokens in the order in which transformers does, on which new ids depend."""
+    """Adds the tokens in the order of transformers, because new ids depend on this order."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {token.content for token in added}
     tokens: list[Token] = list(added)
@@ -240,7 +240,7 @@ def _marked(value: Any) -> bool:
 
 
 def _token(file: pathlib.Path, key: str, value: Any) -> Token:
-    """A token as text or, as `tokenizer_config.json` writes it, an object of type AddedToken."""
+    """Reads a token from its text or from an object of type AddedToken, as in `tokenizer_config.json`."""
     if isinstance(value, str | tokenizers.AddedToken):
         return value
     if _marked(value):
@@ -258,7 +258,7 @@ def _added_token(file: pathlib.Path, key: str, entry: Any) -> tokenizers.AddedTo
 
 
 def _opening(file: pathlib.Path, processor: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """Ids that the post-processor puts before a text; one that puts any behind is refused."""
+    """Returns the ids that the post-processor puts before a text. Refuses one that puts ids after a text."""
     before, behind = _around(file, processor)
     if behind:
         raise ValueError(
@@ -294,7 +294,7 @@ def _template(file: pathlib.Path, processor: Mapping[str, Any]) -> tuple[list[in
 
 def _sequence(file: pathlib.Path, processor: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     before, behind = [], []
-    for inner in processor["processors"]:  # each works on what the one before it made
+    for inner in processor["processors"]:  # each processes the output of the one before it
         left, right = _around(file, inner)
         before, behind = [*left, *before], [*behind, *right]
     return before, behind

@@ -1,4 +1,4 @@
-"""Which file decides which token: begin, end, padding, prefix and stops, for training, scoring and generation."""
+"""The roles of tokens in training, scoring and generation (begin, end, padding, prefix, stops), and their sources."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ GENERATION_FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenRoles:
-    """The ids that training, scoring and generation take.
+    """The ids that training, scoring and generation use.
 
     - BOS, EOS and padding are the tokenizer's own `bos_token`, `eos_token` and `pad_token`, from the files that
       `token_files` names. The ids in `config.json` do not count for them. Training appends EOS to an answer.
-    - Before a text without a context stands the prefix: BOS, or EOS where the tokenizer has no BOS.
-    - Generation stops at EOS, which training taught, and at the `eos_token_id` of `generation_config.json`. Only where
-      that file is absent does the `eos_token_id` of `config.json` count. So does transformers choose them.
-    - A tokenizer without EOS, which the harness's Hugging Face backend cannot run, ends texts with the first of these
-      ids; one without padding pads with EOS.
+    - The prefix stands before a text that has no context. It is BOS, or EOS where the tokenizer has no BOS.
+    - Generation stops at EOS, which the model learns in training, and at the `eos_token_id` of
+      `generation_config.json`. If that file is absent, the `eos_token_id` of `config.json` counts instead. transformers
+      follows the same rule.
+    - If the tokenizer has no EOS, the first of these ids ends texts. The Hugging Face backend of the harness cannot run
+      such a tokenizer. If the tokenizer has no padding token, EOS fills rows.
 
     Args:
-        bos_id: id of the token that begins a text, or None.
-        eos_id: id of the token that ends a text.
-        pad_id: id that fills rows.
-        stops: every id at which generation stops, `eos_id` first.
+      bos_id: the id of the token that begins a text, or None.
+      eos_id: the id of the token that ends a text.
+      pad_id: the id that fills rows.
+      stops: every id at which generation stops, with `eos_id` first.
 
     Source: `HFLM.prefix_token_id` and `HFLM.eot_token_id` of lm-evaluation-harness;
     `GenerationMixin.adjust_generation_fn` of transformers.
@@ -39,27 +40,27 @@ class TokenRoles:
 
     @property
     def prefix_id(self) -> int:
-        """What stands before a text without a context."""
+        """The id of the token that stands before a text without a context."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
 
 def token_roles(
     ids: Mapping[str, int], folder: pathlib.Path, generation: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> TokenRoles:
-    """The roles of tokens by the rule of `TokenRoles`.
+    """Chooses the roles of tokens by the rules of `TokenRoles`.
 
     Args:
-        ids: role ("bos_token", ..) -> id, of the tokenizer.
-        folder: for messages.
-        generation: values of `generation_config.json`, or None where there is no such file.
-        config: values of `config.json`.
+      ids: maps a role of the tokenizer, such as "bos_token", to its id.
+      folder: the folder that messages name.
+      generation: the values of `generation_config.json`, or None where there is no such file.
+      config: the values of `config.json`.
 
     Returns:
-        The roles.
+      The roles.
 
     Raises:
-        ValueError: no file names a token that ends a text, an `eos_token_id` is no id, or BOS or EOS is a token that
-            the model does not know.
+      ValueError: no file names a token that ends a text, an `eos_token_id` is not an id, or the model does not know
+        BOS or EOS.
     """
     size = config.get("vocab_size")
     for role in ("bos_token", "eos_token"):

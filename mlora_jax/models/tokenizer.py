@@ -1,4 +1,4 @@
-"""A model's tokenizer, read from its Hugging Face folder by the `tokenizers` library alone."""
+"""A model's tokenizer, which the `tokenizers` library reads from the Hugging Face folder without transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mlora_jax.models.token_files import TOKENIZER_FILE, read_token_files
 from mlora_jax.models.token_roles import GENERATION_FILE, TokenRoles, token_roles
 
 CONFIG_FILE = "config.json"
-# What transformers' clean_up_tokenization_spaces replaces in a decoded text, in this order.
+# The replacements that clean_up_tokenization_spaces of transformers makes in a decoded text, in this order.
 _CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
     (" 've", "'ve"), (" 're", "'re"),
@@ -31,23 +31,21 @@ _CLEAN_UP = (
 
 
 class Tokenizer:
-    """Text to token ids and back, and chats to text.
-
-    Made by `Tokenizer.load`.
+    """Turns text into token ids and back, and chats into text. `Tokenizer.load` makes one.
 
     Attributes:
-        bos_id: id of the token that begins a text, or None.
-        eos_id: id of the token that ends a text.
-        eos_ids: every id at which generation stops; `eos_id` first (chat models have several).
-        shown_stops: those of them that are ordinary tokens, so that decoded text shows them.
-        pad_id: id to fill rows with; `eos_id` if the tokenizer has none of its own.
-        prefix_id: id that stands before a text without a context. `TokenRoles` says how these are chosen.
-        opening: ids with which the model's own tokenizer begins every text; mostly none, or BOS.
-        vocab_size: number of tokens including added ones; a model's V may be larger.
-        largest_id: the largest id of any token.
-        chat_template: Jinja source, or None.
-        tool_template: Jinja source for chats with tools; None: `chat_template` renders them too.
-        known_below: the model knows the ids below this one; None: nobody said.
+      bos_id: the id of the token that begins a text, or None. `TokenRoles` says how these ids are chosen.
+      eos_id: the id of the token that ends a text.
+      eos_ids: every id at which generation stops, with `eos_id` first. Chat models have several.
+      shown_stops: the ids of `eos_ids` that are ordinary tokens, which decoded text therefore shows.
+      pad_id: the id that fills rows; it is `eos_id` if the tokenizer has no padding token.
+      prefix_id: the id that stands before a text without a context.
+      opening: the ids with which the model's own tokenizer begins every text; mostly none, or BOS.
+      vocab_size: the number of tokens including added ones. The V of a model may be larger.
+      largest_id: the largest id of any token.
+      chat_template: the Jinja source that renders chats, or None.
+      tool_template: the Jinja source that renders chats with tools; None: `chat_template` renders them too.
+      known_below: the model knows the ids below this one; None: it is unknown which ids the model knows.
     """
 
     def __init__(
@@ -79,18 +77,19 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike) -> Tokenizer:
         """Reads the tokenizer of a Hugging Face folder, or of a model on the hub.
 
-        It is the one that `AutoTokenizer` of transformers 5 reads. `tokenizer.json` must be there; `token_files` says
-        which other files count for the tokens, `tokenizer_classes` which class, and `token_roles` what ends a text.
+        The result encodes text like the `AutoTokenizer` of transformers 5. The folder must have a `tokenizer.json`. The
+        module `token_files` says which other files define tokens, `tokenizer_classes` which class is built, and
+        `token_roles` which tokens end a text.
 
         Args:
-            path: the folder, or a hub id as for `load_decoder`.
+          path: the folder, or a hub id as in `load_decoder`.
 
         Returns:
-            The tokenizer. It begins texts as the post-processor in `tokenizer.json` does.
+          The tokenizer. It begins texts as the post-processor in `tokenizer.json` does.
 
         Raises:
-            FileNotFoundError: there is no such folder or model, or no `tokenizer.json` in it.
-            ValueError: a file that cannot be read, an entry that is not supported, or no token that ends a text.
+          FileNotFoundError: there is no such folder or model, or it has no `tokenizer.json`.
+          ValueError: a file cannot be read, an entry is not supported, or no token ends a text.
         """
         folder = checkpoint_folder(path, weights=False)
         file = folder / TOKENIZER_FILE
@@ -104,7 +103,8 @@ class Tokenizer:
             for name in (CONFIG_FILE, GENERATION_FILE)
         )
         read = read_token_files(folder, config or {})
-        ids = {role: read.backend.token_to_id(token) for role, token in read.named.items()}
+        known = {role: read.backend.token_to_id(token) for role, token in read.named.items()}
+        ids = {role: id for role, id in known.items() if id is not None}
         return cls(
             read.backend,
             token_roles(ids, folder, generation, config or {}),
@@ -117,15 +117,15 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        """Token ids of a text, without an end token.
+        """Returns the token ids of a text, without an end token.
 
         Args:
-            text: any string; the names of special tokens in it become those tokens.
-            bos: whether a text begins here. BOS is put first only if the model's own tokenizer does so (`opening`),
-                and not a second time before a text that already begins with its name, as a rendered chat does.
+          text: any string. Names of special tokens in it become those tokens.
+          bos: whether a text begins here. BOS comes first only if the model's own tokenizer does so (`opening`), and is
+            not repeated before a text that already begins with its name, as a rendered chat does.
 
         Returns:
-            The ids.
+          The ids.
         """
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [*self.opening, *ids] if bos and not text.startswith(self._prefix_text) else ids
@@ -134,11 +134,11 @@ class Tokenizer:
         """Checks that the model knows every id.
 
         Args:
-            ids: token ids of this tokenizer.
-            name: what an error calls the text.
+          ids: token ids of this tokenizer.
+          name: the name of the text in error messages.
 
         Raises:
-            ValueError: an id is that of a token which the tokenizer has and the model lacks.
+          ValueError: an id belongs to a token that the tokenizer has and the model lacks.
         """
         if self.known_below is None or self.largest_id < self.known_below:
             return
@@ -151,49 +151,50 @@ class Tokenizer:
                 )
 
     def encode_pair(self, prompt: str, answer: str, *, boundary: str) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt and of the answer that follows it.
+        """Returns the token ids of a prompt and of the answer that follows it.
 
         Args:
-            prompt: what the model is given; begins with BOS if the tokenizer adds it.
-            answer: what the model is to say, without an end token.
-            boundary: "separate": each is encoded on its own, which in many tokenizers puts a space before the answer.
-                "joint": the two are encoded as one text and cut after as many ids as the prompt alone has. Where the
-                tokenizer merges across the boundary, this loses or repeats text, and may leave few ids or none for the
-                answer; the harness scores choices so, and they are to be trained as they are scored.
-                "lossless": as "joint" where that keeps the text. Elsewhere the answer gets ids that continue the
-                prompt's own: those it has alone, or else behind a line break. What is trained is always the text.
-                "joint" and "lossless" first move the prompt's trailing white space to the answer.
+          prompt: the text that the model is given. Its ids begin with BOS if the tokenizer adds it.
+          answer: the text that the model learns to answer, without an end token.
+          boundary: the way in which the two texts are encoded. "joint" and "lossless" first move the trailing white
+            space of the prompt to the answer.
+            "separate": each text is encoded on its own. Many tokenizers then put a space before the answer.
+            "joint": the two are encoded as one text, which is cut after as many ids as the prompt alone has. Where the
+            tokenizer merges across the boundary, this loses or repeats text, and may leave few ids or none for the
+            answer. The harness scores choices in this way, and choices should be trained as they are scored.
+            "lossless": the same as "joint" where that keeps the text. Otherwise the answer gets its ids as a text of
+            its own or, if these do not spell it, its ids after a line break. So the ids always spell the text.
 
         Returns:
-            The ids of the prompt and those of the answer. By "joint" and "lossless" the prompt's depend on the prompt
-            alone: nothing of the answer shows in them, and generation starts from the same ids.
+          The ids of the prompt and the ids of the answer. With "joint" and "lossless" the ids of the prompt depend on
+          the prompt alone: they reveal nothing of the answer, and generation starts from the same ids.
 
         Raises:
-            ValueError: an unknown boundary, or under "lossless" an answer that no ids after the prompt's own spell.
+          ValueError: the boundary is unknown, or with "lossless" no ids after those of the prompt spell the answer.
 
         Source: "joint" is `TemplateLM._encode_pair` of lm-evaluation-harness.
 
         Example:
-            Of a tokenizer that knows the word "upon" ("|" stands between tokens):
+          These are the tokens of a tokenizer that knows the word "upon" ("|" stands between tokens):
 
-                boundary        "Once up" and "on a time"
-                separate    Once| up|| on| a| time      one space too many
-                joint       Once| up|| a| time          "on" is lost
-                lossless    Once| up||on| a| time
+              boundary        "Once up" and "on a time"
+              separate    Once| up|| on| a| time      one space too many
+              joint       Once| up|| a| time          "on" is lost
+              lossless    Once| up||on| a| time
         """
         if boundary not in BOUNDARIES:
             raise ValueError(f"boundary {boundary!r} is not one of {', '.join(map(repr, BOUNDARIES))}")
         return BOUNDARIES[boundary](self, prompt, answer)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids.
+        """Returns the text of token ids.
 
         Args:
-            ids: token ids, each below `vocab_size`.
-            skip_special_tokens: leave out BOS, EOS and their like.
+          ids: the token ids, each below `vocab_size`.
+          skip_special_tokens: whether to leave out special tokens such as BOS and EOS.
 
         Returns:
-            The text.
+          The text.
         """
         text = self._backend.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
         if self._cleans_up:
@@ -202,10 +203,10 @@ class Tokenizer:
         return text
 
     def token(self, id: int) -> str:
-        """How the vocabulary writes a token, such as "▁up" or "</s>".
+        """Returns a token as the vocabulary writes it, such as "▁up" or "</s>".
 
         Raises:
-            ValueError: no token has this id.
+          ValueError: no token has this id.
         """
         token = self._backend.id_to_token(int(id))
         if token is None:
@@ -221,20 +222,20 @@ class Tokenizer:
         documents: Sequence[Mapping[str, Any]] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a chat by the model's own template, as transformers' `apply_chat_template` renders it.
+        """Renders a chat with the model's own template, as `apply_chat_template` of transformers does.
 
         Args:
-            messages: dicts with "role" and "content" and whatever else the template reads.
-            add_generation_prompt: whether to open the assistant's next turn.
-            tools: the functions that the assistant may call, as JSON schemas; None: none are mentioned.
-            documents: texts to answer from, for templates that read them.
-            template_arguments: further variables of the template.
+          messages: the messages, dicts with "role", "content" and any other keys that the template reads.
+          add_generation_prompt: whether to open the assistant's next turn.
+          tools: the functions that the assistant may call, as JSON schemas; None: the chat mentions no tools.
+          documents: the texts to answer from, for templates that read them.
+          template_arguments: further variables of the template.
 
         Returns:
-            The text, special tokens by name; encode it with either value of `bos`.
+          The text, with special tokens by name. It may be encoded with either value of `bos`.
 
         Raises:
-            ValueError: the tokenizer has no template, or the template refuses the messages.
+          ValueError: the tokenizer has no template, or the template refuses the messages.
         """
         try:
             return compiled(self._template(tools)).render(
@@ -245,11 +246,11 @@ class Tokenizer:
                 **{**self._special_tokens, **(template_arguments or {})},
             )
         except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            # A template is a program: it raises what Python raises, for instance where it adds a list to a text.
+            # A template is a program, so it may raise errors of Python, for instance where it adds a list to a text.
             raise ValueError(f"the chat template does not render these messages: {error}") from error
 
     def template_names(self, tools: Sequence[Mapping[str, Any]] | None = None) -> frozenset[str]:
-        """Every name by which the template of a chat with these tools may read something; see `names_in`."""
+        """Returns every name that the template for a chat with these tools may read; see `names_in`."""
         return names_in(self._template(tools))
 
     def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -278,10 +279,10 @@ def _lossless(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int]
     tail = whole[len(prompt_ids) :]
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, tail
-    # Texts are compared as decoded: a normalizer may change them, whatever the boundary.
+    # The decoded texts are compared, because a normalizer may change a text with any boundary.
     text = tokenizer.decode(whole, skip_special_tokens=False)
     rest = (prompt + answer)[len(kept) :]
-    # A line break at the front takes the space that many tokenizers put before a text, and merges with few letters.
+    # Many tokenizers put a space before a text. After a line break the answer has none, and line breaks rarely merge.
     broken, behind_break = tokenizer.encode("\n", bos=False), tokenizer.encode(f"\n{rest}", bos=False)
     candidates = [tail, tokenizer.encode(rest, bos=False)]
     if behind_break[: len(broken)] == broken:

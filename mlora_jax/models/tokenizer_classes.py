@@ -1,8 +1,8 @@
-"""Which pipeline reads text: the one in `tokenizer.json`, or the one that a tokenizer class of transformers builds.
+"""The pipeline of a tokenizer: the one in `tokenizer.json`, or one that a tokenizer class of transformers builds.
 
-Most classes take `tokenizer.json` as it stands. Some build normalizer, pre-tokenizer and decoder themselves and take
-only the vocabulary, the merges and the post-processor from the file. `AutoTokenizer` of transformers 5 chooses the
-class by rules of its own, and `class_name` follows them.
+Most classes use `tokenizer.json` unchanged. Some build normalizer, pre-tokenizer and decoder themselves, and use only
+the vocabulary, the merges and the post-processor of the file. `AutoTokenizer` of transformers 5 chooses the class by
+its own rules, which `class_name` follows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 logger = logging.getLogger(__name__)
 
-# The classes that take tokenizer.json as it stands.
+# The classes that use tokenizer.json unchanged.
 AS_IT_STANDS = (
     "TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend", "BloomTokenizer",
     "ParakeetTokenizer",
 )  # fmt: skip
-# Model type -> the class that transformers registers for it; the other model types of the decoder have none.
+# Model type -> the class that transformers registers for it. The other model types of the decoder have none.
 _REGISTERED = {
     "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "mistral": "TokenizersBackend",
     "ministral": "TokenizersBackend",
@@ -44,11 +44,11 @@ def _other_steps(written, made, model) -> Iterator[str]:
 
 
 def _without_offsets(step: str) -> str:
-    return step.replace("trim_offsets=False", "trim_offsets=True")  # which changes no ids
+    return step.replace("trim_offsets=False", "trim_offsets=True")  # trim_offsets changes no ids
 
 
 def _lost_characters(written, made, model) -> Iterator[str]:
-    # Normalizer and pre-tokenizer are not compared: files from before transformers 5 write the same steps otherwise.
+    # Normalizer and pre-tokenizer are not compared, because files from before transformers 5 write them differently.
     if model.get("unk_token") and not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
         yield f"leaves out characters that the vocabulary lacks, and does not write {model['unk_token']} for them"
 
@@ -58,11 +58,11 @@ class TokenizerClass:
     """A class that builds its own pipeline.
 
     Args:
-        build: (vocab, merges, values of `tokenizer_config.json`) -> tokenizer without added tokens.
-        named: role -> token where `tokenizer_config.json` does not have the key.
-        differences: (tokenizer of `tokenizer.json`, the one built, its model in `tokenizer.json`) -> what the class
-            does that the file does not say, for a warning.
-        names_again: whether the class adds its named and extra tokens a second time, as plain special tokens.
+      build: a function (vocab, merges, values of `tokenizer_config.json`) -> the tokenizer without added tokens.
+      named: maps a role to its token where `tokenizer_config.json` does not have the key.
+      differences: a function (tokenizer of `tokenizer.json`, tokenizer that the class builds, model in
+        `tokenizer.json`) -> the differences between the two tokenizers, for a warning.
+      names_again: whether the class adds its named and extra tokens a second time, as plain special tokens.
     """
 
     build: Callable[[Mapping[str, int], list[tuple[str, str]], Mapping[str, Any]], tokenizers.Tokenizer]
@@ -124,19 +124,19 @@ CLASSES = {
 
 
 def class_name(values: Mapping[str, Any], config: Mapping[str, Any], *, byte_level: bool) -> str:
-    """The tokenizer class that `AutoTokenizer` of transformers 5 takes, without "Fast" at its end.
+    """Returns the name of the class that `AutoTokenizer` of transformers 5 chooses, without "Fast" at its end.
 
     Args:
-        values: of `tokenizer_config.json`.
-        config: values of `config.json`.
-        byte_level: whether "ByteLevel" occurs in `tokenizer.json`.
+      values: the values of `tokenizer_config.json`.
+      config: the values of `config.json`.
+      byte_level: whether "ByteLevel" occurs in `tokenizer.json`.
 
     Returns:
-        A key of `CLASSES`, or any other name.
+      A key of `CLASSES`, or any other name.
 
     Source: `AutoTokenizer.from_pretrained` in transformers/models/auto/tokenization_auto.py.
     """
-    model_type = config.get("model_type")
+    model_type: Any = config.get("model_type", "")
     registered = _REGISTERED.get(model_type)
     told = str(values.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
     if told == "LlamaTokenizer" and byte_level and model_type not in _MISNAMED:
@@ -151,19 +151,19 @@ def class_name(values: Mapping[str, Any], config: Mapping[str, Any], *, byte_lev
 def build_backend(
     file: pathlib.Path, content: str, values: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[tokenizers.Tokenizer, TokenizerClass | None]:
-    """The tokenizer of a folder before any token is added that `tokenizer.json` does not hold.
+    """Builds the tokenizer of a folder, without the tokens that other files than `tokenizer.json` add.
 
     Args:
-        file: `tokenizer.json`, for messages.
-        content: its text.
-        values: of `tokenizer_config.json`.
-        config: values of `config.json`.
+      file: the path of `tokenizer.json`, for messages.
+      content: the text of this file.
+      values: the values of `tokenizer_config.json`.
+      config: the values of `config.json`.
 
     Returns:
-        (the tokenizer, the row of its class); the row is None where `tokenizer.json` is taken as it stands.
+      (the tokenizer, the row of its class). The row is None where `tokenizer.json` is used unchanged.
 
     Raises:
-        ValueError: the file cannot be read; or the class is not known here, or does not fit the file.
+      ValueError: the file cannot be read, or the class is not known here or does not fit the file.
     """
     try:
         written = tokenizers.Tokenizer.from_str(content)
@@ -187,7 +187,9 @@ def build_backend(
             f"tokenizer_class {name!r} is built on a model of type BPE, but {file} holds one of type "
             f"{model.get('type')!r}: {way_out}"
         )
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges: list[Any] = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
+    ]
     made = CLASSES[name].build(model["vocab"], merges, values)
     for difference in CLASSES[name].differences(written, made, model):
         logger.warning("tokenizer_class %r %s, as in transformers 5, unlike %s: %s", name, difference, file, way_out)

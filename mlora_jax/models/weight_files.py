@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder: which there are, what they hold, and their tensors block by block."""
+"""Finds the safetensors files of a Hugging Face folder, lists their tensors, and reads them block by block."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
                  "BF16": jnp.dtype(jnp.bfloat16)}  # fmt: skip
 
-_BLOCK = 2**23  # bytes that are read at once: what loading holds beyond the array that it fills
-_ROWS = 1024  # that are compared at once
-_STRIP = 64  # rows that are transposed at once, so that their columns stay in the cache
+_BLOCK = 2**23  # The bytes that are read at once, which loading holds besides the array that it fills.
+_ROWS = 1024  # The rows that are compared at once.
+_STRIP = 64  # The rows that are transposed at once, few enough that their columns stay in the cache.
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: which open file holds it, and what that file's header says of it.
+    """One tensor of a checkpoint: the open file that holds it, and its entry in the header of that file.
 
     Args:
-        file: an open `safe_open`.
-        name: of the tensor.
-        shape: of the tensor.
-        code: a key of `STORED_DTYPES`, or the code of a dtype that no weight has.
+      file: the open file, a `safe_open`.
+      name: the name of the tensor.
+      shape: the shape of the tensor.
+      code: the code of its dtype: a key of `STORED_DTYPES`, or the code of a dtype that weights cannot have.
     """
 
     file: Any
@@ -45,8 +45,8 @@ class StoredTensor:
         """Fills an array with a part of a tensor of at least one axis, block by block.
 
         Args:
-            out: of the part's shape; any strides, any float dtype.
-            index: one slice with a beginning and an end for each axis.
+          out: an array with the shape of the part, any strides and any float dtype.
+          index: one slice with a beginning and an end for each axis.
         """
         rows, rest = index[0], index[1:]
         width = STORED_DTYPES[self.code].itemsize * max(1, out[:1].size)
@@ -59,7 +59,7 @@ class StoredTensor:
                 place[strip : strip + _STRIP] = block[strip : strip + _STRIP]
 
     def equals(self, other: StoredTensor) -> bool:
-        """Whether a matrix holds the same values as another."""
+        """Returns whether this matrix and another hold the same values."""
         if self.shape != other.shape:
             return False
         rows = [slice(start, min(start + _ROWS, self.shape[0])) for start in range(0, self.shape[0], _ROWS)]
@@ -67,18 +67,18 @@ class StoredTensor:
 
 
 def open_weights(folder: pathlib.Path, open_files: contextlib.ExitStack) -> dict[str, StoredTensor]:
-    """Opens every weight file and reads what it holds, no data yet.
+    """Opens every weight file and reads its header. It reads no data yet.
 
     Args:
-        folder: a Hugging Face folder.
-        open_files: closes them.
+      folder: a Hugging Face folder.
+      open_files: the stack that closes the files.
 
     Returns:
-        name -> tensor.
+      A dict from the names of tensors to the tensors.
 
     Raises:
-        FileNotFoundError: see `weight_files`.
-        ValueError: a file that is damaged or cut short, an index that is no index.
+      FileNotFoundError: see `weight_files`.
+      ValueError: a file is damaged or cut short, or the index is not valid.
     """
     stored = {}
     for file in weight_files(folder):
@@ -93,14 +93,14 @@ def open_weights(folder: pathlib.Path, open_files: contextlib.ExitStack) -> dict
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The one file if there is one, else the shards that the index names.
+    """Returns the single weight file if there is one, else the shards that the index names.
 
     Args:
-        folder: a Hugging Face folder.
+      folder: a Hugging Face folder.
 
     Raises:
-        FileNotFoundError: there are no safetensors, or a shard is missing.
-        ValueError: an index without names, or with one that leads out of the folder.
+      FileNotFoundError: there are no safetensors, or a shard is missing.
+      ValueError: the index names no files, or names one outside the folder.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -123,13 +123,13 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def shard_names(index: pathlib.Path) -> list[str]:
-    """The files that an index names.
+    """Returns the names of the files that an index lists.
 
     Args:
-        index: `model.safetensors.index.json`.
+      index: the path of `model.safetensors.index.json`.
 
     Raises:
-        ValueError: it names none, or one that leads out of its folder.
+      ValueError: the index names no files, or names one outside its folder.
     """
     shards = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:

@@ -174,7 +174,9 @@ def test_a_revision_is_another_snapshot(cache, model):
 
 def test_offline_it_is_said_what_is_missing(cache, model):
     message = r"'owner/tiny' is no folder, and the hub's cache .*cache has nothing of it \(.*offline mode.*: it lacks "
-    with pytest.raises(FileNotFoundError, match=message + r"'config.json'. With the network .*`hf download owner"):
+    with pytest.raises(
+        FileNotFoundError, match=message + r"'config.json'. Run again with network access .*`hf download owner"
+    ):
         load_decoder("owner/tiny")
     snapshot = put_into_cache(cache, model, "tokenizer.json")
     with pytest.raises(FileNotFoundError, match=f"'owner/tiny' .*{COMMIT}.* lacks 'config.json'"):
