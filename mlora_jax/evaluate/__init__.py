@@ -1,4 +1,4 @@
-"""What an adapter is worth at every rank, and which ranks to deploy."""
+"""Measures the accuracy of an adapter at every rank, and chooses which ranks to deploy."""
 
 from mlora_jax.evaluate.choice import (
     Allocation,

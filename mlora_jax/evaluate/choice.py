@@ -1,4 +1,4 @@
-"""Which rank to deploy: the smallest that is nearly the best, and a rank of its own for every layer and module."""
+"""Chooses the ranks to deploy: the smallest rank that is nearly the best, or one rank per layer and module."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from mlora_jax.core import RankHierarchy, readout_profile
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.rank_axes import adapter_layers, leading_axes, parameters_per_rank
-from mlora_jax.evaluate.curve import Evaluator, RankCurve
+from mlora_jax.evaluate.curve import RankCurve
 from mlora_jax.evaluate.rank_search import Ranks, SearchScores, exchange, remove
 from mlora_jax.evaluate.statistics import Comparison, Interval, bootstrap_aurac, compare
 
-# (adapter, {path pattern: p}) -> a number, higher is better. The mapping is what `set_profile` takes.
+# (adapter, {path pattern: p}) -> a number, higher is better. `set_profile` takes the mapping.
 Objective = Callable[[object, Mapping[str, np.ndarray]], float]
 UNITS = ("parameters", "rank")
 STARTS = ("uniform", "full", "both")
@@ -27,8 +27,8 @@ def smallest_rank(curve: RankCurve, within: float = 0.01) -> int:
     """The smallest rank whose accuracy is at most `within` below the best of the curve.
 
     Args:
-      curve: accuracies in 0..1.
-      within: in the unit of the accuracies: 0.01 is one percentage point.
+      curve: the rank-accuracy curve, with accuracies in 0..1.
+      within: the accuracy that may be lost, in the unit of the accuracies: 0.01 is one percentage point.
 
     Raises:
       ValueError: `within` is outside 0..1.
@@ -38,12 +38,18 @@ def smallest_rank(curve: RankCurve, within: float = 0.01) -> int:
     """
     if not 0 <= within <= 1:
         raise ValueError(f"within must be in 0..1, as accuracies are (0.01 is one percentage point), got {within}")
-    least = max(curve.accuracies) - within - 1e-9  # rounding: 0.9 - 0.01 is not 0.89
+    least = max(curve.accuracies) - within - 1e-9  # 1e-9 absorbs rounding: 0.9 - 0.01 is not 0.89
     return next(r for r, accuracy in zip(curve.ranks, curve.accuracies, strict=True) if accuracy >= least)
 
 
 class Improvement(NamedTuple):
-    """A better allocation than all before it: how many evaluations it took, its adapter parameters and its score."""
+    """An allocation that scores better than all before it.
+
+    Attributes:
+      evaluations: how many evaluations of the objective the search had made when it found the allocation.
+      parameters: the number of adapter parameters.
+      score: the value of the objective.
+    """
 
     evaluations: int
     parameters: int
@@ -55,12 +61,12 @@ class Allocation:
     """A rank for every layer of every adapted module.
 
     Attributes:
-      ranks: path of the module -> ranks, one per stacked layer (one in all for a module that is not stacked).
-      parameters: of the adapter, sum of r (D + F).
-      total_rank: sum of the ranks.
-      score: the objective's.
-      evaluations: distinct allocations that the search looked at.
-      history: every improvement within the budget, beginning with the uniform prefix.
+      ranks: path of the module -> its ranks, one per stacked layer (a single one if the module is not stacked).
+      parameters: the number of adapter parameters, the sum of r (D + F).
+      total_rank: the sum of the ranks.
+      score: the value of the objective.
+      evaluations: the number of distinct allocations that the search evaluated.
+      history: every improvement within the budget; the first entry is the uniform prefix.
     """
 
     ranks: dict[str, tuple[int, ...]]
@@ -73,7 +79,7 @@ class Allocation:
 
 def allocate_ranks(
     objective: Objective,
-    adapter,
+    adapter: Any,
     hierarchy: RankHierarchy,
     budget: int,
     *,
@@ -86,29 +92,38 @@ def allocate_ranks(
 ) -> Allocation:
     """Searches the per-layer ranks that score best within a budget.
 
-    A candidate is a profile per layer, which is data: a jitted objective compiles once for all of them.
+    A candidate is a profile per layer, which is data: a jitted objective compiles once for all candidates. Layers that
+    must have the same rank form a group, and the ranks that a group may have are its levels.
 
-    "uniform" begins with the largest uniform prefix that fits, measures what every group gains by its next level and
-    loses by its last, and moves rank from where it is missed least to where it helps most: one group up at the cost of
-    one or several, or one down for the good of one or several. Sums of single changes predict, but a move is made only
-    if the objective itself rises; only the groups that moved are measured anew until predictions fail. "full" begins
-    with R everywhere, takes away the level that is missed least per unit of cost until the budget is met, and then
-    moves as "uniform" does. "both" keeps the better one. The result is never worse than the uniform prefix by the
-    objective, on the items the objective sees: score the outcome on others.
+    The search "uniform" begins with the largest uniform prefix that fits. It measures how much the score rises when a
+    group goes up by one level, and how much it falls when a group goes down by one. Then it moves rank from where it
+    is missed least to where it helps most: one group goes up while one or several go down, or one group goes down
+    while one or several go up. The sum of the single changes predicts the effect of a move, but a move is made only if
+    the objective itself rises. Only the groups that moved are measured again, until the predictions fail.
+
+    The search "full" begins with R everywhere, repeatedly removes the level that is missed least per unit of cost
+    until the budget is met, and then moves rank as "uniform" does. "both" runs both searches and keeps the better
+    result. On the items that the objective uses, the result never scores worse than the uniform prefix: evaluate the
+    result on other items.
 
     Args:
       objective: (adapter, {path pattern: p [L, R]}) -> a finite number, higher is better. Mean log-likelihood is
         smooth; accuracy on few items has plateaus on which the search ends early.
-      adapter: trained tree.
-      hierarchy: S, scales and weights.
-      budget: the most that the allocation may cost.
-      unit: of the budget: adapter "parameters", the sum of r (D + F), or total "rank", the sum of r.
+      adapter: the trained tree of factors.
+      hierarchy: the adapter's ranks S, scales and weights.
+      budget: the largest cost that the allocation may have.
+      unit: the unit of the budget: "parameters" counts adapter parameters, the sum of r (D + F); "rank" counts the
+        total rank, the sum of r.
       readout: a key of `READOUTS`; every layer is read out at its own rank.
-      levels: ranks that a layer may have; None is 0, S and R. The uniform prefix's is always one of them.
-      group: (path, layer) -> key; those of one key have one rank. None gives every layer of every module its own.
-        ``lambda path, layer: layer`` searches over layers alone.
+      levels: the ranks that a layer may have; None stands for 0, S and R. The rank of the uniform prefix is always
+        added.
+      group: (path, layer) -> key. Layers with the same key get the same rank; with None, every layer of every module
+        gets a rank of its own. ``lambda path, layer: layer`` gives all modules of a layer the same rank.
       start: "uniform", "full" or "both".
-      limit: the most evaluations of the objective.
+      limit: the largest number of evaluations of the objective.
+
+    Returns:
+      The best allocation that the search found.
 
     Raises:
       ValueError: a budget below 0, an unknown unit, start or read-out, a level outside 0..R, a limit below 1, a score
@@ -123,15 +138,15 @@ def allocate_ranks(
 
 
 class AllocationRow(NamedTuple):
-    """The uniform prefix of one rank, and the allocation for no more adapter parameters.
+    """The uniform prefix of one rank, and the allocation that has at most as many adapter parameters.
 
     Attributes:
-      rank: of the uniform prefix.
-      parameters: of the uniform prefix; the allocation's own are in `allocation`.
-      uniform, allocated: accuracies in 0..1 with their bootstrap intervals.
-      comparison: allocated less uniform on the same items, a curve of one rank.
-      uniform_score: the objective's, of the uniform prefix; the allocation's is in `allocation`.
-      allocation: the ranks.
+      rank: the rank of the uniform prefix.
+      parameters: the adapter parameters of the uniform prefix; `allocation` has those of the allocation.
+      uniform, allocated: the accuracies of both, in 0..1, with their bootstrap intervals.
+      comparison: the allocation minus the uniform prefix on the same items, as a curve of one rank.
+      uniform_score: the objective of the uniform prefix; `allocation` has the score of the allocation.
+      allocation: the allocation that the search found.
     """
 
     rank: int
@@ -145,8 +160,8 @@ class AllocationRow(NamedTuple):
 
 def allocation_curve(
     objective: Objective,
-    evaluate: Evaluator,
-    adapter,
+    evaluate: Callable[[object, Mapping[str, np.ndarray]], np.ndarray],
+    adapter: Any,
     hierarchy: RankHierarchy,
     budgets: Sequence[int],
     *,
@@ -157,24 +172,24 @@ def allocation_curve(
     limit: int = 500,
     note: Callable[[AllocationRow], None] = lambda row: None,
 ) -> list[AllocationRow]:
-    """Accuracy against adapter parameters: allocations beside uniform prefixes of the same cost.
+    """Accuracy against adapter parameters: compares allocations with uniform prefixes of the same cost.
 
-    What one budget's search has measured is not measured again for another.
+    The searches share their measurements: a score that is known from one budget is not computed again for another.
 
     Args:
-      objective: searched on, see `allocate_ranks`.
-      evaluate: (adapter, p) -> verdicts [items], on OTHER items than the objective's; an `Evaluator` whose p goes
-        through `set_profile`.
-      adapter, hierarchy, readout, levels, group, start: as `allocate_ranks`.
+      objective: the objective of the search, see `allocate_ranks`.
+      evaluate: (adapter, {path pattern: p}) -> verdicts [items], on OTHER items than the objective's; an evaluator that
+        passes the profiles to `set_profile`.
+      adapter, hierarchy, readout, levels, group, start: as in `allocate_ranks`.
       budgets: ranks in 1..R; each stands for the parameters of the uniform prefix of that rank.
-      limit: the most evaluations of the objective for one budget.
-      note: called with every row as soon as it is there.
+      limit: the largest number of evaluations of the objective for one budget.
+      note: a function that is called with every row as soon as the row is computed.
 
     Returns:
       One row per budget.
 
     Raises:
-      ValueError: a budget outside 1..R, and what `allocate_ranks` refuses.
+      ValueError: a budget outside 1..R, or arguments that `allocate_ranks` refuses.
     """
     budgets = [check_rank(rank, "every budget", low=1, high=hierarchy.max_rank) for rank in budgets]
     groups, known, rows = _Groups.of(adapter, group), {}, []
@@ -186,27 +201,28 @@ def allocation_curve(
             RankCurve.of(readout, (rank,), [evaluate(adapter, layer_profiles(adapter, ranks, hierarchy, readout))])
             for ranks in (groups.by_path((rank,) * len(costs)), found.ranks)
         )
-        intervals = (bootstrap_aurac(curve.verdicts, curve.ranks) for curve in (uniform, allocated))
+        first, second = (bootstrap_aurac(curve.verdicts, curve.ranks) for curve in (uniform, allocated))
         difference = compare(allocated, uniform)
-        rows.append(AllocationRow(rank, parameters, *intervals, difference, found.history[0].score, found))
+        rows.append(AllocationRow(rank, parameters, first, second, difference, found.history[0].score, found))
         note(rows[-1])
     return rows
 
 
 def layer_profiles(
-    adapter, ranks: Mapping[str, Sequence[int]], hierarchy: RankHierarchy, readout: str = "prefix"
+    adapter: Any, ranks: Mapping[str, Sequence[int]], hierarchy: RankHierarchy, readout: str = "prefix"
 ) -> dict[str, np.ndarray]:
-    """What `set_profile` takes for a rank per layer of every module.
+    """The profiles that give every layer of every module its own rank, in the form that `set_profile` takes.
 
     Args:
-      adapter: tree of factors.
-      ranks: as `Allocation.ranks`; every module of the adapter.
-      hierarchy: S, scales and weights.
+      adapter: the tree of factors.
+      ranks: path -> ranks, as in `Allocation.ranks`, for every module of the adapter.
+      hierarchy: the adapter's ranks S, scales and weights.
       readout: a key of `READOUTS`.
 
     Returns:
-      {pattern: p}, p [L, R] with the leading axes of the module's stacked kernel, or [R] without any. A pattern matches
-      its own module only: a jitted function sees a dict in the order of its keys, so none may count on being first.
+      {pattern: p}. p has the leading axes of the module's stacked kernel, such as [L, R], or is [R] if the module is
+      not stacked. A pattern matches its own module only, because a jitted function receives a dict in the order of its
+      keys and "the first match wins" would depend on that order.
 
     Raises:
       ValueError: another set of modules or layers than the adapter has, a rank outside 0..R.
@@ -221,18 +237,18 @@ def layer_profiles(
         if len(ranks[path]) != math.prod(leading):
             raise ValueError(f"{path} has {math.prod(leading)} layers, got the ranks {tuple(ranks[path])}")
         rows = [by_rank[rank] for rank in ranks[path]]
-        found[rf"\A{re.escape(path)}"] = np.stack(rows).reshape(*leading, hierarchy.max_rank)
+        found[rf"\A{re.escape(path)}"] = np.stack(rows).reshape(*leading, -1)
     return found
 
 
-def adapter_parameters(adapter, ranks: Mapping[str, Sequence[int]] | int) -> int:
-    """Parameters of an adapter cut to a rank per layer, or to one rank.
+def adapter_parameters(adapter: Any, ranks: Mapping[str, Sequence[int]] | int) -> int:
+    """The number of parameters of an adapter that is cut to one rank, or to one rank per layer.
 
-    That is the sum of r (D + F), or of r (D + F + 1) with gates.
+    The number is the sum of r (D + F), or of r (D + F + 1) with gates.
 
     Args:
-      adapter: tree of an adapter's leaves.
-      ranks: as `Allocation.ranks`, or one rank for all layers.
+      adapter: the tree of the adapter's leaves.
+      ranks: path -> ranks, as in `Allocation.ranks`, or one rank for all layers.
     """
     modules = _modules(adapter)
     if not isinstance(ranks, Mapping):
@@ -240,8 +256,8 @@ def adapter_parameters(adapter, ranks: Mapping[str, Sequence[int]] | int) -> int
     return sum(sum(ranks[path]) * width for path, (_, width) in modules.items())
 
 
-def _modules(adapter) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Path -> (leading axes, trained numbers of one rank of one of the module's layers)."""
+def _modules(adapter: Any) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Path -> (leading axes, number of trained values per rank of one layer of the module)."""
     return {
         path: (leading_axes(leaves), parameters_per_rank(leaves)) for path, leaves in adapter_layers(adapter).items()
     }
@@ -249,12 +265,12 @@ def _modules(adapter) -> dict[str, tuple[tuple[int, ...], int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """What the search gives one rank each.
+    """The groups of layers that the search gives one rank each.
 
     Attributes:
-      members: per group the (path, layer) that share its rank.
-      layers: path -> L.
-      widths: path -> parameters of one rank of a layer: D + F, and one more with a gate.
+      members: for every group, the (path, layer) pairs that share its rank.
+      layers: path -> L, the number of layers of the module.
+      widths: path -> the parameters of one rank of a layer: D + F, and one more with a gate.
     """
 
     members: tuple[tuple[tuple[str, int], ...], ...]
@@ -262,7 +278,7 @@ class _Groups:
     widths: dict[str, int]
 
     @classmethod
-    def of(cls, adapter, group: Callable[[str, int], Hashable] | None) -> _Groups:
+    def of(cls, adapter: Any, group: Callable[[str, int], Hashable] | None) -> _Groups:
         modules = _modules(adapter)
         layers = {path: math.prod(leading) for path, (leading, _) in modules.items()}
         members: dict[Hashable, list[tuple[str, int]]] = {}
@@ -273,10 +289,11 @@ class _Groups:
         return cls(tuple(map(tuple, members.values())), layers, widths)
 
     def costs(self, *, in_ranks: bool = False) -> tuple[int, ...]:
-        """Per group what one rank of it costs, in adapter parameters or in total rank."""
+        """The cost of one rank of every group, in adapter parameters or in total rank."""
         return tuple(sum(1 if in_ranks else self.widths[path] for path, _ in members) for members in self.members)
 
     def by_path(self, ranks: Ranks) -> dict[str, tuple[int, ...]]:
+        """Path -> the ranks of its layers, from one rank per group."""
         found = {path: [0] * count for path, count in self.layers.items()}
         for rank, members in zip(ranks, self.members, strict=True):
             for path, layer in members:
@@ -284,7 +301,9 @@ class _Groups:
         return {path: tuple(rows) for path, rows in found.items()}
 
 
-def _scored(objective: Objective, adapter, groups: _Groups, hierarchy, readout: str) -> Callable[[Ranks], float]:
+def _scored(
+    objective: Objective, adapter: Any, groups: _Groups, hierarchy: RankHierarchy, readout: str
+) -> Callable[[Ranks], float]:
     def score(ranks: Ranks) -> float:
         by_path = groups.by_path(ranks)
         value = float(objective(adapter, layer_profiles(adapter, by_path, hierarchy, readout)))
@@ -295,16 +314,26 @@ def _scored(objective: Objective, adapter, groups: _Groups, hierarchy, readout: 
     return score
 
 
-def _allocate(score, groups: _Groups, hierarchy, budget, costs, known, levels, start, limit) -> Allocation:
+def _allocate(
+    score: Callable[[Ranks], float],
+    groups: _Groups,
+    hierarchy: RankHierarchy,
+    budget: int,
+    costs: Sequence[int],
+    known: dict[Ranks, float],
+    levels: Sequence[int] | None,
+    start: str,
+    limit: int,
+) -> Allocation:
     for name, value, least in (("budget", budget, 0), ("limit", limit, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
-    high = hierarchy.max_rank
+    high = cast("int", hierarchy.max_rank)  # a hierarchy fills it in where it is None
     uniform = min(high, int(budget // sum(costs)))
-    levels = (0, *hierarchy.ranks, high) if levels is None else levels
-    levels = sorted({check_rank(rank, "every level", low=0, high=high) for rank in levels} | {uniform})
+    given = (0, *hierarchy.ranks, high) if levels is None else levels
+    levels = sorted({check_rank(rank, "every level", low=0, high=high) for rank in given} | {uniform})
     scores = SearchScores(score, costs, budget, limit, known)
     with scores.until_spent():
         scores((uniform,) * len(costs))

@@ -1,4 +1,4 @@
-"""The rank-accuracy curve: what each prefix of one adapter is worth."""
+"""The rank-accuracy curve: the accuracy of one adapter at every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from mlora_jax.core import RankHierarchy, read_out, summarize
 
-# Anything that gives per-item verdicts [items] (bool) of an adapter under a profile [R].
+# (adapter, profile [R]) -> verdicts [items] bool, whether each item is right.
 Evaluator = Callable[[object, jax.Array], np.ndarray]
 
 
@@ -22,15 +22,16 @@ class RankCurve:
 
     Attributes:
       readout: a key of `mlora_jax.core.READOUTS`.
-      ranks: S.
-      accuracies: in 0..1, one per rank.
-      standard_errors: of the accuracies over items, ``sqrt(a (1 - a) / (n - 1))`` (the harness's estimate).
-      items: how many items each accuracy is over.
+      ranks: the ranks S.
+      accuracies: the accuracy at each rank, in 0..1.
+      standard_errors: the standard error of each accuracy over items, ``sqrt(a (1 - a) / (n - 1))`` (the harness's
+        estimate).
+      items: the number of items that each accuracy is a mean of.
       linear: AURAC over the rank.
       log2: AURAC over the binary logarithm of the rank.
-      mean: plain mean of the accuracies.
-      verdicts: [ranks, items] bool, whether each item is right; None where only the accuracies are on record. It is no
-        part of a comparison of curves.
+      mean: the plain mean of the accuracies.
+      verdicts: [ranks, items] bool, whether each item is right; None if only the accuracies are recorded. Two curves
+        can be equal although their verdicts differ.
     """
 
     readout: str
@@ -44,37 +45,37 @@ class RankCurve:
     verdicts: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, readout: str, ranks: Sequence[int], verdicts) -> RankCurve:
-        """The curve of per-item results.
+    def of(cls, readout: str, ranks: Sequence[int], verdicts: Any) -> RankCurve:
+        """Makes the curve from the results of every item.
 
         Args:
-          readout: its name.
-          ranks: strictly increasing.
-          verdicts: [ranks, items], each 0 or 1; the items are the same ones in the same order at every rank.
+          readout: the name of the read-out.
+          ranks: the ranks, strictly increasing.
+          verdicts: [ranks, items], each 0 or 1; every rank has the same items in the same order.
 
         Raises:
-          ValueError: results other than 0 and 1, another number of rows than of ranks, unusable ranks.
+          ValueError: a result is neither 0 nor 1, the numbers of rows and ranks differ, or the ranks are not valid.
 
         >>> RankCurve.of("prefix", (1, 2), [[0, 0, 1, 1], [0, 1, 1, 1]]).accuracies
         (0.5, 0.75)
         """
-        verdicts = check_verdicts(verdicts, ranks)
-        accuracies, errors = zip(*map(accuracy_and_error, verdicts), strict=True)
+        checked = check_verdicts(verdicts, ranks)
+        accuracies, errors = zip(*map(accuracy_and_error, checked), strict=True)
         areas = dataclasses.asdict(summarize(accuracies, ranks))
-        return cls(readout, tuple(ranks), accuracies, errors, verdicts.shape[1], **areas, verdicts=verdicts)
+        return cls(readout, tuple(ranks), accuracies, errors, checked.shape[1], **areas, verdicts=checked)
 
 
 def accuracy_and_error(verdicts: np.ndarray) -> tuple[float, float]:
-    """Mean of 0/1 verdicts [n] and the standard error of that mean (0 for one item)."""
+    """The mean of 0/1 verdicts [n] and the standard error of this mean (0 for one item)."""
     n, accuracy = len(verdicts), float(np.mean(verdicts))
     return accuracy, math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else 0.0
 
 
-def check_verdicts(verdicts, ranks: Sequence[int]) -> np.ndarray:
-    """Per-item results as [ranks, items] bool.
+def check_verdicts(verdicts: Any, ranks: Sequence[int]) -> np.ndarray:
+    """Checks the results of every item and returns them as an array [ranks, items] bool.
 
     Raises:
-      ValueError: another number of rows than of ranks, no items, or a result that is neither 0 nor 1, such as NaN.
+      ValueError: the numbers of rows and ranks differ, there are no items, or a result is neither 0 nor 1 (or is NaN).
     """
     try:
         values = np.asarray(verdicts)
@@ -103,17 +104,18 @@ def rank_curve(
     readout: str = "prefix",
     trained_profile: jax.Array | None = None,
 ) -> RankCurve:
-    """Accuracy of one adapter at every rank of S under a read-out.
+    """Measures the accuracy of one adapter at every rank of S under a read-out.
 
     Args:
       evaluate: (adapter, p [R]) -> verdicts [items].
       adapter: the trained tree of factors.
-      hierarchy: its ranks, scales and weights.
-      readout: a key of `mlora_jax.core.READOUTS` that takes nothing but the adapter.
-      trained_profile: the profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
+      hierarchy: the adapter's ranks S, scales and weights.
+      readout: a key of `mlora_jax.core.READOUTS`, for a read-out that needs only the adapter.
+      trained_profile: the profile [R] of the trained function, which "squeeze" keeps; None stands for
+        `hierarchy.lora()`.
 
     Raises:
-      ValueError: an unknown read-out, or one that needs training data.
+      ValueError: the read-out is unknown, or it needs training data.
     """
     reading = read_out(adapter, hierarchy, readout, trained_profile=trained_profile)
     verdicts = [evaluate(reading.adapter, p) for p in reading.curve().values()]

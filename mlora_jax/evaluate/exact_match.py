@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,9 +20,9 @@ from mlora_jax.models.tokenizer import Tokenizer
 
 
 def extract_answer(text: str, pattern: str) -> str:
-    """The group of the first match of `pattern`, without commas and a final full stop; "" if nothing matches.
+    """Returns the group of the first match of `pattern`, without commas and a final full stop; "" if nothing matches.
 
-    That is the harness's strict match of GSM8K. An empty pattern takes the whole text without surrounding space.
+    This is the harness's strict match of GSM8K. An empty pattern takes the whole text without surrounding space.
 
     >>> extract_answer("so 1,000 in all.\\n#### 1,000", r"#### (-?[0-9.,]+)")
     '1000'
@@ -36,31 +37,35 @@ class GenerationEvaluator:
     """Greedy answers compared with the right ones: `evaluator(adapter, p)` gives one verdict per item.
 
     Args:
-      graphdef: of the adapted decoder in evaluation mode.
-      base: frozen tree.
-      profile: profile tree; its values are replaced by the p of each call.
+      graphdef: the graph definition of the adapted decoder in evaluation mode.
+      base: the frozen tree.
+      profile: the profile tree; its values are replaced by the p of each call.
       rows: dicts with prompt and answer (str).
-      tokenizer: of the model.
-      boundary: how prompt and answer meet, see `Tokenizer.encode_pair`.
-      task: says how the answer is found in a text (`answer_pattern`) and which strings end one (`stop`).
-      max_length: a longer prompt loses tokens on its left.
-      max_new_tokens: N.
-      batch_size: the largest B; batches are cut evenly.
+      tokenizer: the model's tokenizer.
+      boundary: how prompt and answer are joined, see `Tokenizer.encode_pair`.
+      task: says how the answer is found in a text (`answer_pattern`) and which strings end an answer (`stop`).
+      max_length: the largest number of tokens of a prompt; a longer prompt loses tokens on its left.
+      max_new_tokens: N, the largest number of tokens of an answer.
+      batch_size: the largest B; the prompts are divided evenly among the batches.
       pad_multiple: prompt lengths are padded to a multiple of this.
-      stop: token ids that end an answer.
-      settings: of the checkpoint, as in `Generator`; what cannot be applied of them is refused at once.
-      mesh: as in `Generator`.
+      stop: the token ids that end an answer.
+      settings: the checkpoint's generation settings, as in `Generator`; settings that cannot be applied raise an error
+        at once.
+      mesh: the mesh, as in `Generator`.
 
     Attributes:
-      generator: what answers.
-      truncated: items whose prompt was cut on the left to fit.
+      generator: the `Generator` that answers the prompts.
+      truncated: the number of items whose prompt was cut on the left to fit.
+
+    Raises:
+      ValueError: an answer has no match of the task's pattern, or a setting of the checkpoint cannot be applied.
     """
 
     def __init__(
         self,
-        graphdef,
-        base,
-        profile,
+        graphdef: Any,
+        base: Any,
+        profile: Any,
         rows: Sequence[dict],
         tokenizer: Tokenizer,
         *,
@@ -107,26 +112,26 @@ class GenerationEvaluator:
 
     @property
     def compilations(self) -> int:
-        """Executables so far."""
+        """The number of executables that have been compiled so far."""
         return self.generator.compilations
 
-    def run_batch(self, number: int, adapter, p) -> np.ndarray:
-        """The greedy tokens [B, N] that answer one batch of prompts, as `Generator.answer` gives them.
+    def run_batch(self, number: int, adapter: Any, p: Any) -> np.ndarray:
+        """The greedy tokens [B, N] that answer one batch of prompts, as `Generator.answer` returns them.
 
         Args:
-          number: of the batch.
-          adapter: tree of factors.
-          p: as `set_profile` takes it.
+          number: the index of the batch.
+          adapter: the tree of factors.
+          p: the profile, in a form that `set_profile` takes.
         """
-        options = dict(max_new_tokens=self._max_new_tokens, stop=self._ends)
-        return self.generator.answer(adapter, self._batches[number], p, **options)
+        batch = self._batches[number]
+        return self.generator.answer(adapter, batch, p, max_new_tokens=self._max_new_tokens, stop=self._ends)
 
-    def texts(self, adapter, p) -> list[str]:
+    def texts(self, adapter: Any, p: Any) -> list[str]:
         """The greedy answer to every prompt, up to the first stop string."""
         return self._generate(adapter, p)[0]
 
-    def _generate(self, adapter, p) -> tuple[list[str], np.ndarray]:
-        """The texts, and whether all logits behind each were finite [items]."""
+    def _generate(self, adapter: Any, p: Any) -> tuple[list[str], np.ndarray]:
+        """The texts, and [items] bool: whether all logits of each text were finite."""
         texts, finite = [""] * len(self._answers), np.ones(len(self._answers), bool)
         adapter = self.generator.place(adapter)
         for number, batch in enumerate(self._batches):
@@ -136,10 +141,10 @@ class GenerationEvaluator:
                 texts[member] = self._ends.text(row[row >= 0].tolist())
         return texts, finite
 
-    def __call__(self, adapter, p) -> np.ndarray:
-        """Verdicts [items] bool of an adapter under the profile p [R].
+    def __call__(self, adapter: Any, p: Any) -> np.ndarray:
+        """The verdicts [items] bool on an adapter under the profile p: [R], or what `set_profile` takes.
 
-        An item with logits that are not finite is wrong, and a logged warning has the count of such items.
+        An item with logits that are not finite is wrong, and a logged warning counts such items.
         """
         texts, finite = self._generate(adapter, p)
         warn_of_not_finite(finite)

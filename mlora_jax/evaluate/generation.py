@@ -1,11 +1,11 @@
-"""Generation with a static KV cache, for any adapter under any profile, in two executables per batch shape."""
+"""Generates text with a static KV cache, for any adapter under any profile, in two executables per batch shape."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ from mlora_jax.parallel.rules import replicated
 
 logger = logging.getLogger(__name__)
 
-LENGTHS = 16  # see `few_lengths`: a length is two executables, and most of their time may be their compilation
-PREFILLED = 1024  # tokens at least that a CPU prefills at a time, if a batch has as many
-STEPS = 16  # of decoding at most before the host looks for stop strings
+LENGTHS = 16  # the `share` of `few_lengths`: a length costs two executables, which may compile longer than they run
+PREFILLED = 1024  # a CPU prefills at least this many tokens at a time, if the batch has as many
+STEPS = 16  # the host looks for stop strings after at most this many steps of decoding
 SHARDS = "shards"  # the name of the axis over parts of the rows
 
 
@@ -34,9 +34,9 @@ class PromptBatch(NamedTuple):
     """Prompts of similar length as arrays of a fixed shape.
 
     Attributes:
-      members: n <= B, which prompts the first rows are; the rows after them are padding.
+      members: the indices of the prompts in the first n <= B rows; the rows after them are padding.
       tokens: [B, T] int32, right-padded.
-      lengths: [B] int32; 1 in padding.
+      lengths: [B] int32, the number of tokens of each prompt; 1 in padding rows.
     """
 
     members: list[int]
@@ -45,57 +45,73 @@ class PromptBatch(NamedTuple):
 
 
 class PromptRows(NamedTuple):
-    """What every row of a batch goes by: all [B] int32."""
+    """The data that each row of a batch needs besides its tokens.
 
-    lengths: jax.Array  # of the prompt
-    limits: jax.Array  # tokens to make at most; 0 in padding
-    numbers: jax.Array  # of the request, for draws
+    Attributes:
+      lengths: [B] int32, the number of tokens of the prompt.
+      limits: [B] int32, the largest number of tokens to generate; 0 in padding rows.
+      numbers: [B] int32, the number of the request, on which draws depend.
+    """
+
+    lengths: jax.Array
+    limits: jax.Array
+    numbers: jax.Array
 
 
 class _State(NamedTuple):
-    """Between two steps."""
+    """The state of a batch between two steps of decoding.
 
-    cache: Any  # holds the prompt and all but the newest token
-    newest: jax.Array  # [B] int32
-    made: jax.Array  # int32 scalar, tokens made by the rows that are not done
-    done: jax.Array  # [B] bool
-    tokens: jax.Array | None = None  # [B, S] int32 of `Texts`, where the checkpoint's settings look at them
+    Attributes:
+      cache: the KV cache, which holds the prompt and all tokens except the newest.
+      newest: [B] int32, the newest token of each row.
+      made: int32 scalar, the number of tokens that the rows that are not done have generated.
+      done: [B] bool, whether the row has ended.
+      tokens: [B, S] int32, as in `Texts`; None if the checkpoint's settings do not need them.
+    """
+
+    cache: Any
+    newest: jax.Array
+    made: jax.Array
+    done: jax.Array
+    tokens: jax.Array | None = None
 
 
-# On a mesh all but `made` has the mesh's parts of the rows in front: [S, B / S].
-_STATE_AXES = _State(0, 0, None, 0, 0)
+# On a mesh, every field but `made` has a leading axis over the parts of the rows: [S, B / S]. These are axes for vmap,
+# not arrays, hence `_make`.
+_STATE_AXES = _State._make((0, 0, None, 0, 0))
 
 
 class Generator:
-    """Answers prompts: `generator.generate(adapter, prompts, p, max_new_tokens=64)` gives their tokens.
+    """Answers prompts: `generator.generate(adapter, prompts, p, max_new_tokens=64)` returns the tokens of the answers.
 
-    Prompts are sorted by length and run in batches. A batch is prefilled by one compiled function and decoded by
-    another, in a KV cache of a fixed number of slots, until every row has stopped. Both compile once per shape of a
-    batch, whatever the number of adapters and ranks: a profile is data.
+    Prompts are sorted by length and run in batches. One compiled function prefills a batch and another one decodes it,
+    in a KV cache with a fixed number of slots, until every row has stopped. Both compile once per shape of a batch,
+    for any number of adapters and ranks: a profile is data.
 
     Args:
-      graphdef: of the adapted decoder in evaluation mode.
-      base: frozen tree.
-      profile: profile tree; its values are replaced by the p of each call.
-      max_length: of prompt and answer together, in tokens: the model's context. An answer ends where it is full.
-      batch_size: the largest B; batches are cut evenly.
-      pad_multiple: the lengths of prompts and answers that there are slots for are multiples of this.
-      eos: token ids that end an answer and are left out of it.
-      ends: every id that ends a text, which rules such as a least length hide; None: those of `eos`.
-      settings: of the checkpoint, which change what the next token is; None: they change nothing. What cannot be
-        applied of them is refused with the first answer, or a warning names it.
-      mesh: None for one device. On a mesh the rows of a batch lie along all axes but `tensor`.
+      graphdef: the graph definition of the adapted decoder in evaluation mode.
+      base: the frozen tree.
+      profile: the profile tree; its values are replaced by the p of each call.
+      max_length: the model's context, in tokens: the largest length of prompt and answer together. An answer ends
+        when the context is full.
+      batch_size: the largest B; the prompts are divided evenly among the batches.
+      pad_multiple: the cache has slots for prompts and answers whose lengths are multiples of this.
+      eos: the token ids that end an answer and are not part of it.
+      ends: all token ids that end a text, which rules such as a least length exclude; None stands for those of `eos`.
+      settings: the checkpoint's generation settings, which may change the next token; None changes nothing. With the
+        first answer, settings that cannot be applied raise an error or log a warning.
+      mesh: None for one device. On a mesh, the rows of a batch are sharded over all axes except `tensor`.
 
     Attributes:
-      settings: of the checkpoint.
+      settings: the checkpoint's generation settings.
       prefill, decode: the jitted functions; their cache sizes count compilations.
     """
 
     def __init__(
         self,
-        graphdef,
-        base,
-        profile,
+        graphdef: Any,
+        base: Any,
+        profile: Any,
         *,
         max_length: int,
         batch_size: int,
@@ -106,30 +122,30 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         text_ends = np.asarray(sorted(set(eos if ends is None else ends)), np.int32)
-        ends = np.asarray(sorted(set(eos)), np.int32)
+        answer_ends = np.asarray(sorted(set(eos)), np.int32)
         rules = make_rules(settings)
 
         def choose(model, hidden, rows: PromptRows, sampling, made, done, tokens):
-            """The next token [B] of hidden states [B, D], that token or -1 where the row is over, who is done."""
+            """From hidden states [B, D]: the next token [B], that token or -1 if the row has ended, who is done."""
             logits = chosen_from = model.head(hidden)
             if rules is not None:
                 chosen_from = rules(logits, Texts(tokens, rows.lengths, made, rows.limits, text_ends))
             newest = next_tokens(chosen_from, sampling, rows.numbers, made)
             if rules is not None:  # a rule may hide a logit that is not finite
                 newest = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), newest, NOT_FINITE)
-            over = done | jnp.any(newest[:, None] == ends, axis=-1)
+            over = done | jnp.any(newest[:, None] == answer_ends, axis=-1)
             shown = jnp.where(over, -1, newest)
             return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
 
         def extended(tokens, rows, newest, made):
-            """The rows of tokens with the newest, if there are any."""
+            """The rows of tokens with the newest token appended; None if there are no rows."""
             if tokens is None:
                 return None
             return tokens.at[jnp.arange(len(tokens)), rows.lengths + made].set(jnp.maximum(newest, 0), mode="drop")
 
         def prefill(slots, per_example, base, adapter, p, tokens, rows, sampling):
             values = set_profile(profile, p, per_example=per_example)
-            model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, values))
+            model = cast("Any", fold_where_cheaper(nnx.merge(graphdef, base, adapter, values)))
             hidden, cache = model.prefill(tokens, slots)
             last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
             made = jnp.zeros((), jnp.int32)
@@ -139,12 +155,12 @@ class Generator:
 
         def decode(per_example, base, adapter, p, state, rows, sampling):
             model = nnx.merge(graphdef, base, adapter, set_profile(profile, p, per_example=per_example))
-            layers = model.single_layers()  # outside the loop, which would slice every weight at every step
+            layers = model.single_layers()  # outside the loop, which would otherwise slice every weight at every step
 
             def going(carry):
                 step, state, _ = carry
                 left = ~jnp.all(state.done)
-                # All parts of the rows go on together: they may have to talk within a layer.
+                # All parts of the rows continue together, because they may communicate within a layer.
                 left = left if mesh is None else jax.lax.pmax(left.astype(jnp.int32), SHARDS) > 0
                 return (step < STEPS) & left
 
@@ -163,16 +179,19 @@ class Generator:
             return state, shown
 
         self._mesh, self._shards = mesh, shards_of(mesh, EVALUATED)
-        if mesh is not None:
-            prefill, decode = (functools.partial(self._on_mesh, function) for function in (prefill, decode))
-        self.prefill = jax.jit(prefill, static_argnums=(0, 1))
-        self.decode = jax.jit(decode, static_argnums=0, donate_argnums=4)
+        # Any, because the type of a jitted function in jax lacks `_cache_size`.
+        self.prefill: Any = jax.jit(self._placed(prefill), static_argnums=(0, 1))
+        self.decode: Any = jax.jit(self._placed(decode), static_argnums=0, donate_argnums=4)
         self._base = base
         self._max_length, self._batch_size, self._pad_multiple = max_length, batch_size, pad_multiple
         self.settings = settings or GenerationSettings()
 
-    def _on_mesh(self, function, *arguments):
-        """`prefill` or `decode` over parts of the rows; what the host looks at is the same on every device."""
+    def _placed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`prefill` or `decode` for the mesh; without a mesh, the function itself."""
+        return function if self._mesh is None else functools.partial(self._on_mesh, self._mesh, function)
+
+    def _on_mesh(self, mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> tuple[_State, jax.Array]:
+        """Runs `prefill` or `decode` on parts of the rows; the outputs for the host are the same on every device."""
         *static, per_example, base, adapter, p, what, rows, sampling = arguments
         parts = functools.partial(split_rows, axis=0, shards=self._shards)
         p = parts(p) if per_example else p
@@ -185,19 +204,19 @@ class Generator:
             spmd_axis_name=EVALUATED,
         )
         state, shown = mapped(base, adapter, p, what if decodes else parts(what), jax.tree.map(parts, rows), sampling)
-        done, shown = jax.lax.with_sharding_constraint((state.done, shown), replicated(self._mesh))
+        done, shown = jax.lax.with_sharding_constraint((state.done, shown), replicated(mesh))
         return state._replace(done=done), shown
 
     @property
     def compilations(self) -> int:
-        """Executables so far: of prefill and of decode, each one per shape of a batch."""
+        """The number of executables that have been compiled so far: two per shape of a batch."""
         return self.prefill._cache_size() + self.decode._cache_size()
 
     def generate(
         self,
-        adapter,
+        adapter: Any,
         prompts: Sequence[Sequence[int]],
-        p,
+        p: Any,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -206,27 +225,29 @@ class Generator:
         stop: Callable[[list[int]], bool] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The tokens that answer each prompt, without the one that ended it.
+        """The tokens that answer each prompt, without the token that ended the answer.
 
         Args:
-          adapter: tree of factors.
-          prompts: token ids, at least one and fewer than `max_length` each.
-          p: [R] for all prompts; [len(prompts), R] for a rank of its own each, which may mix in a batch; or a mapping
-            that `set_profile` takes, for all prompts.
-          max_new_tokens: N, tokens of an answer at most.
-          temperature: 0 takes the likeliest token.
-          top_p: see `Sampling`.
-          seed: of the draws.
-          stop: whether an answer so far ends. It is asked once for several tokens, so it has to stay true where it is
-            true, as "this string is in the text" does. An answer is cut after the first token that makes it true.
-          numbers: of the prompts, below 2 ** 31: what draws depend on besides the seed. None numbers them from 0.
+          adapter: the tree of factors.
+          prompts: the token ids of each prompt, at least one and fewer than `max_length`.
+          p: the profile [R] for all prompts; [len(prompts), R] for one profile per prompt, which may differ within a
+            batch; or a mapping that `set_profile` takes, for all prompts.
+          max_new_tokens: N, the largest number of tokens of an answer.
+          temperature: the temperature of the draws; 0 takes the likeliest token.
+          top_p: the probability of the nucleus, see `Sampling`.
+          seed: the seed of the draws.
+          stop: a function of an answer's tokens so far that says whether the answer ends. It is called only once every
+            few tokens, so once true it must stay true, as "this string is in the text" does. An answer is cut after
+            the first token that makes it true.
+          numbers: the numbers of the prompts, below 2 ** 31; a draw depends on the seed and on this number. None
+            numbers the prompts from 0.
 
         Returns:
-          One list per prompt. An answer ends before logits that are not finite, and a logged warning counts those.
+          One list per prompt. An answer ends before logits that are not finite; a logged warning counts such answers.
 
         Raises:
-          ValueError: a prompt without tokens or without room for one more, a p of another shape, options outside
-            their range, or settings of the checkpoint that cannot be applied.
+          ValueError: a prompt has no tokens or leaves no room for an answer, p has another shape, an option is outside
+            its range, or a setting of the checkpoint cannot be applied.
         """
         if isinstance(p, Mapping):
             each = None
@@ -238,7 +259,7 @@ class Generator:
                     f"p must have shape [R], or [{len(prompts)}, R] for {len(prompts)} prompts, got {list(p.shape)}"
                 )
         sampling = make_sampling(temperature, top_p, seed)
-        max_new_tokens = min(max_new_tokens, self._max_length)  # arrays are made of this length
+        max_new_tokens = min(max_new_tokens, self._max_length)  # bounds the length of arrays
         numbers = range(len(prompts)) if numbers is None else numbers
         answers: list[list[int]] = [[] for _ in prompts]
         adapter, broken = self.place(adapter), 0
@@ -263,15 +284,15 @@ class Generator:
             )
         return answers
 
-    def place(self, adapter):
-        """An adapter where the mesh wants it, for many calls of `answer`."""
+    def place(self, adapter: Any) -> Any:
+        """Puts an adapter where the mesh needs it, once for many calls of `answer`."""
         return put_weights(adapter, self._mesh)
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[PromptBatch]:
         """Sorts prompts by length into batches of one size, each padded to one of few multiples of `pad_multiple`.
 
         Raises:
-          ValueError: a prompt without tokens, or without room for one more in `max_length`.
+          ValueError: a prompt has no tokens, or fills `max_length`.
         """
         for number, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self._max_length:
@@ -296,9 +317,9 @@ class Generator:
 
     def answer(
         self,
-        adapter,
+        adapter: Any,
         batch: PromptBatch,
-        p,
+        p: Any,
         *,
         max_new_tokens: int,
         per_example: bool = False,
@@ -309,18 +330,21 @@ class Generator:
         """Answers one of the `batches`.
 
         Args:
-          adapter: tree of factors.
-          batch: of prompts.
-          p: as `set_profile` takes it, with `per_example` for the B rows of the batch.
-          max_new_tokens: N.
-          per_example: whether the axes of p before R are those of the batch.
-          sampling: None for the likeliest tokens.
-          stop: as in `generate`.
-          numbers: [B], of the requests; None are the batch's rows.
+          adapter: the tree of factors.
+          batch: one batch of prompts.
+          p: the profile, in a form that `set_profile` takes; with `per_example`, one profile for each of the B rows.
+          max_new_tokens: N, the largest number of tokens of an answer.
+          per_example: whether p has the axis of the batch before R.
+          sampling: how tokens are drawn; None takes the likeliest tokens.
+          stop: a function that says whether an answer ends, as in `generate`.
+          numbers: [B], the numbers of the requests; None stands for the indices of the rows.
 
         Returns:
-          [B, N] int32; -1 from the token on that ended a row, and after the last. Where a row's logits are not finite
-          it has `NOT_FINITE` and then -1.
+          [B, N] int32. A row is -1 from the token that ended it, and after its last token. A row whose logits are not
+          finite has `NOT_FINITE` there and then -1.
+
+        Raises:
+          ValueError: `max_new_tokens` is below 1, or a setting of the checkpoint cannot be applied.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -354,8 +378,20 @@ class Generator:
             start, at = at, min(at + STEPS, max_new_tokens)
             made[:, start:at] = np.asarray(shown).reshape(size, -1)[:, : at - start]
 
-    def _prefill(self, slots: int, adapter, p, per_example: bool, tokens: np.ndarray, rows: PromptRows, sampling):
-        """A batch's state and first tokens [B]: on a CPU by parts, which stay in its cache from layer to layer."""
+    def _prefill(
+        self,
+        slots: int,
+        adapter: Any,
+        p: Any,
+        per_example: bool,
+        tokens: np.ndarray,
+        rows: PromptRows,
+        sampling: Sampling | None,
+    ) -> tuple[_State, jax.Array]:
+        """The state and the first tokens [B] of a batch.
+
+        A CPU prefills the batch in parts that are small enough to stay in its cache from layer to layer.
+        """
         size, length = tokens.shape
         if self._mesh is not None:
             tokens = put_rows(tokens, self._mesh, 0, over=EVALUATED)
@@ -378,12 +414,12 @@ class Generator:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning that was not logged before."""
+    """Logs a warning, unless the same message was logged before."""
     logger.warning("%s", message)
 
 
 def _cut(row: np.ndarray, start: int, stop: Callable[[list[int]], bool]) -> bool:
-    """Whether a row [N] stops; its tokens from `start` on are new, and those after the one that stops it become -1."""
+    """Whether a row [N] with new tokens from `start` on stops; sets the tokens after the one that stops it to -1."""
     tokens = row[row >= 0].tolist()
     if len(tokens) <= start or not stop(tokens):
         return False

@@ -1,11 +1,11 @@
-"""lm-evaluation-harness's results of any number of adapters and ranks, from one pass over its requests."""
+"""Evaluates any number of adapters and ranks with lm-evaluation-harness, in one pass over its requests."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -18,17 +18,25 @@ from mlora_jax.evaluate.task_files import load_tasks
 
 __all__ = ["MODEL_NAME", "NestedLM", "Variant", "evaluate_all", "item_verdicts"]
 
-STRICT = "strict-match"  # of a task with several filters the one that counts
+STRICT = "strict-match"  # the filter that counts if a task has several
 METRICS = ("acc", "exact_match")
 
 
 class AnswersFromMemory(NestedLM):
-    """Finds the answers of all variants when a request comes for the first time; `answering` says whose are given."""
+    """Computes the answers of all variants when a request comes for the first time, and keeps them.
+
+    Args:
+      lm: the model, whose own variant is not used.
+      variants: name -> variant.
+
+    Attributes:
+      answering: the name of the variant whose answers the harness gets.
+    """
 
     def __init__(self, lm: NestedLM, variants: Mapping[str, Variant]):
         first = next(iter(variants.values()))
         super().__init__(
-            *(lm.scorer, lm.generator, lm.tokenizer, first), max_length=lm.max_length, name=lm.name, seed=lm.seed
+            lm.scorer, lm.generator, lm.tokenizer, first, max_length=lm.max_length, name=lm.name, seed=lm.seed
         )
         self._variants = tuple(Variant(*variant) for variant in variants.values())
         self._index = {name: index for index, name in enumerate(variants)}
@@ -36,15 +44,18 @@ class AnswersFromMemory(NestedLM):
         self.answering = next(iter(variants))
 
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple]:
-        return [*zip(*self._score(requests), strict=True)]  # passed on by `TemplateLM.loglikelihood`
+        return [*zip(*self._score(requests), strict=True)]  # `TemplateLM.loglikelihood` returns them unchanged
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list:
+        """The log-likelihoods of continuations and whether each is greedy, from memory."""
         return self._recall("loglikelihood", requests, lambda new: super(NestedLM, self).loglikelihood(new, True))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list:
+        """The log-likelihoods of whole texts, from memory."""
         return self._recall("loglikelihood_rolling", requests, lambda new: [*zip(*self._roll(new), strict=True)])
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list:
+        """The generated texts, from memory."""
         return self._recall("generate_until", requests, lambda new: [*zip(*self._generate(new), strict=True)])
 
     def _recall(self, kind: str, requests: Sequence[Instance], find: Callable[[list[Instance]], list[tuple]]) -> list:
@@ -79,28 +90,29 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """The harness's results of many adapters and ranks on the same tasks, from one pass over the requests.
 
-    Every request is computed for all variants when the harness asks for it first: the requests are tokenized and
-    prepared once, and profiles are data. Then the harness scores each variant from memory.
+    When the harness asks for a request for the first time, it is computed for all variants: the requests are tokenized
+    and prepared once, and profiles are data. The harness then scores each variant from memory.
 
     Args:
-      lm: the model; its own adapter and rank do not matter. Its count of truncated requests grows by those of this
+      lm: the model; its own adapter and rank are not used. Its count of truncated requests grows by those of this
         pass, each counted once.
-      variants: name -> (adapter, p), adapters of one rank R and the same targets as the model's.
-      tasks: names, or what `load_tasks` gave, which stays as it is.
-      raw_dir, cache_dir: of `load_tasks`.
-      num_fewshot: overrides the tasks' own, except where that is 0; None: their own.
-      gen_kwargs: options of generation to change in the tasks.
-      limit: so many items of each task (below 1: a fraction of them); None: all.
-      bootstrap_iters, log_samples, apply_chat_template, system_instruction, fewshot_as_multiturn: of
+      variants: name -> (adapter, p). All adapters have the model's rank R and its target modules.
+      tasks: the names of the tasks, or the value that `load_tasks` returned, which is not changed.
+      raw_dir, cache_dir: arguments of `load_tasks`.
+      num_fewshot: the number of few-shot examples, except for tasks that set it to 0; None keeps the tasks' own.
+      gen_kwargs: options of generation that replace those of the tasks.
+      limit: the number of items of each task, or a fraction of them if it is below 1; None takes all items.
+      bootstrap_iters, log_samples, apply_chat_template, system_instruction, fewshot_as_multiturn: arguments of
         `lm_eval.evaluator.evaluate`.
-      keep: what to keep of each variant's results, so that the samples of many need not be in memory at once.
+      keep: a function of each variant's results that returns the part to keep, so that the samples of many variants
+        need not be in memory at once.
 
     Returns:
-      name -> what `lm_eval.evaluator.evaluate` returns, or what is kept of it: "results", "samples" (if logged),
-      "n-shot" and so on.
+      name -> the results that `lm_eval.evaluator.evaluate` returns, or the part that is kept: "results", "samples" (if
+      logged), "n-shot" and so on.
 
     Raises:
-      ValueError: no variants, or a task that local data do not hold.
+      ValueError: there are no variants, or the local data lack a task.
     """
     if not variants:
         raise ValueError("there is nothing to evaluate: variants is empty")
@@ -115,31 +127,31 @@ def evaluate_all(
             answers.answering = name
             found = evaluate(
                 answers,
-                {**loaded, "tasks": kept},
-                limit=limit,
+                cast("Any", {**loaded, "tasks": kept}),
+                limit=cast("Any", limit),  # the harness takes fractions, too, which its annotation leaves out
                 bootstrap_iters=bootstrap_iters,
                 log_samples=log_samples,
                 apply_chat_template=apply_chat_template,
                 system_instruction=system_instruction,
                 fewshot_as_multiturn=fewshot_as_multiturn,
             )
-            results[name] = keep(found)
+            results[name] = keep(cast("dict[str, Any]", found))
     lm.truncated += answers.truncated
     return results
 
 
 def item_verdicts(results: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Per-item results of an evaluation of one task, or of one group such as MMLU: its tasks one after the other.
+    """The verdict on every item of one task, or of one group such as MMLU, whose tasks follow one another.
 
     Args:
-      results: of `evaluate_all`, for one variant, with its samples.
+      results: the results of one variant from `evaluate_all`, with their samples.
 
     Returns:
-      Verdicts [items] bool in the order of the tasks' names and of their documents, and which metric they are of: "acc"
-      or "exact_match", under "strict-match" where a task has several filters.
+      The verdicts [items] bool in the order of the tasks' names and of their documents, and the name of their metric:
+      "acc" or "exact_match". If a task has several filters, the metric is that of "strict-match".
 
     Raises:
-      ValueError: a task that has neither of the two, or results that are not 0 or 1.
+      ValueError: a task has neither metric, or a result that is not 0 or 1.
     """
     verdicts, names = [], set()
     for task, samples in sorted(results["samples"].items()):
@@ -157,8 +169,8 @@ def item_verdicts(results: Mapping[str, Any]) -> tuple[np.ndarray, str]:
     return np.asarray(verdicts, bool), "; ".join(sorted(names))
 
 
-def _configure(task, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:
-    """The options that the harness's `simple_evaluate` sets on a task before it evaluates."""
+def _configure(task: Any, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:
+    """Sets the options of a task that the harness's `simple_evaluate` sets before it evaluates."""
     if gen_kwargs and task.get_config("output_type") == "generate_until":
         task.set_config(key="generation_kwargs", value=dict(gen_kwargs), update=True)
     own = task.get_config("num_fewshot")
@@ -169,7 +181,7 @@ def _configure(task, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | No
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """The global generators as `simple_evaluate` seeds them, for tasks that draw from those; put back afterwards."""
+    """Seeds the global generators as `simple_evaluate` does, for tasks that use them, and restores them afterwards."""
     states = random.getstate(), np.random.get_state()
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness that keep what they have made of their documents.
+"""Tasks of lm-evaluation-harness that keep the requests and texts that they make from their documents.
 
-The harness writes a task's requests anew in every evaluation, and compiles a template for every text that it makes of a
-document. With many adapters and ranks on one task that takes longer than scoring. The classes here are the harness's
-own tasks, by inheritance, and keep requests and texts from one evaluation to the next.
+The harness builds a task's requests again in every evaluation, and compiles a template for every text that it makes
+from a document. With many adapters and ranks on one task, this takes longer than scoring. The classes here inherit from
+the harness's own tasks and keep requests and texts from one evaluation to the next.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class KeepsRequests(Task):
     requests_are_built: bool
 
     def build_all_requests(self, **options: Any) -> None:
-        """Builds the requests the first time, and afterwards gives them out without the answers to them.
+        """Builds the requests the first time, and afterwards only clears the answers to them.
 
         Args:
-          **options: the harness's. They must be the same every time.
+          **options: the harness's options, which must be the same every time.
         """
         if not self.requests_are_built:
             super().build_all_requests(**options)
@@ -36,7 +36,7 @@ class KeepsRequests(Task):
 
 
 class KeepsTexts(KeepsRequests, ConfigurableTask):
-    """A task of the harness's files that makes the texts of each document once."""
+    """A task that is defined by a file of the harness and that makes the texts of each document once."""
 
     texts: dict[tuple, Any]
 
@@ -55,29 +55,30 @@ class KeepsTexts(KeepsRequests, ConfigurableTask):
     def _kept(self, name: str, doc: Any, given: Any) -> Any:
         make = getattr(super(), name)
         template = getattr(self.config, name) if given is None else given
-        # A function may draw at random, and a column of the data is at hand.
+        # A function may draw at random, and a column of the data needs no template.
         if self.prompt is not None or not isinstance(template, str) or template in self.features:
             return make(doc, given)
         key = name, template, pickle.dumps(doc)
         if key not in self.texts:
             self.texts[key] = make(doc, given)
-        return copy.copy(self.texts[key])  # it may be a list, which the caller may change
+        return copy.copy(self.texts[key])  # a copy, since the caller may change a list
 
 
 def keeping(task: Task) -> Task:
-    """A copy of a task that keeps its requests, and its texts if it is defined by a file.
+    """Returns a copy of a task that keeps its requests, and also its texts if a file defines the task.
 
-    The copy has a configuration and a sampler of its own, so that the given task stays as it is.
+    The copy has its own configuration and sampler, so that the given task does not change.
 
     Args:
-      task: loaded.
+      task: a loaded task.
     """
     kind = type(task)
     base = KeepsTexts if kind is ConfigurableTask else type(f"Keeps{kind.__name__}", (KeepsRequests, kind), {})
     kept = cast("KeepsRequests", object.__new__(base))
     vars(kept).update(vars(task))
     kept._config = copy.deepcopy(task.config)
-    if hasattr(task, "sampler"):
-        vars(kept)["sampler"] = copy.copy(task.sampler)
+    sampler = getattr(task, "sampler", None)
+    if sampler is not None:
+        vars(kept)["sampler"] = copy.copy(sampler)
     vars(kept).update(requests_are_built=False, texts={})
     return kept

@@ -1,7 +1,7 @@
-"""The language model that lm-evaluation-harness asks: an adapter at a rank, or several of them at once.
+"""The language model that lm-evaluation-harness evaluates: an adapter at one rank, or several adapters and ranks.
 
-The harness writes the requests and scores the answers. Here the answers are found, as its Hugging Face backend finds
-them, without torch or transformers.
+The harness builds the requests and scores the answers. This module computes the answers as the harness's Hugging Face
+backend does, without torch or transformers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -27,40 +27,39 @@ from mlora_jax.models import Tokenizer
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "mlora_jax"
-MAX_GEN_TOKS = 256  # where a task does not say, as in the Hugging Face backend
+MAX_GEN_TOKS = 256  # the limit for tasks that state none, as in the Hugging Face backend
 # Options that change nothing when the likeliest token is taken.
 SAMPLING_ONLY = ("top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-CONTINUED = "MLORA_JAX_CONTINUES_HERE "  # put behind a message that is to be continued, to find its end
+CONTINUED = "MLORA_JAX_CONTINUES_HERE "  # appended to a message that is to be continued, to find its end
 
-# (the request's texts or None, context, continuation)
+# (texts of the request or None, token ids of the context, token ids of the continuation)
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class Variant(NamedTuple):
-    """A model under evaluation: an adapter, and a profile [R] or what else `set_profile` takes."""
+    """A model under evaluation: an adapter and its profile: [R], or what `set_profile` takes."""
 
     adapter: Any
     p: Any
 
 
-@register_model(MODEL_NAME)
 class NestedLM(TemplateLM):
     """The harness's view of a decoder with an adapter at one rank.
 
-    Equal to the harness's Hugging Face backend on the same checkpoint: token ids, truncation on the left, stop
-    strings and what is cut off a generated text.
+    On the same checkpoint it equals the harness's Hugging Face backend in token ids, truncation on the left, stop
+    strings and the parts that are cut from a generated text.
 
     Args:
-      scorer: of the adapted decoder.
-      generator: of the same.
-      tokenizer: of the same.
-      variant: what is evaluated.
-      max_length: the context in tokens.
-      name: what results and request caches call the model.
-      seed: of sampled generation.
+      scorer: the scorer of the adapted decoder.
+      generator: the generator of the adapted decoder.
+      tokenizer: the decoder's tokenizer.
+      variant: the adapter and the profile to evaluate.
+      max_length: the model's context, in tokens.
+      name: the name of the model in results and request caches.
+      seed: the seed of sampled generation.
 
     Attributes:
-      truncated: requests so far that were cut on the left to fit into the context.
+      truncated: the number of requests so far that were cut on the left to fit into the context.
     """
 
     def __init__(
@@ -77,20 +76,20 @@ class NestedLM(TemplateLM):
         super().__init__()
         self.scorer, self.generator, self.tokenizer = scorer, generator, tokenizer
         self.max_length, self.name, self.seed = max_length, name, seed
-        self.truncated = 0  # requests that were cut to fit into the context, so far
+        self.truncated = 0
         self._variants: tuple[Variant, ...] = (Variant(*variant),)
 
     @classmethod
-    def load(cls, **options) -> NestedLM:
-        """A model from files; the options are those of `mlora_jax.evaluate.loading.load_adapted`."""
+    def load(cls, **options: Any) -> NestedLM:
+        """Loads a model from files; the options are those of `mlora_jax.evaluate.loading.load_adapted`."""
         return cls.of(load_adapted(**options))
 
     @classmethod
     def of(cls, loaded: Loaded) -> NestedLM:
-        """A loaded model at the rank it was loaded for."""
-        shapes = {"batch_size": loaded.batch_size, "pad_multiple": loaded.pad_multiple}
+        """The language model of a loaded model, at the rank for which it was loaded."""
+        shapes: dict[str, Any] = {"batch_size": loaded.batch_size, "pad_multiple": loaded.pad_multiple}
         trees = loaded.graphdef, loaded.base, loaded.profile
-        eos = {*loaded.eos} - {*loaded.tokenizer.shown_stops}  # which `generate_until` itself looks for
+        eos = {*loaded.eos} - {*loaded.tokenizer.shown_stops}  # `generate_until` looks for those itself
         return cls(
             Scorer(*trees, max_length=loaded.max_length, **shapes),
             Generator(
@@ -109,24 +108,27 @@ class NestedLM(TemplateLM):
         )
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None):
-        """What the harness calls with `--model_args`, the options of `load`.
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> NestedLM:
+        """Loads the model that the harness asks for with `--model_args`, which are the options of `load`.
 
-        Of its own options for models the batch size is taken, unless `--model_args` has one; "auto" is our default. Its
-        `--device` says nothing here (it is never empty): jax chooses, by the environment variable JAX_PLATFORMS.
+        Of the harness's own options for models, only the batch size is used, unless `--model_args` has one; "auto"
+        stands for the default of this package. The harness's `--device` is ignored, because it is never empty: jax
+        chooses the device, by the environment variable JAX_PLATFORMS.
         """
         size = (additional_config or {}).get("batch_size")
-        options = {"batch_size": int(size)} if str(size).isdecimal() else {}
+        options = {"batch_size": int(str(size))} if str(size).isdecimal() else {}
         return cls.load(**(options | dict(arg_dict)))
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None):
-        """As `create_from_arg_obj`, from "key=value,key=value"."""
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> NestedLM:
+        """Loads the model like `create_from_arg_obj`, from a string "key=value,key=value"."""
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @property
     def variant(self) -> Variant:
-        """What is evaluated."""
+        """The adapter and the profile under evaluation."""
         return self._variants[0]
 
     @property
@@ -136,31 +138,31 @@ class NestedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text that has no context."""
         return self.tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For the names of the harness's request caches."""
+        """The name of the tokenizer in the names of the harness's request caches."""
         return self.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the harness's record of the run."""
+        """The model's entry in the harness's record of the run."""
         leaves = jax.tree.leaves(self.variant.adapter)
         return {"model_name": self.name, "adapter_parameters": sum(leaf.size for leaf in leaves)}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; BOS in front where the tokenizer adds it, but not before a text that begins with it.
+        """The token ids of a text. BOS comes first if the tokenizer adds it and the text does not begin with it.
 
         Raises:
-          ValueError: the text holds a token that the tokenizer has and the model lacks.
+          ValueError: the text has a token that the tokenizer knows and the model lacks.
         """
         ids = self.tokenizer.encode(string, bos=add_special_tokens is None)
         self.tokenizer.check_known(ids, name=f"the text {string[:40]!r}")
         return [*self.tokenizer.opening, *ids] if add_special_tokens else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text, open for the assistant's turn or, without that, for more of the last message."""
+        """Renders a chat as text that ends where the assistant begins, or else where the last message continues."""
         try:
             return self._render(chat_history, add_generation_prompt)
         except ValueError:
@@ -177,28 +179,28 @@ class NestedLM(TemplateLM):
         text, found, rest = self.tokenizer.render_chat(marked, add_generation_prompt=False).rpartition(mark)
         if not found:
             raise ValueError(f"the chat template leaves the last message out: {last['content'][:60]!r}")
-        # A template that strips messages took the marker's space away, and would take the message's too.
+        # A template that strips messages removed the space of the marker, and would remove that of the message, too.
         return text if rest.startswith(CONTINUED[len(mark) :]) else text.rstrip()
 
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
         (answers,) = self._score(requests)
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
+        for (texts, *_ids), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, each from its own beginning, in windows of the context's length."""
+        """The log-likelihoods of whole texts, each from its own beginning, in windows of the context's length."""
         (totals,) = self._roll(requests)
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts that answer the contexts, up to the first stop string.
+        """The texts that answer the contexts, up to the first stop string.
 
         Raises:
-          ValueError: options of generation that are not supported, or no room for a context.
+          ValueError: an option of generation is not supported, or there is no room for a context.
         """
         (texts,) = self._generate(requests)
         for request, text in zip(requests, texts, strict=True):
@@ -206,7 +208,7 @@ class NestedLM(TemplateLM):
         return texts
 
     def _score(self, requests: Sequence[TokenRequest]) -> list[list[tuple[float, bool]]]:
-        """Per variant the answers of all requests; they are prepared once."""
+        """For every variant, the answers to all requests, which are prepared once."""
         for texts, context, continuation in requests:
             if not context or not continuation:
                 raise ValueError(f"nothing to score: no token of the continuation, or none before it, in {texts!r}")
@@ -222,6 +224,7 @@ class NestedLM(TemplateLM):
         return answers
 
     def _roll(self, requests: Sequence[Instance]) -> list[list[float]]:
+        """For every variant, the log-likelihoods of all texts."""
         windows: list[TokenRequest] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -241,21 +244,22 @@ class NestedLM(TemplateLM):
         return totals
 
     def _generate(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """For every variant, the generated texts of all requests."""
         texts = [[""] * len(requests) for _ in self._variants]
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(options_key(request), []).append(number)
         for numbers in alike.values():
             contexts = [requests[number].args[0] for number in numbers]
-            made = self._answer(contexts, requests[numbers[0]].args[1])
+            made = self._answer(contexts, _arguments(requests[numbers[0]])[1])
             for each, answers in zip(texts, made, strict=True):
                 for number, text in zip(numbers, answers, strict=True):
                     each[number] = text
         return texts
 
     def _answer(self, contexts: Sequence[str], options: Mapping[str, Any]) -> list[list[str]]:
-        """Per variant the answers to contexts that share their options of generation."""
-        options = normalize_gen_kwargs(dict(options), MAX_GEN_TOKS)
+        """For every variant, the answers to contexts that share their options of generation."""
+        options = cast("dict[str, Any]", normalize_gen_kwargs(dict(options), MAX_GEN_TOKS))
         eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until", None), eos=eos)
         count, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
@@ -274,13 +278,13 @@ class NestedLM(TemplateLM):
             raise ValueError(
                 f"max_gen_toks={count} leaves no room for a context in the model's {self.max_length} tokens"
             )
-        # For generation the backend looks for BOS at the head of a text, not for the prefix that stands in for it.
+        # For generation, the backend looks for BOS at the beginning of a text, not for the prefix that replaces BOS.
         opens = None if self.tokenizer.bos_id is not None else True
         encoded = [self.tok_encode(text, opens) or [self.prefix_token_id] for text in contexts]
         self.truncated += sum(len(ids) > room for ids in encoded)
         prompts = [ids[-room:] for ids in encoded]
 
-        # The backend's texts hold an ordinary token that stops them; the generator leaves out the ids that it knows.
+        # The backend's texts keep an ordinary token that stops them; the generator would leave it out if it knew it.
         shown = {*self.tokenizer.shown_stops}
 
         def ends(ids: list[int]) -> bool:
@@ -289,7 +293,7 @@ class NestedLM(TemplateLM):
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             return any(term and term in text for term in until)
 
-        settings = {"max_new_tokens": count, "stop": ends}
+        settings: dict[str, Any] = {"max_new_tokens": count, "stop": ends}
         if sampled:
             settings |= {"seed": self.seed} | {key: float(value) for key, value in sampling.items()}
         made = _generate_variants(self.generator, prompts, self._variants, mixed=not sampled, settings=settings)
@@ -297,10 +301,17 @@ class NestedLM(TemplateLM):
         return [[finish(ids) for ids in answers] for answers in made]
 
 
+register_model(MODEL_NAME)(NestedLM)  # the untyped decorator would hide the class from type checkers
+
+
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    return cast("tuple[Any, ...]", request.args)  # the type that is inferred for it is an empty tuple
+
+
 def _generate_variants(
     generator: Generator, prompts: Sequence[Sequence[int]], variants: Sequence[Variant], *, mixed: bool, settings: dict
 ) -> list[list[list[int]]]:
-    """Per variant the answers to all prompts. `mixed`: variants of one adapter may share batches."""
+    """For every variant, the answers to all prompts. With `mixed`, variants of one adapter may share batches."""
     groups: dict[Any, list[int]] = {}
     for index, (adapter, p) in enumerate(variants):
         together = mixed and not isinstance(p, Mapping) and np.ndim(p) == 1
@@ -317,5 +328,5 @@ def _generate_variants(
 
 
 def options_key(request: Instance) -> str:
-    """A request's options of generation, for use as a key."""
-    return json.dumps(request.args[1], sort_keys=True, default=str)
+    """A request's options of generation, as a string that serves as a key."""
+    return json.dumps(_arguments(request)[1], sort_keys=True, default=str)

@@ -1,8 +1,9 @@
-"""Accuracy by label log-likelihood, for any adapter under any profile."""
+"""Measures accuracy by the log-likelihood of labels, for any adapter under any profile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,11 @@ from mlora_jax.models.tokenizer import Tokenizer
 
 
 class ScoredEvaluator:
-    """An evaluator that asks a scorer for a fixed set of requests.
+    """An evaluator that scores a fixed set of requests.
 
     Args:
-      scorer: of the adapted decoder.
-      requests: in any order.
+      scorer: the scorer of the adapted decoder.
+      requests: the requests, in any order.
 
     Attributes:
       compiled: the scorer's jitted function; its cache size counts compilations.
@@ -32,29 +33,29 @@ class ScoredEvaluator:
 
     @property
     def compilations(self) -> int:
-        """Executables so far."""
+        """The number of executables that have been compiled so far."""
         return self.compiled._cache_size()
 
-    def run_batch(self, number: int, adapter, p) -> None:
-        """Computes one batch: to time it."""
+    def run_batch(self, number: int, adapter: Any, p: Any) -> None:
+        """Computes the batch of this index, so that a caller can time it."""
         self._scorer.run_batch(self._prepared.batches[number], adapter, p)
 
 
 class ChoiceEvaluator(ScoredEvaluator):
-    """The likeliest choice compared with the right one: `evaluator(adapter, p)` gives one verdict per item.
+    """Compares the likeliest choice with the right one: `evaluator(adapter, p)` returns one verdict per item.
 
     Args:
-      scorer: of the adapted decoder.
+      scorer: the scorer of the adapted decoder.
       rows: dicts with prompt (str), choices (list of str) and label (int).
-      tokenizer: of the model.
-      boundary: how prompt and choice meet, see `Tokenizer.encode_pair`.
+      tokenizer: the model's tokenizer.
+      boundary: how prompt and choice are joined, see `Tokenizer.encode_pair`.
 
     Attributes:
       compiled: the scorer's jitted function; its cache size counts compilations.
-      truncated: items with a context that was cut on the left to fit.
+      truncated: the number of items with a context that was cut on the left to fit.
 
     Raises:
-      ValueError: rows that are no items, see `choice_items`; a choice that is longer than the context.
+      ValueError: a row is not a valid item, see `choice_items`, or a choice is longer than the model's context.
     """
 
     def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str):
@@ -62,6 +63,6 @@ class ChoiceEvaluator(ScoredEvaluator):
         super().__init__(scorer, self._items.requests)
         self.truncated = self._items.cut_items(scorer.max_length)
 
-    def __call__(self, adapter, p) -> np.ndarray:
-        """Verdicts [items] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
+    def __call__(self, adapter: Any, p: Any) -> np.ndarray:
+        """The verdicts [items] bool on an adapter under the profile p: [R], or what `set_profile` takes."""
         return self._items.verdicts(self._scorer.score(self._prepared, adapter, p).log_likelihoods)

@@ -1,4 +1,4 @@
-"""What the limits of a run keep from being measured, counted before training."""
+"""Counts, before training, the items that the limits of a run keep from being measured."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def warn_of_limits(
     context: int,
     eos: Collection[int],
 ) -> None:
-    """Logs a warning for every limit that test or validation items are beyond, with their count and the key to change.
+    """Logs a warning for every limit that test or validation items exceed, with their count and the key to change.
 
     Args:
-      config: resolved.
-      data: the task and how its rows are tokenised.
+      config: the resolved config.
+      data: the task and how its rows are tokenized.
       rows: split -> the rows to evaluate on.
-      tokenizer: of the model.
-      context: tokens that the model takes.
-      eos: token ids that end an answer.
+      tokenizer: the model's tokenizer.
+      context: the model's context, in tokens.
+      eos: the token ids that end an answer.
 
     Raises:
-      ValueError: no validation item can be right, and the accuracy on them is to decide about training; or a task of
-        `config.evaluation.tasks` whose answers leave no room for a prompt.
+      ValueError: no validation item can be right although the accuracy on them decides about training, or a task of
+        `config.evaluation.tasks` has answers that leave no room for a prompt.
     """
     _check_harness_tasks(config, context)
     generates = data.task.metric == "exact_match"
@@ -68,7 +68,15 @@ def _check_harness_tasks(config: ConfigDict, context: int) -> None:
             )
 
 
-def _limits_of_generation(config, data, split, rows, tokenizer, context, eos) -> Iterator[str]:
+def _limits_of_generation(
+    config: ConfigDict,
+    data: TaskData,
+    split: str,
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    context: int,
+    eos: Collection[int],
+) -> Iterator[str]:
     limit = config.evaluation.max_new_tokens
     ends = StopStrings(tokenizer, data.task.stop)
     references = [_Reference(row, number, data, tokenizer, ends, eos) for number, row in enumerate(rows)]
@@ -90,7 +98,7 @@ def _limits_of_generation(config, data, split, rows, tokenizer, context, eos) ->
             f"config.evaluation.max_new_tokens={limit} tokens, the longest {need}; an answer that is cut off before "
             f"its end counts as wrong: {way_out}"
         )
-    # With a pattern a shorter answer may be right: its reasons are not compared.
+    # With a pattern, a shorter answer may be right, because the reasoning before the answer is not compared.
     if len(wrong) + len(beyond) < len(rows) or data.task.answer_pattern or not rows:
         return
     none = f"none of the {len(rows)} {split} items can be right, so their accuracy will be 0 at every rank"
@@ -103,7 +111,7 @@ def _limits_of_generation(config, data, split, rows, tokenizer, context, eos) ->
     yield none
 
 
-def _cut_prompts(config, split: str, lengths: Sequence[int], context: int) -> Iterator[str]:
+def _cut_prompts(config: ConfigDict, split: str, lengths: Sequence[int], context: int) -> Iterator[str]:
     new = config.evaluation.max_new_tokens
     longest = min(config.data.max_length, context - new)
     cut = [length for length in lengths if length > longest]
@@ -138,11 +146,11 @@ class _Reference:
         self._text, self._answer = row["answer"], extract_answer(row["answer"], data.task.answer_pattern)
 
     def is_right(self, limit: int | None = None) -> bool:
-        """Whether the reference, cut to so many tokens, counts as right: what `GenerationEvaluator` would say of it."""
+        """Whether `GenerationEvaluator` would count the reference, cut to `limit` tokens, as right."""
         return extract_answer(self._ends.text(self.tokens[:limit]), self._pattern) == self._answer
 
     def needed(self) -> int:
-        """The fewest tokens of the reference that count as right, and go on to do so."""
+        """The smallest number of tokens from which on every longer part of the reference counts as right."""
         count = len(self.tokens)
         while count and self.is_right(count - 1):
             count -= 1
@@ -158,13 +166,21 @@ class _Reference:
         )
 
 
-def _limits_of_scoring(config, data, split, rows, tokenizer, context, eos) -> Iterator[str]:
+def _limits_of_scoring(
+    config: ConfigDict,
+    data: TaskData,
+    split: str,
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    context: int,
+    eos: Collection[int],
+) -> Iterator[str]:
     del eos
     limit = config.data.max_length
     if data.task.metric == "choice":
         items = choice_items(rows, tokenizer, boundary=data.boundary)
         cut, what = items.cut_items(limit), "lose the beginning of their prompt"
-        # The last token of a choice is predicted and not read.
+        # The last token of a choice is predicted, but the model does not read it.
         need = max((len(before) + len(answer) - 1 for before, answer in items.requests), default=0)
     else:
         names = [f"evaluation row {row.get('row', number)}" for number, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""A checkpoint with an adapter from its folder, at a rank: what the harness's `--model_args` name."""
+"""Loads a checkpoint with an adapter at one rank, from the arguments that the harness gets as `--model_args`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Loaded:
     """An adapted decoder in evaluation mode and the profile of one rank.
 
     Attributes:
-      graphdef, base, adapter, profile: of `mlora_jax.split`.
-      p: profile [R].
-      hierarchy: S, scaling and weights; None without an adapter.
-      tokenizer: of the checkpoint.
-      eos: token ids that end an answer.
-      settings: of generation, of the checkpoint.
-      max_length, batch_size, pad_multiple: shapes of evaluation.
-      name: checkpoint, adapter, rank and read-out.
-      seed: of sampled generation.
+      graphdef, base, adapter, profile: the decoder as `mlora_jax.split` returns it.
+      p: the profile [R].
+      hierarchy: the adapter's ranks S, scaling and weights; None without an adapter.
+      tokenizer: the checkpoint's tokenizer.
+      eos: the token ids that end an answer.
+      settings: the checkpoint's generation settings.
+      max_length, batch_size, pad_multiple: the shapes of evaluation, see `Generator` and `Scorer`.
+      name: the name of the model: checkpoint, adapter, rank and read-out.
+      seed: the seed of sampled generation.
     """
 
     graphdef: Any
@@ -56,21 +56,25 @@ class Loaded:
 
 
 def load_adapted(**options: Any) -> Loaded:
-    """A model from files.
+    """Loads a model from files.
 
     Args:
-      checkpoint: Hugging Face folder or hub id of the base.
-      adapter: folder that `save_adapter` wrote; empty: the base alone.
-      rank: of the read-out, 0..R; 0 is the base, None the largest of S.
-      readout: a key of `mlora_jax.core.READOUTS`; those that are made of training data as the adapter's run made them.
-      dtype: of weights and compute; empty: as stored.
-      quantization: of the base's kernels, as `config.model.quantization`; empty: none.
-      max_length: the context in tokens; None: the model's.
+      checkpoint: the Hugging Face folder or hub id of the base model.
+      adapter: the folder that `save_adapter` wrote; empty loads the base model alone.
+      rank: the rank of the read-out, in 0..R; 0 is the base model, and None stands for the largest rank of S.
+      readout: a key of `mlora_jax.core.READOUTS`. A read-out that needs training data is loaded as the adapter's run
+        made it.
+      dtype: the dtype of weights and compute; empty keeps the stored dtype.
+      quantization: the quantization of the base model's kernels, as in `config.model.quantization`; empty is none.
+      max_length: the context, in tokens; None stands for the model's own context.
       batch_size, pad_multiple, seed: see `Loaded`.
 
+    Returns:
+      The loaded model.
+
     Raises:
-      ValueError: an unknown option (the message names the nearest), rank or read-out; a rank of no adapter; a number
-        outside its range.
+      ValueError: an option (the message names the nearest one), the rank or the read-out is unknown, a rank is given
+        without an adapter, or a number is outside its range.
       FileNotFoundError: a file of the checkpoint or the adapter is missing.
     """
     known = inspect.signature(_load).parameters
@@ -129,8 +133,10 @@ def _load(
     )
 
 
-def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: str):
-    """((graphdef, base, adapter, profile), p [R], hierarchy) of an adapter's folder."""
+def _read_out(
+    model: Decoder, folder: pathlib.Path, rank: int | None, readout: str
+) -> tuple[tuple[Any, Any, Any, Any], jax.Array, RankHierarchy]:
+    """Reads an adapter's folder out at a rank: ((graphdef, base, adapter, profile), p [R], hierarchy)."""
     description, found = read_description(folder), find_readout(folder, readout)
     graphdef, base, adapter, profile, hierarchy, _ = read_adapted(found.folder, model)
     reading = found.read(adapter, hierarchy, trained_profile(description, hierarchy))
@@ -138,8 +144,8 @@ def _read_out(model: Decoder, folder: pathlib.Path, rank: int | None, readout: s
     return (graphdef, base, reading.adapter, profile), p, reading.hierarchy
 
 
-def _unadapted(model: Decoder) -> tuple:
-    """With an adapter that does nothing."""
+def _unadapted(model: Decoder) -> tuple[Any, Any, Any, Any]:
+    """(graphdef, base, adapter, profile) of the base model, with an adapter that does nothing."""
     adapted = adapt(model, 1, ("q_proj",), key=jax.random.key(0))
     adapted.eval()
     return split(adapted)

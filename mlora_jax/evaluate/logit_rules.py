@@ -1,4 +1,4 @@
-"""What a checkpoint's `generation_config.json` does to the logits of the next token, as transformers does it.
+"""Applies the rules of a checkpoint's `generation_config.json` to the logits of the next token, as transformers does.
 
 Axes: B batch, S slots of a row, V vocabulary. Source of every rule: `generation/logits_process.py` of transformers.
 """
@@ -16,18 +16,18 @@ import numpy as np
 
 from mlora_jax.models.generation_config import GenerationSettings
 
-NO_TOKEN = -1  # in slots of a row that hold no token yet
+NO_TOKEN = -1  # marks the slots of a row that hold no token yet
 
 
 class Texts(NamedTuple):
-    """The rows so far.
+    """The texts of a batch as far as they are generated.
 
     Attributes:
-      tokens: [B, S] int32, prompt and answer of each row; `NO_TOKEN` behind them.
-      prompts: [B] int32, tokens of the prompt.
-      made: int32 scalar, tokens of the answer.
-      limits: [B] int32, tokens of the answer at most.
-      ends: [E] ids that end a text.
+      tokens: [B, S] int32, prompt and answer of each row, followed by `NO_TOKEN`.
+      prompts: [B] int32, the number of tokens of each prompt.
+      made: int32 scalar, the number of tokens that each answer has so far.
+      limits: [B] int32, the largest number of tokens that each answer may have.
+      ends: [E], the token ids that end a text.
     """
 
     tokens: jax.Array
@@ -38,22 +38,23 @@ class Texts(NamedTuple):
 
     @property
     def lengths(self) -> jax.Array:
-        return self.prompts + self.made  # [B]
+        """The number of tokens [B] of every row."""
+        return self.prompts + self.made
 
     def last(self, count: int) -> jax.Array:
-        """The last tokens [B, count] of every row; of no meaning where a row has fewer."""
+        """The last `count` tokens [B, count] of every row; they have no meaning where a row has fewer."""
         positions = self.lengths[:, None] - count + jnp.arange(count)
         return jnp.take_along_axis(self.tokens, jnp.maximum(positions, 0), axis=1)
 
 
 def begin_texts(tokens: jax.Array, prompts: jax.Array, slots: int) -> jax.Array:
-    """The rows [B, S] of `Texts` that hold nothing but their prompts, right-padded tokens [B, T]."""
+    """The rows [B, S] of `Texts` that hold only their prompts, from right-padded tokens [B, T]."""
     tokens = jnp.where(jnp.arange(tokens.shape[1]) < prompts[:, None], tokens, NO_TOKEN)
     return jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])), constant_values=NO_TOKEN)
 
 
 def _among(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Which tokens [B, V] are among those of [B, S] that are not negative."""
+    """Marks [B, V] bool the tokens of the vocabulary that are in `tokens` [B, S]; negative entries are skipped."""
     rows, beyond = jnp.arange(len(logits))[:, None], logits.shape[-1]
     marked = jnp.zeros(logits.shape, bool)
     return marked.at[rows, jnp.where(tokens < 0, beyond, tokens)].set(True, mode="drop")
@@ -95,7 +96,7 @@ def _without_runs(size: int, logits: jax.Array, texts: Texts, *, of: Callable[[T
         return logits
     windows = tokens.shape[1] - size + 1
     completed = tokens[:, size - 1 :]  # [B, W], the last token of every run
-    matches = completed >= 0  # else the run goes beyond the text
+    matches = completed >= 0  # a run with a negative last token extends past the text
     for index, token in enumerate(jnp.unstack(texts.last(size - 1), axis=1) if size > 1 else ()):
         matches &= tokens[:, index : index + windows] == token[:, None]
     return jnp.where(_among(logits, jnp.where(matches, completed, NO_TOKEN)), -jnp.inf, logits)
@@ -143,8 +144,8 @@ def _suppressed(ids: tuple[int, ...], logits: jax.Array, texts: Texts) -> jax.Ar
     return logits.at[:, np.array(ids)].set(-jnp.inf, mode="drop")
 
 
-# Field of `GenerationSettings` -> (its value, logits [B, V], texts) -> logits, in the order of transformers. What
-# begins an answer depends on two fields, see `make_rules`.
+# Field of `GenerationSettings` -> (its value, logits [B, V], texts) -> logits, in the order of transformers.
+# `begin_suppress_tokens` is not a row, because it depends on two fields: `LogitRules` applies it last.
 RULES: dict[str, Callable[[Any, jax.Array, Texts], jax.Array]] = {
     "sequence_bias": _biased,
     "encoder_repetition_penalty": _of_the_prompt,
@@ -166,7 +167,7 @@ class LogitRules:
     """The rules of one checkpoint: `rules(logits, texts)` gives the logits to choose the next token from.
 
     Args:
-      settings: of the checkpoint, not all of them plain.
+      settings: the checkpoint's generation settings, at least one of which changes logits.
 
     >>> rules = LogitRules(GenerationSettings(repetition_penalty=2.0, suppress_tokens=(0,)))
     >>> texts = Texts(jnp.array([[2, -1]]), jnp.array([1]), jnp.array(0), jnp.array([1]), np.array([1]))
@@ -177,13 +178,14 @@ class LogitRules:
     settings: GenerationSettings
 
     def __call__(self, logits: jax.Array, texts: Texts) -> jax.Array:
+        """The logits [B, V] after all rules."""
         applied = self.settings.applied()
         for name, rule in RULES.items():
             if name in applied:
                 logits = rule(applied[name], logits, texts)
         if "begin_suppress_tokens" in applied:
             begin = texts.prompts
-            if "forced_bos_token_id" in applied:  # behind a single token the forced one comes first
+            if "forced_bos_token_id" in applied:  # after a prompt of one token, the forced token comes first
                 begin = jnp.where(begin > 1, begin, begin + 1)
             suppressed = _suppressed(applied["begin_suppress_tokens"], logits, texts)
             logits = jnp.where((texts.lengths == begin)[:, None], suppressed, logits)
@@ -191,5 +193,5 @@ class LogitRules:
 
 
 def make_rules(settings: GenerationSettings | None) -> LogitRules | None:
-    """The rules of a checkpoint, or None where its settings change no logits."""
+    """The rules of a checkpoint, or None if its settings change no logits."""
     return LogitRules(settings) if settings is not None and settings.applied() else None

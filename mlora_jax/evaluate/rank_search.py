@@ -1,6 +1,7 @@
-"""The search behind `allocate_ranks`: a rank per group, their costs and a score, whatever a group stands for.
+"""The search of `allocate_ranks`, in terms of groups that have one rank each, their costs and a score.
 
-A *change* is (group, levels): so many levels up, or down if below zero. A *move* is changes of several groups at once.
+A *change* is (group, levels): the group goes up by so many levels, or down if the number is negative. A *move* changes
+one or several groups at once.
 """
 
 from __future__ import annotations
@@ -11,31 +12,32 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-Ranks = tuple[int, ...]  # a rank per group
+Ranks = tuple[int, ...]  # one rank per group
 Change = tuple[int, int]
 Move = tuple[Change, ...]
 
-TRIES = 16  # moves that are measured and refused before their predictions are made anew, or the search ends
+TRIES = 16  # after so many moves that bring no gain, predictions are made anew, or the search ends
 
 
 class _SpentError(Exception):
-    """The limit of evaluations is reached."""
+    """Raised when the limit of evaluations is reached."""
 
 
 class SearchScores:
-    """Scores of allocations, each computed once, and the best one within the budget.
+    """The scores of allocations, each computed once, and the best allocation within the budget.
 
     Args:
       score: ranks -> a number, higher is better.
-      costs: per group, what one rank of it costs.
-      budget: the most that the best one may cost.
-      limit: how many scores may be computed.
-      known: scores of earlier searches over the same groups; new ones are added.
+      costs: the cost of one rank of each group.
+      budget: the largest cost that the best allocation may have.
+      limit: the largest number of scores that may be computed.
+      known: ranks -> scores from earlier searches over the same groups; new scores are added to it.
 
     Attributes:
-      best: of the allocations within the budget; the cheaper one of equal scores.
-      history: (scores computed so far, ranks, score) at each improvement of the best.
-      spent: scores computed.
+      costs, budget: as given.
+      best: the best allocation within the budget; if scores are equal, the cheaper one.
+      history: (number of scores computed so far, ranks, score) at each improvement of the best.
+      spent: the number of scores computed.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class SearchScores:
         self.spent = 0
 
     def __call__(self, ranks: Ranks) -> float:
+        """The score of an allocation."""
         if ranks not in self._known:
             if self.spent >= self._limit:
                 raise _SpentError
@@ -67,37 +70,43 @@ class SearchScores:
             self.history.append((self.spent, ranks, self._known[ranks]))
 
     def exceeds(self, ranks: Ranks, other: Ranks) -> bool:
-        """Whether the score is higher, or the cost lower at an equal score."""
-        self(ranks), self(other)
+        """Whether `ranks` score higher than `other`, or cost less at an equal score."""
+        for each in (ranks, other):
+            self(each)
         return self._value(ranks) > self._value(other)
 
     def _value(self, ranks: Ranks) -> tuple[float, int]:
         return self._known[ranks], -self.cost(ranks)
 
     def look_back(self) -> None:
-        """Takes every allocation that an earlier search measured into account."""
+        """Considers every allocation that an earlier search measured."""
         for ranks in self._known:
             self._note(ranks)
 
     def cost(self, ranks: Ranks) -> int:
+        """The cost of an allocation."""
         return sum(rank * cost for rank, cost in zip(ranks, self.costs, strict=True))
 
     @contextlib.contextmanager
     def until_spent(self) -> Iterator[None]:
-        """Ends the block when the limit is reached."""
+        """Leaves the block when the limit of evaluations is reached."""
         with contextlib.suppress(_SpentError):
             yield
 
 
 def remove(scores: SearchScores, ranks: Ranks, levels: Sequence[int]) -> Ranks:
-    """Takes levels away until the budget is met, each time the one that is missed least per unit of cost.
+    """Removes levels until the budget is met, each time the level that is missed least per unit of cost.
 
-    Losses of former rounds serve as a queue: its first is measured again, and taken if it still is the first.
+    The losses from earlier rounds are in a queue. The first of them is measured again, and its level is removed if its
+    loss is still the smallest.
 
     Args:
-      scores: of the search.
-      ranks: to begin with, all of them levels.
-      levels: increasing; the ranks that there are.
+      scores: the scores of the search.
+      ranks: the ranks to begin with; each of them is a level.
+      levels: the ranks that a group may have, increasing.
+
+    Returns:
+      The ranks that meet the budget.
     """
 
     def loss(group: int) -> float:
@@ -121,12 +130,19 @@ def remove(scores: SearchScores, ranks: Ranks, levels: Sequence[int]) -> Ranks:
 def exchange(scores: SearchScores, ranks: Ranks, levels: Sequence[int]) -> Ranks:
     """Moves levels between groups as long as the score rises, or the cost falls at an equal score.
 
-    Arguments as `remove`, `ranks` within the budget.
+    Every single change is measured once, and again after its group has moved. Sums of single changes predict the gain
+    of a move, and a move is made if its own score is better. If none of the best moves is better, all changes are
+    measured again.
 
-    Every single change is measured once and again when its group has moved. Sums of them predict what a move brings,
-    and a move is made if its own score is better; when none of the best predictions holds, all are made anew.
+    Args:
+      scores: the scores of the search.
+      ranks: the ranks to begin with, within the budget.
+      levels: the ranks that a group may have, increasing.
+
+    Returns:
+      The ranks from which no move leads to a better score.
     """
-    gains: dict[Change, float] = {}  # perhaps of an earlier allocation
+    gains: dict[Change, float] = {}  # some may be measured at an earlier allocation
     while True:
         fresh = not gains
         for change in (*_changes(ranks, 1, levels), *_changes(ranks, -1, levels)):
@@ -146,11 +162,12 @@ def exchange(scores: SearchScores, ranks: Ranks, levels: Sequence[int]) -> Ranks
 
 
 def _promising(scores: SearchScores, ranks: Ranks, levels: Sequence[int], gains: Mapping[Change, float]) -> list[Move]:
-    """Moves within the budget whose changes' gains add up to more than zero, or to zero and are saved on; best first.
+    """The moves within the budget whose predicted gain is above zero, or is zero at a lower cost; best first.
 
-    A group alone; one up and one down, by as many levels as it takes or pays for; one up and as many downs as pay for
-    it, or one down and as many ups as it pays for, the best ones per unit of cost. The gain of several levels is that
-    of one, per unit of cost.
+    These moves are tried: one group alone; one group up and one down, by as many levels as the budget needs or allows;
+    one group up and the best groups down that pay for it; one group down and the best groups up that it pays for. The
+    best groups are those with the best gain per unit of cost. Several levels are predicted to have the same gain per
+    unit of cost as one level.
     """
     at = [levels.index(rank) for rank in ranks]
     slack = scores.budget - scores.cost(ranks)
@@ -191,12 +208,13 @@ def _promising(scores: SearchScores, ranks: Ranks, levels: Sequence[int], gains:
 
 
 def _changes(ranks: Ranks, by: int, levels: Sequence[int]) -> list[Change]:
-    """One level up or down, of every group that has such a level."""
+    """The changes by one level up (`by` = 1) or down (-1) of all groups that have such a level."""
     end = levels[-1 if by > 0 else 0]
     return [(group, by) for group, rank in enumerate(ranks) if rank != end]
 
 
 def _moved(ranks: Ranks, move: Move, levels: Sequence[int]) -> Ranks:
+    """The ranks after a move."""
     new = list(ranks)
     for group, by in move:
         new[group] = levels[levels.index(ranks[group]) + by]

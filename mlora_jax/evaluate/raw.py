@@ -1,7 +1,7 @@
-"""Data sets of the harness's tasks from local files: which are there, what each lacks, its rows as published.
+"""Reads the data sets of the harness's tasks from local files, and says what is missing from them.
 
-A file in the published schema is taken as it is; other forms are converted. What the harness needs and a file does not
-hold is a reason not to compare: nothing is made up.
+A file in the published schema is used as it is; other forms are converted. If a file lacks something that the harness
+needs, the task is not compared: no data are made up.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from mlora_jax.data.published import SCHEMAS, Row, find_split, read_split
 
 @dataclasses.dataclass(frozen=True)
 class LocalTask:
-    """A task that local files hold whole.
+    """A task whose data are complete in local files.
 
     Attributes:
-      name: the harness's.
-      splits: split -> rows in the published schema.
+      name: the harness's name of the task.
+      splits: split -> its rows in the published schema.
     """
 
     name: str
     splits: Mapping[str, Sequence[Row]]
 
 
-def local_tasks(raw_dir, names: Sequence[str] | None = None, *, cache_dir: str = "") -> dict[str, LocalTask | str]:
+def local_tasks(
+    raw_dir: str | pathlib.Path, names: Sequence[str] | None = None, *, cache_dir: str = ""
+) -> dict[str, LocalTask | str]:
     """The tasks of a folder of raw files, and why each of the others cannot be compared.
 
     Args:
-      raw_dir: has a folder for every task, of its name (or is that folder), with one file `{split}.json` (a list of
-        rows), `{split}.jsonl` or `{split}.parquet` a split; trec and sst2 are in the forms that their builders read.
-      names: which tasks; None: all of `SCHEMAS` and `OWN_TASKS`.
-      cache_dir: where builds of our own tasks go, see `load_task`.
+      raw_dir: the folder that holds one folder for every task, named like the task, or the folder of the only task.
+        A task's folder has one file per split: `{split}.json` (a list of rows), `{split}.jsonl` or `{split}.parquet`.
+        trec and sst2 are in the forms that their builders read.
+      names: the names of the tasks; None stands for all of `SCHEMAS` and `OWN_TASKS`.
+      cache_dir: the folder for builds of our own tasks, see `load_task`.
 
     Returns:
-      name -> `LocalTask`, or the reason (str) why there is none.
+      name -> the `LocalTask`, or the reason (str) why the task cannot be compared.
 
     Raises:
       ValueError: an unknown name, or a file that cannot be read; the message names it.
@@ -50,13 +53,13 @@ def local_tasks(raw_dir, names: Sequence[str] | None = None, *, cache_dir: str =
 
 
 def own_task(name: str, *, raw_dir: str = "", cache_dir: str = "") -> LocalTask:
-    """trec, sst2 or the quickstart's task by its builder; without `raw_dir` what is published is downloaded."""
+    """Builds trec, sst2 or the task of the quickstart; without `raw_dir` the published files are downloaded."""
     data = load_task(name, raw_dir=raw_dir, cache_dir=cache_dir)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     return LocalTask(name, {split: [*map(rows.stored, range(len(rows)))] for split, rows in splits.items() if rows})
 
 
-# The other names are the harness's own tasks; these are in the project's table of tasks.
+# These tasks are in the project's own table of tasks; all other names are tasks of the harness.
 OWN_TASKS = ("trec", "sst2", "quickstart")
 
 

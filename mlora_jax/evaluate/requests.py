@@ -1,4 +1,4 @@
-"""Items with choices as requests, and what the requests' scores say of the items."""
+"""Turns items with choices into requests, and the scores of the requests into verdicts on the items."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceItems:
-    """Items, each of several choices.
+    """Items that each have several choices.
 
     Attributes:
-      requests: one per choice, item by item.
+      requests: one request per choice, item by item.
       offsets: [items + 1], where each item's choices begin among the requests.
-      labels: [items], the right choice.
+      labels: [items], the index of the right choice.
     """
 
     requests: tuple[Request, ...]
@@ -33,11 +33,12 @@ class ChoiceItems:
         """Whether the likeliest choice is the right one.
 
         Args:
-          log_likelihoods: [requests].
+          log_likelihoods: [requests], nats.
 
         Returns:
-          [items] bool. Of equally likely choices the first counts as chosen. An item with a log-likelihood that is not
-          finite has no likeliest choice: it is wrong, and a logged warning has the count of such items.
+          [items] bool. If several choices are equally likely, the first of them counts as chosen. An item with a
+          log-likelihood that is not finite has no likeliest choice: it is wrong, and a logged warning counts such
+          items.
         """
         spans = list(itertools.pairwise(self.offsets))
         chosen = np.asarray([np.argmax(log_likelihoods[i:j]) for i, j in spans])
@@ -46,7 +47,7 @@ class ChoiceItems:
         return (chosen == self.labels) & finite
 
     def cut_items(self, max_length: int) -> int:
-        """How many items have a choice whose context must be cut to fit into so many tokens."""
+        """The number of items with a choice whose context must be cut to fit into `max_length` tokens."""
         cut = np.asarray([len(context) + len(answer) > max_length + 1 for context, answer in self.requests], bool)
         return sum(bool(cut[i:j].any()) for i, j in itertools.pairwise(self.offsets))
 
@@ -56,11 +57,12 @@ def choice_items(rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str) -
 
     Args:
       rows: dicts with prompt (str), choices (list of str) and label (int).
-      tokenizer: of the model.
-      boundary: how prompt and choice meet, see `Tokenizer.encode_pair`.
+      tokenizer: the model's tokenizer.
+      boundary: how prompt and choice are joined, see `Tokenizer.encode_pair`.
 
     Raises:
-      ValueError: a row without choices, a label that is none of them, a prompt or choice without tokens of its own.
+      ValueError: a row has no choices, a label is not the index of a choice, or a prompt or choice has no tokens of
+        its own.
     """
     requests, offsets, labels = [], [0], []
     for number, row in enumerate(rows):
@@ -82,7 +84,7 @@ def choice_items(rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str) -
 
 
 def warn_of_not_finite(finite: np.ndarray) -> None:
-    """Logs one warning with the number of items [items] bool whose logits were not finite, if there are any."""
+    """Logs a warning with the number of items whose entry in `finite` [items] is False, if there are any."""
     if not np.all(finite):
         logger.warning(
             "%d of %d items count as wrong: the model's logits for them are not finite", np.sum(~finite), len(finite)

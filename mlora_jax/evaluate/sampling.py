@@ -9,16 +9,16 @@ import jax.numpy as jnp
 
 from mlora_jax.core.ranges import LARGEST_FLOAT, SEEDS
 
-NOT_FINITE = -2  # in place of a token where no logit is the largest
+NOT_FINITE = -2  # stands for a token where the largest logit is not finite
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, as data: another temperature is no other executable.
+    """How tokens are drawn. The options are data, so that a new temperature does not compile a new executable.
 
     Attributes:
       key: a `jax.random.key`.
-      temperature: scalar above 0 that divides the logits.
-      top_p: scalar in (0, 1]: a token is drawn from the likeliest ones that together have this probability.
+      temperature: a scalar above 0 that divides the logits.
+      top_p: a scalar in (0, 1]: a token is drawn from the likeliest tokens that together have this probability.
     """
 
     key: jax.Array
@@ -27,10 +27,10 @@ class Sampling(NamedTuple):
 
 
 def make_sampling(temperature: float, top_p: float, seed: int) -> Sampling | None:
-    """Checks the options of a draw.
+    """Checks the options of a draw and makes them data.
 
     Returns:
-      None for a temperature of 0, which is greedy.
+      The options, or None for a temperature of 0, which is greedy.
 
     Raises:
       ValueError: a temperature that is negative or not finite, a top_p outside (0, 1], or a seed outside 32 bits.
@@ -42,7 +42,7 @@ def make_sampling(temperature: float, top_p: float, seed: int) -> Sampling | Non
     SEEDS.check("seed", seed)
     if not temperature:
         return None
-    # What is 0 in float32 stands for the least number that is not: the likeliest token alone.
+    # A top_p that would be 0 in float32 becomes the smallest positive number, which keeps the likeliest token alone.
     least = jnp.finfo(jnp.float32).tiny
     return Sampling(
         jax.random.key(seed), jnp.asarray(temperature, jnp.float32), jnp.asarray(max(top_p, least), jnp.float32)
@@ -56,9 +56,9 @@ def next_tokens(logits: jax.Array, sampling: Sampling | None, numbers: jax.Array
 
     Args:
       logits: [B, V], float32 at least.
-      sampling: None takes the likeliest token, the first of several.
-      numbers: [B] int32, of the requests. A row's draw depends on its own logits, number and step only.
-      step: int32 scalar, tokens made before this one.
+      sampling: how to draw; None takes the likeliest token, and the first of equally likely ones.
+      numbers: [B] int32, the numbers of the requests. A row's draw depends on its own logits, number and step only.
+      step: int32 scalar, the number of tokens made before this one.
 
     Returns:
       [B] int32; `NOT_FINITE` where the largest logit is infinite or NaN (the largest of NaN and others is NaN).
@@ -72,7 +72,7 @@ def next_tokens(logits: jax.Array, sampling: Sampling | None, numbers: jax.Array
     if sampling is None:
         tokens = jnp.argmax(logits, axis=-1)
     else:
-        # With the largest at 0 no temperature, however small, makes infinities of different signs.
+        # With the largest logit at 0, even a very small temperature cannot make infinities of different signs.
         cold = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
         scaled = (logits - largest[:, None]) / cold
         scaled = jax.lax.cond(sampling.top_p < 1, nucleus, lambda scaled, _: scaled, scaled, sampling.top_p)
@@ -82,15 +82,15 @@ def next_tokens(logits: jax.Array, sampling: Sampling | None, numbers: jax.Array
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits [..., V] with -inf in place of every token outside the smallest likeliest set of probability `top_p`.
+    """Sets the logits [..., V] to -inf outside the smallest set of likeliest tokens that has probability `top_p`.
 
-    The likeliest token is always in it, and so are tokens exactly as likely as the last of the set.
+    The set always holds the likeliest token, and all tokens that are exactly as likely as its last one.
 
     >>> nucleus(jnp.log(jnp.array([0.5, 0.125, 0.25, 0.125])), 0.6).tolist()[1]
     -inf
     """
     falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     shares = jax.nn.softmax(falling, axis=-1)
-    inside = jnp.cumsum(shares, axis=-1) - shares < top_p  # what is likelier falls short of top_p
+    inside = jnp.cumsum(shares, axis=-1) - shares < top_p  # the likelier tokens together have less than top_p
     least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations, for any adapter under any profile, in one executable per batch shape.
+"""Computes log-likelihoods of continuations, for any adapter under any profile, in one executable per batch shape.
 
-Requests that share a context are one text: the context, and behind it the tokens of every continuation, each of which
-sees the context and itself only. The context's keys and values are computed once, and a continuation of one token adds
-nothing to the text: it is read off the context's last state. Rows of one length are packed with texts, so that hardly a
-token is padding and all batches are of one shape.
+Requests that share a context form one text: the context, followed by the tokens of every continuation. A continuation
+attends to the context and to itself only. The keys and values of the context are computed once. A continuation of one
+token adds nothing to the text, because the last state of the context predicts it. The texts are packed into rows of one
+length, so that there is little padding and all batches have the same shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -23,21 +23,26 @@ from mlora_jax.models.attention import Spans
 from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights
 from mlora_jax.parallel.mesh import EVALUATED, shards_of
 from mlora_jax.parallel.rules import replicated
-from mlora_jax.training.objective import answer_scores
+from mlora_jax.training.objective import AnswerBatch, answer_scores
 
-ROW = 1024  # tokens of a row, or more for a longer text
-WIDTHS = 48  # see `few_lengths`; the widths of texts that attention is compiled for
+ROW = 1024  # tokens of a row; a longer text makes the rows longer
+WIDTHS = 48  # the `share` of `few_lengths`, for the widths of texts that attention is compiled for
 
 
 class Request(NamedTuple):
-    """The log-likelihood of some tokens behind others; at least one token id in each."""
+    """A request for the log-likelihood of a continuation after a context.
+
+    Attributes:
+      context: token ids, at least one.
+      continuation: token ids, at least one.
+    """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
 class Scores(NamedTuple):
-    """Of requests, in their order.
+    """The scores of requests, in their order.
 
     Attributes:
       log_likelihoods: [requests] float64, nats, summed over a continuation's tokens.
@@ -53,11 +58,12 @@ class Prepared:
     """Requests as batches of one shape.
 
     Attributes:
-      batches: trees of arrays, on the device; on a mesh several at once, with a leading axis that lies along it.
-      owners: per batch [A] int: the requests that its asked tokens belong to, -1 in padding.
-      requests: how many there are.
-      truncated: requests whose context was cut on the left to fit.
-      texts: contexts with their continuations, over all batches.
+      batches: trees of arrays on the device. On a mesh, one tree holds several batches, with a leading axis that is
+        sharded over the mesh.
+      owners: for every batch [A] int, the requests that its predicted tokens belong to; -1 in padding.
+      requests: the number of requests.
+      truncated: the number of requests whose context was cut on the left to fit.
+      texts: the number of texts (a context with its continuations) in all batches.
     """
 
     batches: tuple[dict[str, Any], ...]
@@ -70,7 +76,7 @@ class Prepared:
         """The scores of the requests.
 
         Args:
-          results: per batch log-likelihoods [A] and greedy [A], as `Scorer.run_batch` gives them.
+          results: for every batch, the log-likelihoods [A] and greedy [A] that `Scorer.run_batch` returns.
         """
         totals, greedy = np.zeros(self.requests), np.ones(self.requests, bool)
         for owner, (values, likeliest) in zip(self.owners, results, strict=True):
@@ -81,12 +87,12 @@ class Prepared:
 
 
 class _Text(NamedTuple):
-    """A context and continuations of it.
+    """A context and some of its continuations.
 
     Attributes:
-      context: token ids.
-      runs: the further token ids to run, one sequence per segment.
-      asked: (position whose state predicts, target, request).
+      context: the token ids of the context.
+      runs: the token ids that follow the context, one sequence per segment.
+      asked: for every token to predict, (position of the state that predicts it, token id, index of the request).
     """
 
     context: tuple[int, ...]
@@ -95,6 +101,7 @@ class _Text(NamedTuple):
 
     @property
     def length(self) -> int:
+        """The number of tokens."""
         return len(self.context) + sum(map(len, self.runs))
 
 
@@ -102,28 +109,28 @@ class Scorer:
     """Scores requests: `score(prepare(requests), adapter, p)`.
 
     Args:
-      graphdef: of the adapted decoder in evaluation mode.
-      base: frozen tree.
-      profile: profile tree; its values are replaced by the p of each call.
-      max_length: tokens of context that the model has. A request that is longer loses tokens on the left and is a text
-        of its own: as lm-evaluation-harness's Hugging Face backend does it, per choice. The last token of a
-        continuation is predicted and never run.
-      batch_size: a batch has at most as many tokens as this many of the longest text.
+      graphdef: the graph definition of the adapted decoder in evaluation mode.
+      base: the frozen tree.
+      profile: the profile tree; its values are replaced by the p of each call.
+      max_length: the model's context, in tokens. A longer request loses tokens on the left and becomes a text of its
+        own, as in lm-evaluation-harness's Hugging Face backend, which cuts each choice by itself. The last token of a
+        continuation is predicted, but the model does not read it.
+      batch_size: a batch has at most as many tokens as this number of texts of the largest length.
       pad_multiple: T is a multiple of this.
-      chunk: answer positions with logits at one time.
-      mesh: None for one device. On a mesh as many batches are scored at once as it has parts of the rows.
+      chunk: the number of answer positions whose logits are in memory at one time.
+      mesh: None for one device. On a mesh, one batch is scored for each part of the rows at the same time.
 
     Attributes:
       max_length: as given.
-      compiled: the jitted function (base, adapter, p, batch) -> log-likelihoods and greedy [A]; its cache size
-        counts compilations: one per set of requests, whatever the number of ranks and adapters.
+      compiled: the jitted function (base, adapter, p, batch) -> log-likelihoods and greedy [A]. Its cache size counts
+        compilations: one per set of requests, for any number of ranks and adapters.
     """
 
     def __init__(
         self,
-        graphdef,
-        base,
-        profile,
+        graphdef: Any,
+        base: Any,
+        profile: Any,
         *,
         max_length: int,
         batch_size: int,
@@ -135,7 +142,12 @@ class Scorer:
         def score(base, adapter, p, batch):
             def one(batch):
                 values = set_profile(profile, p)
-                answers = {name: batch[name] for name in ("tokens", "positions", "targets", "weights")}
+                answers = AnswerBatch(
+                    tokens=batch["tokens"],
+                    positions=batch["positions"],
+                    targets=batch["targets"],
+                    weights=batch["weights"],
+                )
                 return answer_scores(graphdef, base, adapter, values, answers, chunk=chunk, layout=batch.get("layout"))
 
             if mesh is None:
@@ -143,17 +155,17 @@ class Scorer:
             several = jax.vmap(one, spmd_axis_name=EVALUATED)(batch)
             return jax.lax.with_sharding_constraint(several, replicated(mesh))
 
-        self.compiled = score
+        self.compiled: Any = score  # the type of a jitted function in jax lacks `_cache_size`
         self._score = functools.partial(score, base)
         self.max_length = max_length
         self._batch_size, self._pad_multiple = batch_size, pad_multiple
         self._mesh, self._shards = mesh, shards_of(mesh, EVALUATED)
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
-        """Requests in any order as batches for `score`.
+        """Makes batches for `score` from requests in any order.
 
         Raises:
-          ValueError: a context or continuation without tokens, or a continuation that is longer than the context.
+          ValueError: a context or continuation has no tokens, or a continuation is longer than `max_length`.
         """
         texts, truncated = _texts(requests, self.max_length)
         lengths = [text.length for text in texts]
@@ -162,7 +174,7 @@ class Scorer:
         row = max(widest, min(ROW, self._batch_size * widest, sum(lengths)))
         row = -(-row // self._pad_multiple) * self._pad_multiple
         rows = pack(lengths, row)
-        # A CPU does a row at a time fastest: what one layer hands to the next then stays in its cache.
+        # A CPU is fastest with one row at a time, because the outputs of a layer then stay in its cache.
         most = self._batch_size * widest // self._shards // max(row, 1)
         largest = 1 if jax.default_backend() == "cpu" else max(1, most)
         size = even_batch_size(-(-len(rows) // self._shards), largest)
@@ -180,7 +192,7 @@ class Scorer:
         return Prepared(tuple(map(put, batches)), owners, len(requests), truncated, len(texts))
 
     def _joined(self, made: list) -> list:
-        """Batches and owners, as many as there are parts on the mesh stacked into one."""
+        """Stacks batches, and concatenates their owners, in groups with one batch for each part of the mesh."""
         groups = [made[start : start + self._shards] for start in range(0, len(made), self._shards)]
         nobody = made[-1][0], np.full_like(made[-1][1], -1)
         groups[-1] += [nobody] * (self._shards - len(groups[-1]))
@@ -190,35 +202,35 @@ class Scorer:
             for group in groups
         ]
 
-    def _put(self, batch):
+    def _put(self, batch: dict[str, Any]) -> dict[str, Any]:
         return put_rows(batch, self._mesh, 0, over=EVALUATED)
 
-    def score(self, prepared: Prepared, adapter, p) -> Scores:
-        """The scores of prepared requests by an adapter under a profile p: [R], or what `set_profile` takes."""
+    def score(self, prepared: Prepared, adapter: Any, p: Any) -> Scores:
+        """Scores prepared requests with an adapter under a profile p: [R], or what `set_profile` takes."""
         adapter, p = self.place(adapter, p)
         # Fetched one by one: dozens of executions in flight can starve XLA's thread pool on a CPU of few cores.
         return prepared.collect(self.run_batch(batch, adapter, p) for batch in prepared.batches)
 
-    def place(self, adapter, p) -> tuple:
-        """Adapter and profile where the mesh wants them, for many calls of `run_batch`."""
+    def place(self, adapter: Any, p: Any) -> tuple[Any, Any]:
+        """Puts an adapter and a profile where the mesh needs them, once for many calls of `run_batch`."""
         return put_weights(adapter, self._mesh), put_replicated(p, self._mesh)
 
-    def run_batch(self, batch, adapter, p) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihoods and greedy [A] of the tokens that one batch asks for."""
+    def run_batch(self, batch: dict[str, Any], adapter: Any, p: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The log-likelihoods [A] of the tokens that one batch predicts, and whether each is the likeliest [A]."""
         adapter, p = self.place(adapter, p)
         values, greedy = self._score(adapter, p, batch)
         return np.asarray(values).reshape(-1), np.asarray(greedy).reshape(-1)
 
 
 class _Shape(NamedTuple):
-    """What all batches have in common.
+    """The shapes that all batches share.
 
     Attributes:
       tokens: (B, T).
-      widths: of texts, falling.
-      texts: the most in a row.
-      asked: the most in a batch: A.
-      plain: every row is a context and at most one continuation, and needs no layout.
+      widths: the widths of texts, in falling order.
+      texts: the largest number of texts in a row.
+      asked: A, the largest number of predicted tokens in a batch.
+      plain: whether every row is one context with at most one continuation, so that no layout is needed.
     """
 
     tokens: tuple[int, int]
@@ -229,7 +241,7 @@ class _Shape(NamedTuple):
 
 
 def _texts(requests: Sequence[Request], max_length: int) -> tuple[list[_Text], int]:
-    """Texts that hold every request, and how many of the requests were cut."""
+    """Groups requests into texts, and counts the requests that were cut."""
     by_context: dict[tuple[int, ...], list[int]] = {}
     texts, truncated = [], 0
     for number, (context, continuation) in enumerate(requests):
@@ -249,12 +261,12 @@ def _texts(requests: Sequence[Request], max_length: int) -> tuple[list[_Text], i
 
 
 def _texts_of(context: tuple[int, ...], members: list[tuple[int, tuple[int, ...]]]) -> list[_Text]:
-    """Continuations (request, token ids) of one context as texts; usually one."""
-    runs: list[tuple[int, ...]] = []  # a run that begins another is part of it
+    """Groups the continuations (request, token ids) of one context into texts, usually a single one."""
+    runs: list[tuple[int, ...]] = []  # without those that are the beginning of another run
     for run in sorted({tokens[:-1] for _, tokens in members}, key=len, reverse=True):
         if run and not any(longer[: len(run)] == run for longer in runs):
             runs.append(run)
-    # Attention grows with the square of a text, so that very many continuations are better off in several.
+    # The cost of attention grows with the square of a text, so very many continuations go into several texts.
     room, texts = max(len(context), 256), [_Text(context, [], [])]
     for run in runs:
         if texts[-1].runs and texts[-1].length + len(run) > len(context) + room:
@@ -268,18 +280,18 @@ def _texts_of(context: tuple[int, ...], members: list[tuple[int, tuple[int, ...]
 
 
 def _place(texts: list[_Text], run: tuple[int, ...]) -> tuple[_Text, int]:
-    """The text in which a run lies, and where it begins there."""
+    """The text that contains a run, and the position where the run begins."""
     for text in texts:
         start = len(text.context)
         for other in text.runs:
             if other[: len(run)] == run:
                 return text, start
             start += len(other)
-    return texts[0], len(texts[0].context)  # nothing to run: one token
+    return texts[0], len(texts[0].context)  # a continuation of one token has an empty run
 
 
 def _batch(rows: list[list[tuple[_Text, int]]], shape: _Shape) -> tuple[dict[str, Any], np.ndarray]:
-    """Rows of texts (and their widths) as arrays, and the owners of the asked tokens."""
+    """Makes arrays from rows of texts (with their widths), and the owners of the predicted tokens."""
     integers = functools.partial(np.zeros, dtype=np.int32)
     batch: dict[str, Any] = {name: integers(shape.asked) for name in ("positions", "targets")}
     batch |= {"tokens": integers(shape.tokens), "weights": np.zeros(shape.asked, np.float32)}
@@ -303,6 +315,6 @@ def _batch(rows: list[list[tuple[_Text, int]]], shape: _Shape) -> tuple[dict[str
                 positions[number, start:end] = begin + np.arange(len(run))
                 start, segment = end, segment + 1
     if not shape.plain:
-        spans = Spans(tuple(starts.values()), shape.widths)
+        spans = Spans(cast("tuple[jax.Array, ...]", tuple(starts.values())), shape.widths)  # still on the host
         batch["layout"] = {"positions": positions, "segment_ids": segments, "parent_ids": parents, "spans": spans}
     return batch, np.pad(np.asarray(owner, int), (0, shape.asked - len(owner)), constant_values=-1)

@@ -1,4 +1,4 @@
-"""Array shapes of evaluation: few different ones, since each is an executable, and little padding."""
+"""Chooses the array shapes of evaluation: few of them, because each compiles an executable, and with little padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def even_batch_size(rows: int, largest: int) -> int:
-    """The smallest size at which rows make no more batches than at the largest size: less padding at the end.
+    """The smallest batch size that needs no more batches than the largest size does, so that little padding is added.
 
     >>> even_batch_size(500, 64), even_batch_size(12, 64), even_batch_size(0, 64)
     (63, 12, 1)
@@ -17,15 +17,18 @@ def even_batch_size(rows: int, largest: int) -> int:
 
 
 def few_lengths(lengths: Sequence[int], multiple: int, share: int) -> list[int]:
-    """A padded length for every length, of which there are few.
+    """Rounds lengths up to a small set of padded lengths, so that few shapes compile.
 
-    Beginning with every multiple that is needed, the one is given up for the next that adds the least padding, as long
-    as that is less than one in `share` of all tokens.
+    The set begins with all multiples that are needed. Again and again, the multiple whose merge into the next larger
+    one adds the least padding is removed, as long as that padding is less than one token per `share` tokens.
 
     Args:
-      lengths: may be none.
-      multiple: that padded lengths are of.
-      share: at least 1.
+      lengths: the lengths to round; there may be none.
+      multiple: padded lengths are multiples of this.
+      share: at least 1; one merge may add less than the fraction 1 / share of all tokens as padding.
+
+    Returns:
+      The padded length of every length.
 
     >>> few_lengths([3, 9, 9, 15, 40], 8, 16), few_lengths([3, 9, 9, 15, 40], 8, 4)
     ([8, 16, 16, 16, 40], [16, 16, 16, 16, 40])
@@ -44,20 +47,20 @@ def few_lengths(lengths: Sequence[int], multiple: int, share: int) -> list[int]:
 
 
 def pack(lengths: Sequence[int], row: int) -> list[list[int]]:
-    """Texts in rows, each in the fullest one that has room for it; the longest texts come first.
+    """Packs texts into rows, longest text first, each into the fullest row that has room for it.
 
     Args:
-      lengths: of the texts, in tokens.
-      row: tokens of a row, at least the largest length.
+      lengths: the length of each text, in tokens.
+      row: the number of tokens of a row, at least the largest length.
 
     Returns:
-      Per row the indices of its texts, their lengths falling.
+      For each row, the indices of its texts by falling length.
 
     >>> pack([5, 3, 4, 2], 9)
     [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room, row), rising
+    rooms: list[tuple[int, int]] = []  # (room, row), in rising order
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(rooms, (lengths[index], -1))
         if at == len(rooms):

@@ -1,10 +1,10 @@
-"""How sure a rank-accuracy curve is: bootstrap intervals over items, and two adapters compared on the same items."""
+"""Uncertainty of rank-accuracy curves: bootstrap intervals over items, and paired comparisons of two adapters."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import bdtr
@@ -14,7 +14,7 @@ from mlora_jax.evaluate.curve import RankCurve, check_verdicts
 
 
 class Interval(NamedTuple):
-    """A confidence interval low..high, and the value of the sample itself."""
+    """A confidence interval low..high, and the value that the sample itself has."""
 
     low: float
     high: float
@@ -23,16 +23,17 @@ class Interval(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The first of two adapters less the second, on the same items.
+    """The results of one adapter minus those of another, on the same items.
 
     Attributes:
-      ranks: of both curves.
-      aurac: difference of the AURACs and its bootstrap interval.
-      differences: of the accuracies, one per rank.
-      standard_errors: of those differences, ``sd(d) / sqrt(n)`` over the items' differences d in {-1, 0, 1} (0 for one
-        item).
-      p_values: of McNemar's exact test, one per rank: how likely at least so uneven a split of the items that only one
-        of the two has right would be, were each as likely to fall to either. Not corrected for the number of ranks.
+      ranks: the ranks of both curves.
+      aurac: the difference of the AURACs and its bootstrap interval.
+      differences: the difference of the accuracies at each rank.
+      standard_errors: the standard error of each difference, ``sd(d) / sqrt(n)`` over the items' differences d in
+        {-1, 0, 1} (0 for one item).
+      p_values: the p-value of McNemar's exact test at each rank. The test looks at the items that only one of the two
+        adapters has right. The p-value is the probability that they are split at least as unevenly, if each of them is
+        equally likely to be right for either adapter. It is not corrected for the number of ranks.
     """
 
     ranks: tuple[int, ...]
@@ -43,7 +44,7 @@ class Comparison:
 
 
 def bootstrap_aurac(
-    verdicts,
+    verdicts: Any,
     ranks: Sequence[int],
     *,
     axis: str = "log2",
@@ -53,31 +54,31 @@ def bootstrap_aurac(
 ) -> Interval:
     """AURAC with a percentile bootstrap interval over items.
 
-    An item is drawn with its verdicts at all ranks, so what the ranks share is kept. AURAC is linear in the accuracies:
-    it is the mean over items of ``z_i = sum over r of w_r v_ri``, w being the trapezoids' weights, and the bootstrap is
-    that of a mean. Of one rank it is the bootstrap of an accuracy.
+    An item is drawn with its verdicts at all ranks, which keeps the correlation between the ranks. AURAC is linear in
+    the accuracies: it is the mean over items of ``z_i = sum over r of w_r v_ri`` with the weights w of the trapezoids,
+    so the bootstrap is that of a mean. For one rank, it is the bootstrap of an accuracy.
 
     Args:
       verdicts: [ranks, items], each 0 or 1.
-      ranks: strictly increasing.
+      ranks: the ranks, strictly increasing.
       axis: a key of `AXES`.
-      samples: how many times the items are drawn anew, with replacement.
-      confidence: share of the samples within the interval, in (0, 1).
-      seed: of the draws.
+      samples: how many samples of the items are drawn, with replacement.
+      confidence: the share of the samples that lie within the interval, in (0, 1).
+      seed: the seed of the draws.
 
     Returns:
-      The interval, in 0..1 as the accuracies.
+      The interval, in 0..1 like the accuracies.
 
     Raises:
-      ValueError: verdicts other than 0 and 1, another number of rows than of ranks, and what `aurac` refuses.
+      ValueError: a verdict is neither 0 nor 1, the numbers of rows and ranks differ, or `aurac` does not accept the
+        ranks or the axis.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
     >>> bootstrap_aurac([[0, 1, 1, 1], [1, 1, 1, 1]], (1, 2)).value
     0.875
     """
-    verdicts = check_verdicts(verdicts, ranks)
-    return _bootstrap_mean(_weights(ranks, axis) @ verdicts, samples, confidence, seed)
+    return _bootstrap_mean(_weights(ranks, axis) @ check_verdicts(verdicts, ranks), samples, confidence, seed)
 
 
 def compare(
@@ -89,16 +90,16 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """The paired comparison of two adapters, or of two read-outs of one.
+    """Compares two adapters, or two read-outs of one adapter, item by item.
 
-    Both curves must be over the same items in the same order; their number is all that can be checked.
+    Both curves must have the same items in the same order; only the number of items is checked.
 
     Args:
-      first, second: curves with verdicts.
-      axis, samples, confidence, seed: as `bootstrap_aurac`; an item is drawn with the verdicts of both.
+      first, second: two curves with verdicts.
+      axis, samples, confidence, seed: as in `bootstrap_aurac`; an item is drawn with the verdicts of both curves.
 
     Raises:
-      ValueError: the curves have other ranks or another number of items, or one has no verdicts.
+      ValueError: the curves differ in their ranks or in their number of items, or one of them has no verdicts.
 
     Sources: McNemar (1947), Psychometrika 12, in its exact form; on paired differences Miller (2024), arXiv 2411.00640.
 
@@ -108,18 +109,22 @@ def compare(
     >>> found.differences, found.p_values, found.aurac.value
     ((0.25, 0.5), (1.0, 0.5), 0.375)
     """
-    for name, curve in (("first", first), ("second", second)):
-        if curve.verdicts is None:
-            raise ValueError(f"the {name} curve ({curve.readout}, ranks {curve.ranks}) has no verdicts to compare")
+    ours, theirs = _verdicts_of("first", first), _verdicts_of("second", second)
     if first.ranks != second.ranks:
         raise ValueError(f"the curves have different ranks: {first.ranks} and {second.ranks}")
-    if first.verdicts.shape != second.verdicts.shape:
-        raise ValueError(f"the curves have different items: {first.verdicts.shape[1]} and {second.verdicts.shape[1]}")
-    pairs = [_compare_verdicts(*rows) for rows in zip(first.verdicts, second.verdicts, strict=True)]
+    if ours.shape != theirs.shape:
+        raise ValueError(f"the curves have different items: {ours.shape[1]} and {theirs.shape[1]}")
+    pairs = [_compare_verdicts(*rows) for rows in zip(ours, theirs, strict=True)]
     differences, errors, p_values = zip(*pairs, strict=True)
-    signed = first.verdicts.astype(int) - second.verdicts.astype(int)  # [ranks, items]
+    signed = ours.astype(int) - theirs.astype(int)  # [ranks, items]
     area = _bootstrap_mean(_weights(first.ranks, axis) @ signed, samples, confidence, seed)
     return Comparison(first.ranks, area, differences, errors, p_values)
+
+
+def _verdicts_of(name: str, curve: RankCurve) -> np.ndarray:
+    if curve.verdicts is None:
+        raise ValueError(f"the {name} curve ({curve.readout}, ranks {curve.ranks}) has no verdicts to compare")
+    return curve.verdicts
 
 
 def _compare_verdicts(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
@@ -127,14 +132,14 @@ def _compare_verdicts(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     d = first.astype(int) - second.astype(int)
     error = float(np.std(d, ddof=1)) / len(d) ** 0.5 if len(d) > 1 else 0.0
     wins, losses = int(np.sum(d > 0)), int(np.sum(d < 0))
-    # The binomial of p = 1/2 is symmetric: both tails are as heavy.
+    # The binomial distribution with p = 1/2 is symmetric: both tails have the same probability.
     p_value = min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
     return float(np.mean(d)), error, p_value
 
 
 def _weights(ranks: Sequence[int], axis: str) -> np.ndarray:
-    """[ranks], the weight of each accuracy in AURAC."""
-    return np.array([aurac(unit, ranks, axis) for unit in np.eye(len(ranks))])
+    """The weight [ranks] of each accuracy in AURAC."""
+    return np.array([aurac(unit.tolist(), ranks, axis) for unit in np.eye(len(ranks))])
 
 
 def _bootstrap_mean(z: np.ndarray, samples: int, confidence: float, seed: int) -> Interval:
@@ -143,7 +148,7 @@ def _bootstrap_mean(z: np.ndarray, samples: int, confidence: float, seed: int) -
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    # Items of equal z are exchangeable, so how many of each are drawn is all that counts: [samples, distinct values].
+    # Items of equal z are exchangeable, so only the number of draws of each value matters: [samples, distinct values].
     values, counts = np.unique(z, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(z), counts / len(z), size=samples)
     means = drawn @ values / len(z)

@@ -8,11 +8,14 @@ from mlora_jax.models.tokenizer import Tokenizer
 
 
 class StopStrings:
-    """Strings that end an answer: the `stop` of `Generator.generate`, and the text before the first of them.
+    """The strings that end an answer, as a `stop` function of `Generator.generate`.
 
     Args:
-      tokenizer: of the model.
-      strings: may be none.
+      tokenizer: the model's tokenizer.
+      strings: the stop strings; there may be none.
+
+    Raises:
+      ValueError: a stop string is empty.
     """
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
@@ -21,7 +24,7 @@ class StopStrings:
         self._tokenizer, self._strings = tokenizer, tuple(strings)
 
     def __call__(self, tokens: list[int]) -> bool:
-        """Whether one of the strings is in the text of these tokens; special tokens are part of it."""
+        """Whether the text of these tokens, special tokens included, contains one of the strings."""
         if not self._strings:
             return False
         text = self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -1,7 +1,7 @@
-"""Task files for lm-evaluation-harness: its own as they are, or the same on local data, and ours.
+"""Task files for lm-evaluation-harness: its own files, the same tasks on local data, and this package's tasks.
 
-A local task is a generated file that includes the harness's (or our packaged) one and says where the data lie. So
-wording, few-shot sampling, filters and metrics are those of the installed harness.
+A local task is a generated file that includes the harness's file (or one from this package) and says where the data
+are. Therefore wording, few-shot sampling, filters and metrics are those of the installed harness.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from mlora_jax.data.published import SCHEMAS, Row
 from mlora_jax.disk import write_aside
 from mlora_jax.evaluate.raw import OWN_TASKS, LocalTask, local_tasks, own_task
 from mlora_jax.models.text_file import read_text
 
-# Our task -> the harness's file; those of MMLU are found in its folder.
+# Name of a task -> its file in the harness. The files of MMLU are found in their folder.
 HARNESS_FILES = {
     "gsm8k": "gsm8k/gsm8k.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -30,32 +30,36 @@ HARNESS_FILES = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml",
 }
-# The names under which the harness takes the most tokens of an answer.
+# The names of the option of the harness that limits the number of tokens of an answer.
 GENERATED = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 MMLU_FOLDER, MMLU = "mmlu/default", "mmlu"
 DATA_DIGITS = 16
 
 
 def harness_tasks_folder() -> pathlib.Path:
-    """Where the installed harness keeps its task files."""
+    """The folder in which the installed harness keeps its task files.
+
+    Raises:
+      ModuleNotFoundError: the harness is not installed.
+    """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("lm_eval is not installed: pip install 'lm-eval>=0.4.13'", name="lm_eval")
     return pathlib.Path(spec.origin).parent / "tasks"
 
 
-def write_local_tasks(folder, tasks: Iterable[LocalTask]) -> pathlib.Path:
-    """Writes data and task files; what is there already with the same content is left.
+def write_local_tasks(folder: str | pathlib.Path, tasks: Iterable[LocalTask]) -> pathlib.Path:
+    """Writes data and task files. A file that already has the same content is not written again.
 
     Args:
-      folder: made if it is not there; give it to the harness as `include_path`.
-      tasks: whole, from `local_tasks` or `own_task`.
+      folder: the folder to write to, which is created if it does not exist; give it to the harness as `include_path`.
+      tasks: complete tasks, from `local_tasks` or `own_task`.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: MMLU without some of its subjects, whose average would be another quantity.
+      ValueError: MMLU lacks some of its subjects, so that its average would be another quantity.
     """
     folder = pathlib.Path(folder).absolute()
     for task in tasks:
@@ -71,21 +75,23 @@ def write_local_tasks(folder, tasks: Iterable[LocalTask]) -> pathlib.Path:
 def load_tasks(
     names: Sequence[str], *, raw_dir: str = "", cache_dir: str = "", unavailable: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Tasks and groups of the harness by their names, with their data.
+    """Loads tasks and groups of the harness by their names, with their data.
 
     Args:
-      names: of tasks, groups or tags. Ours are always on data written here, the harness's own only with `raw_dir`.
-      raw_dir: folder of raw files, see `local_tasks`; empty: the harness's own tasks are used untouched. With it
-        nothing is asked of a network.
-      cache_dir: where builds, converted data and the arrow files of local tasks go; empty: builds in the user's cache
-        folder, the rest in a temporary one.
-      unavailable: takes the names that cannot be compared and the reasons; None: such a name is an error.
+      names: the names of tasks, groups or tags. This package's tasks always use data that are written here; the
+        harness's own tasks do so only with `raw_dir`.
+      raw_dir: the folder of raw files, see `local_tasks`; if it is empty, the harness's own tasks are used unchanged.
+        With it, no network is used.
+      cache_dir: the folder for builds, converted data and the arrow files of local tasks. If it is empty, builds go to
+        the user's cache folder and the rest to a temporary folder.
+      unavailable: a dict that gets the name and the reason of every task that cannot be compared; with None, such a
+        task is an error.
 
     Returns:
-      What the harness's `TaskManager.load` gives: "tasks", "groups" and "group_map".
+      The result of the harness's `TaskManager.load`: "tasks", "groups" and "group_map".
 
     Raises:
-      ValueError: a task whose local data lack something, if `unavailable` is None.
+      ValueError: the local data of a task lack something and `unavailable` is None.
     """
     from lm_eval.tasks import TaskManager
 
@@ -98,18 +104,18 @@ def load_tasks(
     others = [name for name in wanted if name not in {task.name for task in local}]
     known = [_known_folder(name) for name in others]
     folders = [write_local_tasks(task_folder(local, cache_dir), local)] if local else []
-    # Reading the harness's thousands of files takes seconds, so that it is done for names that we do not know only.
-    paths = [*dict.fromkeys(path for path in known if path), *folders]
+    # Reading the thousands of files of the harness takes seconds, so it is only done for names that are not known here.
+    paths: list[str | pathlib.Path] = [*dict.fromkeys(path for path in known if path), *folders]
     manager = TaskManager(include_path=paths or None, include_defaults=not all(known))
     with contextlib.nullcontext() if others else offline():
-        return manager.load(wanted)
+        return cast("dict[str, Any]", manager.load(wanted))
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Checks that tasks can be found, and that task files of a user's own can be read.
+    """Checks that tasks can be found, and that the user's own task files can be read.
 
     Raises:
-      ValueError: a name that is no task, group or tag of the harness and none of ours, or a file that cannot be read.
+      ValueError: a name is no task, group or tag of the harness or of this package, or a file cannot be read.
     """
     others = [name for name in names if name not in OWN_TASKS and not _known_folder(name)]
     files = [name for name in others if pathlib.Path(name).expanduser().is_file()]
@@ -117,7 +123,7 @@ def check_names(names: Sequence[str]) -> None:
         _read_task_file(pathlib.Path(name).expanduser())
     others = [name for name in others if name not in files]
     if not others:
-        return  # reading the harness's thousands of files takes seconds
+        return  # reading the thousands of files of the harness takes seconds
     from lm_eval.tasks import TaskManager
 
     known = [*TaskManager().task_index, *OWN_TASKS]
@@ -129,10 +135,10 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _read_task_file(path: str | pathlib.Path) -> dict[str, Any]:
-    """The keys of a task file as they stand in it; what the harness's own tags stand for is None.
+    """Reads the keys that a task file itself has; a value with one of the harness's own YAML tags becomes None.
 
     Raises:
-      ValueError: it is not YAML, or no task's.
+      ValueError: the file is not valid YAML, or names no task or group.
     """
     import yaml
 
@@ -151,17 +157,17 @@ def _read_task_file(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def generated_tokens(name: str, default: int) -> int | None:
-    """The most tokens of an answer to a task, where that is in its own file and the file is known by the task's name.
+    """The largest number of tokens of an answer to a task, as the task's own file states it.
 
     Args:
-      name: of a task, or the path of a task file.
-      default: the number of a task that does not say.
+      name: the name of a task, or the path of a task file.
+      default: the number for a task whose file states none.
 
     Returns:
-      None for a task that generates nothing, or whose file is among the harness's thousands.
+      The number, or None if the task generates nothing or its file is not in `HARNESS_FILES`.
 
     Raises:
-      ValueError: a task file that cannot be read.
+      ValueError: a task file cannot be read.
     """
     if name in HARNESS_FILES:
         path = harness_tasks_folder() / HARNESS_FILES[name]
@@ -179,21 +185,22 @@ def generated_tokens(name: str, default: int) -> int | None:
 def gather_local(
     names: Sequence[str], *, raw_dir: str = "", cache_dir: str = ""
 ) -> tuple[list[LocalTask], dict[str, str]]:
-    """The tasks among `names` that are run on data written here, and why others are not: (tasks, {name: reason})."""
+    """The tasks among `names` that use data written here, and why others cannot: (tasks, {name: reason})."""
     if not raw_dir:
         return [own_task(name, cache_dir=cache_dir) for name in names if name in OWN_TASKS], {}
     found = local_tasks(raw_dir, [name for name in names if name in SCHEMAS or name in OWN_TASKS], cache_dir=cache_dir)
     for name in names:
         if name not in found:
             found[name] = f"{name}: no local form of this task is known; known: {', '.join((*SCHEMAS, *OWN_TASKS))}"
-    if isinstance(found.get(MMLU), LocalTask) and (missing := _missing_subjects(found[MMLU])):
+    mmlu = found.get(MMLU)
+    if isinstance(mmlu, LocalTask) and (missing := _missing_subjects(mmlu)):
         found[MMLU] = f"{MMLU}: {missing}"
     tasks = [task for task in found.values() if isinstance(task, LocalTask)]
     return tasks, {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
-def task_folder(tasks: Sequence[LocalTask], cache_dir) -> pathlib.Path:
-    """The folder for these task files: named by the tasks, so that two sets do not see each other's."""
+def task_folder(tasks: Sequence[LocalTask], cache_dir: str | pathlib.Path) -> pathlib.Path:
+    """The folder for these task files. Its name depends on the tasks, so that two sets of tasks do not mix."""
     name = hashlib.sha256(" ".join(sorted(task.name for task in tasks)).encode()).hexdigest()[:DATA_DIGITS]
     root = pathlib.Path(cache_dir).expanduser() if cache_dir else pathlib.Path(_temporary_folder().name)
     return root / "lm_eval_tasks" / name
@@ -201,8 +208,8 @@ def task_folder(tasks: Sequence[LocalTask], cache_dir) -> pathlib.Path:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Keeps the `datasets` library off the network: it counts each load of a local file there, too."""
-    import datasets
+    """Keeps the `datasets` library off the network, where it would otherwise report each load of a local file."""
+    import datasets.config
 
     before = datasets.config.HF_HUB_OFFLINE, datasets.config.HF_DATASETS_OFFLINE
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
@@ -223,10 +230,10 @@ def _write_task(folder: pathlib.Path, name: str, included: pathlib.Path, splits:
             "cache_dir": str(folder / "arrow"),
         },
     }
-    # Where the harness's file has a validation split besides the one that it scores, it may be absent.
+    # The harness's file may name a validation split besides the split that it scores; the data need not have it.
     if "validation" not in splits:
         config["validation_split"] = None
-    _write_text(folder / f"{name}.yaml", json.dumps(config, indent=1))  # JSON is YAML
+    _write_text(folder / f"{name}.yaml", json.dumps(config, indent=1))  # JSON is valid YAML
 
 
 def _write_mmlu(folder: pathlib.Path, task: LocalTask) -> None:
@@ -241,12 +248,13 @@ def _write_mmlu(folder: pathlib.Path, task: LocalTask) -> None:
 
 
 def _mmlu_files() -> dict[str, pathlib.Path]:
-    """subject -> the harness's file."""
+    """Subject of MMLU -> its file in the harness."""
     files = sorted((harness_tasks_folder() / MMLU_FOLDER).glob("mmlu_*.yaml"))
     return {file.stem.removeprefix("mmlu_"): file for file in files}
 
 
 def _missing_subjects(task: LocalTask) -> str:
+    """The first split of MMLU that lacks subjects, with their names; empty if all subjects are there."""
     for split in (SCHEMAS[MMLU].evaluated, SCHEMAS[MMLU].shots):
         here = {row["subject"] for row in task.splits[split]}
         missing = [subject for subject in _mmlu_files() if subject not in here]
@@ -262,7 +270,7 @@ def _known_folder(name: str) -> pathlib.Path | None:
 
 
 def _write_rows(folder: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
-    """A file of the rows, one a line, named by its content."""
+    """Writes the rows to a file that is named by its content, one row per line."""
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:DATA_DIGITS]}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,5 +288,5 @@ def _write_text(path: pathlib.Path, text: str) -> None:
 
 @functools.cache
 def _temporary_folder() -> tempfile.TemporaryDirectory:
-    """One for this process, removed when it ends."""
+    """A temporary folder for this process, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="mlora_jax_tasks_", ignore_cleanup_errors=True)

@@ -1,8 +1,9 @@
-"""Accuracy on the tokens of given answers, for any adapter under any profile."""
+"""Measures accuracy on the tokens of given answers, for any adapter under any profile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,24 +15,24 @@ from mlora_jax.models.tokenizer import Tokenizer
 
 
 class TokenEvaluator(ScoredEvaluator):
-    """Whether each token of the answers is the likeliest one behind the true text before it.
+    """Checks for each token of the answers whether it is the likeliest one after the true text before it.
 
-    `evaluator(adapter, p)` gives one verdict per token, the end of an answer included, row by row. Tokens of one
-    answer hang together, so a standard error over them is too small.
+    `evaluator(adapter, p)` returns one verdict per token, the end of an answer included, row by row. The tokens of one
+    answer are not independent, so a standard error over them is too small.
 
     Args:
-      scorer: of the adapted decoder.
+      scorer: the scorer of the adapted decoder.
       rows: dicts with prompt and answer (str).
-      tokenizer: of the model.
-      boundary: how prompt and answer meet, see `Tokenizer.encode_pair`.
+      tokenizer: the model's tokenizer.
+      boundary: how prompt and answer are joined, see `Tokenizer.encode_pair`.
 
     Attributes:
       compiled: the scorer's jitted function; its cache size counts compilations.
-      truncated: rows above the scorer's `max_length`: cut on the right as in training, or left out if nothing of their
-        answer is left.
+      truncated: the number of rows that are longer than the scorer's `max_length`. They are cut on the right as in
+        training, or left out if nothing of their answer is left.
 
     Raises:
-      ValueError: rows that are not as in training, or none that is short enough.
+      ValueError: a row is not valid for training, or no row is short enough.
     """
 
     def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str):
@@ -46,13 +47,13 @@ class TokenEvaluator(ScoredEvaluator):
         super().__init__(scorer, requests)
         self.truncated = found.truncated + found.dropped
 
-    def __call__(self, adapter, p) -> np.ndarray:
-        """Verdicts [tokens] bool of an adapter under the profile p: [R], or what `set_profile` takes."""
+    def __call__(self, adapter: Any, p: Any) -> np.ndarray:
+        """The verdicts [tokens] bool on an adapter under the profile p: [R], or what `set_profile` takes."""
         adapter, p = self._scorer.place(adapter, p)
         made = [self._scorer.run_batch(batch, adapter, p) for batch in self._prepared.batches]
         owners = np.concatenate(self._prepared.owners)
-        values, greedy = (np.concatenate(parts)[owners >= 0] for parts in zip(*made, strict=True))  # less padding
+        values, greedy = (np.concatenate(parts)[owners >= 0] for parts in zip(*made, strict=True))  # without padding
         finite = np.isfinite(values)
         warn_of_not_finite(finite)
-        # By rows, however the scorer has packed them.
+        # The order of the rows, not the order in which the scorer packed them.
         return (greedy & finite)[np.argsort(owners[owners >= 0], kind="stable")]
