@@ -192,7 +192,7 @@ class AdaptedLinear(AdaptedLayer):
 
         def folded(x):
             kernel = state["kernel"]
-            product = jnp.matmul(self.a[...] * self._rank_scales(), self.b[...], precision=self.base.precision)
+            product = jnp.matmul(self.a[...] * self._rank_scales()[None], self.b[...], precision=self.base.precision)
             state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
             return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
 

@@ -133,7 +133,7 @@ class Generator:
             newest = next_tokens(chosen_from, sampling, rows.numbers, made)
             if rules is not None:  # a rule may hide a logit that is not finite
                 newest = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), newest, NOT_FINITE)
-            over = done | jnp.any(newest[:, None] == answer_ends, axis=-1)
+            over = done | jnp.any(newest[:, None] == answer_ends[None], axis=-1)
             shown = jnp.where(over, -1, newest)
             return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
 

@@ -43,7 +43,8 @@ def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def _is_likeliest(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Whether targets [...] are the first of the largest logits [..., V]: on a CPU much faster than `argmax`."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    earlier = jnp.arange(logits.shape[-1]) < targets[..., None]
+    numbers = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
+    earlier = numbers < targets[..., None]
     return ~jnp.any(~(logits <= chosen) | (earlier & (logits == chosen)), axis=-1)
 
 

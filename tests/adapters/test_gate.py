@@ -72,7 +72,7 @@ def test_prefix_is_truncate_is_fold_and_a_squeeze_keeps_the_function(name):
     close(run(fold(base, adapter, at_two), adapter, zero, x), expected)
     keep = jnp.array([1.0, 1.0, 0.0, 0.0])
     scaled = scale_ranks(adapter, keep)
-    np.testing.assert_array_equal(scaled["gate"], adapter["gate"][...] * keep)
+    np.testing.assert_array_equal(scaled["gate"], np.asarray(adapter["gate"][...]) * np.asarray(keep))
     close(run(base, scaled, set_profile(profile, HIERARCHY.prefix(2)), x), expected)
     trained = set_profile(profile, ALL)
     new, hierarchy = squeeze(adapter, trained)

@@ -64,7 +64,7 @@ class KeepsRngs(nnx.Module):
         self.rngs, self.out = rngs, nnx.Linear(WIDTH, 3, rngs=rngs)
 
     def __call__(self, x):
-        return self.out(x) + jax.random.normal(self.rngs.params(), (3,))
+        return self.out(x) + jax.random.normal(self.rngs.params(), (1, 3))
 
 
 @pytest.mark.parametrize("evaluating", [False, True])

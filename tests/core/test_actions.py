@@ -23,7 +23,8 @@ def adapter():
 
 
 def product(adapter, p, name):
-    return np.asarray(adapter[name]["a"] * p @ adapter[name]["b"])
+    a, b = (np.asarray(adapter[name][leaf]) for leaf in "ab")
+    return a * np.asarray(p) @ b
 
 
 @pytest.mark.parametrize("name", ACTIONS)

@@ -46,7 +46,8 @@ def test_a_squeezed_adapter_is_read_out_by_prefix_with_scale_1(adapter):
     assert reading.name == "prefix" and reading.hierarchy == RankHierarchy((1, 3, 4), "none")
     assert [p.tolist() for p in reading.curve().values()] == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     whole = reading.adapter["layer"]["a"] @ reading.adapter["layer"]["b"]
-    expected = adapter["layer"]["a"] * HIERARCHY.matryoshka() @ adapter["layer"]["b"]
+    a, b = (np.asarray(adapter["layer"][name]) for name in "ab")
+    expected = a * np.asarray(HIERARCHY.matryoshka()) @ b
     np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-4)
 
 

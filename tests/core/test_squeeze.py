@@ -150,7 +150,7 @@ def test_an_untrained_adapter_stays_nothing_and_can_learn(shape):
     a, b, p = (jnp.asarray(v, jnp.float32) for v in factors(shape))
     new_a, new_b = squeezed_pair(a, jnp.zeros_like(b), p)
     assert not np.any(new_b) and np.all(np.any(new_a != 0, axis=0)) and np.all(np.isfinite(new_a))
-    x, new_a = jnp.ones((2, shape[0])) * jnp.arange(1.0, shape[0] + 1), jnp.asarray(new_a, jnp.float32)
+    x, new_a = jnp.tile(jnp.arange(1.0, shape[0] + 1), (2, 1)), jnp.asarray(new_a, jnp.float32)
     gradient = jax.grad(lambda b: jnp.sum(p_scaled_product(x, new_a, b, jnp.ones(shape[2]))))(jnp.zeros_like(b))
     assert np.all(np.any(np.asarray(gradient) != 0, axis=1))
 
@@ -192,7 +192,7 @@ def test_the_scale_is_baked_in(name, scaling):
     adapter, profile = {"l": {"a": a, "b": b}}, {"l": {"p": p}}
     new, squeezed = compiled(adapter, profile), new_hierarchy(adapter, profile, hierarchy.ranks)
     assert squeezed == RankHierarchy((1, 2, 6)) and squeezed.scaling == "none"
-    full = np.asarray(new["l"]["a"] * squeezed.prefix(R)) @ np.asarray(new["l"]["b"])
+    full = (np.asarray(new["l"]["a"]) * np.asarray(squeezed.prefix(R))) @ np.asarray(new["l"]["b"])
     np.testing.assert_allclose(full, product(a, b, p), rtol=0, atol=1e-5 * np.abs(full).max())
     again = truncate(new, 2)["l"]
     best = reference.best_approximation(a, b, p, 2)

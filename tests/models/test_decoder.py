@@ -345,7 +345,7 @@ class LowRank(nnx.Module):
 
     def __call__(self, x):
         p = self.p[...] if self.p.ndim == 1 else self.p[...][:, None]  # [R] or [B, 1, R]
-        return self.base(x) + ((x @ self.a[...]) * p) @ self.b[...]
+        return self.base(x) + ((x @ self.a[...]) * jnp.expand_dims(p, range(x.ndim - p.ndim))) @ self.b[...]
 
 
 def adapted(seed=0, profile=None):

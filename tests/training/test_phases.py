@@ -300,7 +300,7 @@ def squared(targets):
     columns = jnp.sum(targets != 0, axis=1)
 
     def loss(trees, profiles, batch):
-        row = jnp.argmin(jnp.abs(jnp.sum(profiles != 0, axis=1)[:, None] - columns), axis=1)
+        row = jnp.argmin(jnp.abs(jnp.sum(profiles != 0, axis=1)[:, None] - columns[None]), axis=1)
         return jnp.sum(jnp.square(profiles - trees[row]) * batch["weights"])
 
     return loss
