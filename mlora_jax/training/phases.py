@@ -30,7 +30,7 @@ class PhaseShape(NamedTuple):
       per_example: whether every example has a profile of its own.
       start: the action before the phase; empty for the first phase, before which every trial is handled alone.
       proximal: the proximal step of the update rule, or None.
-      schedule: the period over which the learning rate of the method decays.
+      schedule: the period over which the learning rate of the method decays, one of `SCHEDULES`.
     """
 
     end: int
