@@ -317,7 +317,8 @@ def _sum_of(array: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(bits, f"uint{8 * width}").astype(jnp.uint32)[None]
     else:
         words = jnp.moveaxis(jax.lax.bitcast_convert_type(bits, jnp.uint32), -1, 0)
-    # Every position gets a number, mixed along each axis by Knuth's multiplier; it has no common factor with 2 ** 32.
+    # Every position gets a factor, mixed along each axis by Knuth's constant and made odd, so that it is a unit modulo
+    # 2 ** 32.
     position = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(words.shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, tuple(size if i == axis else 1 for i in range(words.ndim)), axis)
