@@ -33,8 +33,8 @@ def _flash_flops(products: int, operands: Sequence[Shape]) -> float:
     return products * product_flops(math.prod(heads), length, features)
 
 
-# The matrix products of jax's splash attention kernels. fwd: scores and mixture. dq: scores, and the gradients of scores
-# and queries. dkv: scores, and the gradients of scores, values and keys.
+# The matrix products of jax's splash attention kernels. fwd: scores and mixture. dq: scores, and the gradients of
+# scores and queries. dkv: scores, and the gradients of scores, values and keys.
 FLASH = {
     "splash_mha_fwd": functools.partial(_flash_flops, 2),
     "splash_mha_dq": functools.partial(_flash_flops, 3),
