@@ -1,1 +1,1 @@
-"""What training and generation take on TPUs, from the TPU's compiler and without a TPU."""
+"""Reports the memory and time that training and generation take on TPUs, from the TPU's compiler, without a TPU."""

@@ -1,4 +1,4 @@
-"""How work is laid out on a slice where the config leaves it open: mesh, micro-batches, trials."""
+"""Chooses the mesh, the micro-batches and the trials on a slice where the config leaves them open."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 
 from mlora_jax.parallel.mesh import AXES, mesh_sizes
 
-# The share of a chip's memory that the frozen base may take before it is cut along fsdp.
+# The share of a chip's memory that the frozen base may take before it is sharded along fsdp.
 BASE_SHARE = 0.25
 OPEN = {"trial": 1, "data": -1, "fsdp": 1, "tensor": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a train step is compiled with.
+    """The layout of a training step on a slice.
 
     Attributes:
-      sizes: of the axes of the mesh.
-      batch: sequences of a step of one trial.
-      accumulation: micro-batches of a step.
+      sizes: axis of the mesh -> its size.
+      batch: the number of sequences in a step of one trial.
+      accumulation: the number of micro-batches in a step.
       chosen: whether the config left the axes open.
     """
 
@@ -31,44 +31,45 @@ class Layout:
 
     @property
     def row_shards(self) -> int:
-        """Parts that the rows of a micro-batch are cut into."""
+        """The number of shards of the rows of a micro-batch."""
         return self.sizes["data"] * self.sizes["fsdp"]
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch on one chip."""
+        """The number of rows of a micro-batch on one chip."""
         return self.batch // self.accumulation // self.row_shards
 
     @property
     def trials(self) -> int:
-        """K: one on each part of the trial axis."""
+        """K, with one trial on each part of the trial axis."""
         return self.sizes["trial"]
 
 
 def choose_layout(
     parallel: Mapping[str, int], *, chips: int, batch: int, accumulation: int, base_bytes: int, memory: int
 ) -> Layout:
-    """The mesh that a config asks for, or one that suits.
+    """Returns the layout that a config asks for, or chooses one if the config leaves the axes open.
 
-    That one cuts the base along `fsdp` until it takes a quarter of a chip's memory, lays the rows along `data` for the
-    rest, and puts more trials beside each other where there are more chips than rows. The micro-batches become larger
-    than the config's where there would be fewer rows than chips.
+    The chosen mesh shards the base along `fsdp` until it takes a quarter of a chip's memory and shards the rows along
+    `data` with the remaining chips. If there are more chips than rows, several trials train side by side. If a
+    micro-batch of the config has fewer rows than there are chips, the micro-batches become larger.
 
     Args:
       parallel: `config.parallel`.
-      chips: of the slice.
-      batch: sequences of a step.
-      accumulation: the config's.
-      base_bytes: of the frozen base.
-      memory: of a chip, bytes.
+      chips: the number of chips of the slice.
+      batch: the number of sequences in a step.
+      accumulation: the config's number of micro-batches.
+      base_bytes: the bytes of the frozen base.
+      memory: the memory of a chip in bytes.
 
     Raises:
-      ValueError: axes that do not fit the slice, or rows that cannot be cut into so many parts.
+      ValueError: the axes do not fit the slice, or the rows cannot be cut into so many shards.
 
     >>> open_axes = {"trial": 1, "data": -1, "fsdp": 1, "tensor": 1}
     >>> dict(choose_layout(open_axes, chips=64, batch=32, accumulation=8, base_bytes=16, memory=16).sizes)
     {'trial': 2, 'data': 8, 'fsdp': 4, 'tensor': 1}
     """
+    sizes: dict[str, int]
     chosen = all(parallel.get(axis, size) == size for axis, size in OPEN.items())
     if chosen:
         shards = math.gcd(chips, batch)

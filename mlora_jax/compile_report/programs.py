@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config_type import ConfigDict
@@ -29,7 +30,7 @@ OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
 
 
 def _placed(tree, placed):
-    """Structures of arrays that lie like this."""
+    """Returns a `jax.ShapeDtypeStruct` for every array of a tree, with the sharding from `placed`."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
 
 
@@ -38,8 +39,8 @@ class Abstract:
     """An adapted decoder without its arrays.
 
     Attributes:
-      graphdefs: in training mode and in evaluation mode.
-      base, adapter, profile: trees of `jax.ShapeDtypeStruct`.
+      graphdefs: the graph definitions in training mode and in evaluation mode.
+      base, adapter, profile: the trees of `jax.ShapeDtypeStruct`s.
     """
 
     graphdefs: tuple[Any, Any]
@@ -48,14 +49,16 @@ class Abstract:
     profile: Any
 
 
-def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh, flash_from: int | None) -> Abstract:
-    """The adapted decoder of an experiment on a mesh; nothing of its size is made.
+def abstract_model(
+    config: ConfigDict, shape: DecoderConfig, rank: int, mesh: Mesh | None, flash_from: int | None
+) -> Abstract:
+    """Returns the adapted decoder of an experiment on a mesh, without allocating its arrays.
 
     Args:
-      config: resolved.
-      shape: of the decoder.
+      config: the resolved config.
+      shape: the shape of the decoder.
       rank: R.
-      mesh: None for one device.
+      mesh: the mesh, or None for one device.
       flash_from: see `Decoder`.
     """
     options = config.adapter
@@ -74,22 +77,27 @@ def abstract_model(config: ConfigDict, shape: DecoderConfig, rank: int, mesh, fl
 
 
 def base_bytes(config: ConfigDict, shape: DecoderConfig) -> int:
-    """Of the frozen base."""
+    """Returns the bytes of the frozen base.
+
+    Args:
+      config: the resolved config.
+      shape: the shape of the decoder.
+    """
     base = abstract_model(config, shape, 1, None, None).base
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What an experiment compiles, for one rank and one mesh.
+    """The programs that an experiment compiles for one rank and one mesh.
 
     Attributes:
-      config: resolved.
-      shape: of the decoder.
+      config: the resolved config.
+      shape: the shape of the decoder.
       rank: R.
-      slice: to compile for.
-      sizes: of the axes of the mesh.
-      flash_from: tokens from which attention is the flash kernel; None: never.
+      slice: the slice of chips to compile for.
+      sizes: axis of the mesh -> its size.
+      flash_from: the number of tokens from which attention uses the flash kernel; None never uses it.
     """
 
     config: ConfigDict
@@ -100,8 +108,8 @@ class Programs:
     flash_from: int | None
 
     @functools.cached_property
-    def mesh(self):
-        """Over the devices of the slice."""
+    def mesh(self) -> Mesh:
+        """The mesh over the devices of the slice."""
         return make_mesh(self.sizes, self.slice.devices)
 
     @functools.cached_property
@@ -110,27 +118,41 @@ class Programs:
         return abstract_model(self.config, self.shape, self.rank, self.mesh, self.flash_from)
 
     @functools.cached_property
-    def optimizer(self):
-        """Of the adapter."""
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the adapter."""
         return make_optimizer(**{name: self.config.train[name] for name in OPTIMIZER})
 
     @property
     def answers(self) -> int:
-        """A, answer tokens of a row: half of its tokens."""
+        """A, the number of answer tokens in a row, which is half of its tokens."""
         return self.config.data.max_length // 2
 
-    def weights(self, tree, *, trials: bool = False):
-        """A tree of structures with the shardings of the rules."""
+    def weights(self, tree: Any, *, trials: bool = False) -> Any:
+        """Returns a tree of `jax.ShapeDtypeStruct`s with the shardings of the rules.
+
+        Args:
+          tree: the tree of shapes and dtypes.
+          trials: whether the leaves have a leading K.
+        """
         return _placed(tree, shardings(tree, self.mesh, trials=trials))
 
-    def state(self, trials: int):
-        """Of training K trials."""
+    def state(self, trials: int) -> Any:
+        """Returns the shapes of the training state of K trials.
+
+        Args:
+          trials: K.
+        """
         one = jax.eval_shape(lambda adapter: init_state(adapter, self.optimizer), self.model.adapter)
         many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((trials, *leaf.shape), leaf.dtype), one)
         return self.weights(many, trials=True)
 
     def train(self, batch: int, accumulation: int) -> jax.stages.Compiled:
-        """A step of as many trials as the trial axis is long, each of `batch` rows in `accumulation` micro-batches."""
+        """Compiles a training step of as many trials as the trial axis has parts.
+
+        Args:
+          batch: the number of rows of each trial in a step.
+          accumulation: the number of micro-batches in a step.
+        """
         config, trials = self.config, self.sizes["trial"]
         shape = (trials, accumulation, batch // accumulation)
         integers = lambda size: jax.ShapeDtypeStruct((*shape, size), jnp.int32)  # noqa: E731
@@ -155,12 +177,20 @@ class Programs:
         return step.compile(base, profile, self.state(trials), rows, draw, schedule, keys)
 
     def prefill(self, batch: int) -> jax.stages.Compiled:
-        """Of the prompts of a batch, each as long as the longest training row, with room for an answer."""
+        """Compiles the prefill of prompts that are as long as the longest training row, with room for an answer.
+
+        Args:
+          batch: the number of prompts.
+        """
         tokens, *others = self._requests(batch)
         return self._generator.prefill.lower(self.slots, False, *self._weights, tokens, *others).compile()
 
     def decode(self, batch: int) -> jax.stages.Compiled:
-        """Of `STEPS` tokens of each row of a batch, in the cache that prefilling leaves."""
+        """Compiles the decoding of `STEPS` tokens in each row of a batch, with the cache that the prefill leaves.
+
+        Args:
+          batch: the number of rows.
+        """
         tokens, *others = self._requests(batch)
         prefill = functools.partial(self._generator.prefill, self.slots, False)
         state, _ = jax.eval_shape(prefill, *self._weights, tokens, *others)
@@ -169,31 +199,34 @@ class Programs:
 
     @property
     def slots(self) -> int:
-        """Of the cache: for prompt and answer."""
+        """The number of tokens in the cache, for prompt and answer."""
         return self.config.data.max_length + self.config.evaluation.max_new_tokens
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        # Its values are replaced by the p of each call.
+        # The values of this profile are replaced by the p of each call.
         profile = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.model.profile)
         options = dict(pad_multiple=self.config.data.pad_multiple, eos=self.shape.eos_token_ids, mesh=self.mesh)
         return Generator(self.model.graphdefs[1], None, profile, max_length=self.slots, batch_size=1, **options)
 
     @functools.cached_property
     def _weights(self) -> tuple:
-        """Base, adapter and p [R]."""
+        """The base, the adapter and p [R]."""
         p = jax.ShapeDtypeStruct((self.rank,), jnp.float32, sharding=replicated(self.mesh))
         return self.weights(self.model.base), self.weights(self.model.adapter), p
 
     def _requests(self, batch: int) -> tuple:
-        """Tokens [B, T], what every row goes by, and greedy sampling."""
+        """Returns tokens [B, T], the arrays that describe each row, and None for greedy sampling."""
         lie = rows_sharding(self.mesh, 2, 0, over=EVALUATED)
         tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=lie)
-        one = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated(self.mesh))
+        one: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated(self.mesh))  # stands for an array
         return tokens, PromptRows(one, one, one), None
 
-    def _kept(self, leaf) -> jax.sharding.Sharding:
-        """Of a cache [S, B / S, KV, ...] or of the newest tokens [S, B / S]; the rest is small."""
+    def _kept(self, leaf: Any) -> jax.sharding.Sharding:
+        """Returns the sharding of an array of the decoding state.
+
+        A cache [S, B / S, KV, ...] and the newest tokens [S, B / S] are sharded. The rest is small and replicated.
+        """
         if leaf.ndim < 2 or leaf.dtype == bool:
             return replicated(self.mesh)
         heads = "tensor" if leaf.ndim == 5 and leaf.shape[2] % self.sizes["tensor"] == 0 else None

@@ -1,4 +1,4 @@
-"""What one compiled program takes, as a record that a later run of the same command finds again."""
+"""Records of the memory and time that a compiled program takes, which a later run of the same command reuses."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _TOO_MUCH = (
 
 
 def _flash_flops(products: int, operands: Sequence[Shape]) -> float:
-    """Of a kernel whose first operand with heads is the queries [..., H, T, Hd]."""
+    """Counts the FLOPs of a kernel whose first operand with heads is the queries [..., H, T, Hd]."""
     *heads, length, features = next(each.sizes for each in operands if each.dtype in ("bf16", "f32"))
     return products * product_flops(math.prod(heads), length, features)
 
 
-# Products of jax's splash attention kernels: scores and mixture; scores, their gradient, the queries'; scores,
-# their gradient, the values', the keys'.
+# The matrix products of jax's splash attention kernels. fwd: scores and mixture. dq: scores, and the gradients of
+# scores and queries. dkv: scores, and the gradients of scores, values and keys.
 FLASH = {
     "splash_mha_fwd": functools.partial(_flash_flops, 2),
     "splash_mha_dq": functools.partial(_flash_flops, 3),
@@ -48,16 +48,17 @@ class Record:
 
     Attributes:
       key: what was compiled: model, topology, program, rank, batch, mesh and so on.
-      fits: whether the compiler found room for it.
-      needed: bytes of memory at the peak.
-      limit: bytes that the compiler may use, or the chip's where it did not say.
-      parameters, optimizer: bytes of the frozen base, and of factors, moments and counts.
-      activations: bytes of intermediate values, results that replace no argument, and the program.
-      flops, main_bytes, moved: see `mlora_jax.parallel.hlo.Costs`; None if it does not fit.
-      collectives: [kind, devices in a group, runs, bytes moved] each.
-      seconds: the least time that compute, memory and interconnect take each.
-      notes: what the counts leave out.
-      compile_seconds: of this machine.
+      fits: whether the compiler found room for the program.
+      needed: the bytes of memory at the peak.
+      limit: the bytes that the compiler may use, or the memory of the chip if the compiler did not say.
+      parameters: the bytes of the frozen base.
+      optimizer: the bytes of factors, moments and counts.
+      activations: the bytes of intermediate values, of results that replace no argument, and of the program.
+      flops, main_bytes, moved: see `mlora_jax.parallel.hlo.Costs`; None if the program does not fit.
+      collectives: for each collective [kind, devices in a group, runs, bytes moved].
+      seconds: "compute", "HBM" and "interconnect" -> the least time that each of them takes.
+      notes: sentences about what the counts leave out.
+      compile_seconds: the time that compilation took on this machine.
     """
 
     key: dict[str, Any]
@@ -77,34 +78,39 @@ class Record:
 
     @property
     def within(self) -> bool:
-        """Whether all that is asked for at any time would fit at once: the compiler may find room for a little more."""
+        """Whether the program needs at most `limit`; the compiler may find room for a little more."""
         return self.fits and self.needed <= self.limit
 
     @property
     def bound(self) -> str:
-        """What the program waits for."""
-        return max(self.seconds, key=self.seconds.get)
+        """The resource that bounds the time of the program: "compute", "HBM" or "interconnect"."""
+        return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
     def step_seconds(self) -> float:
-        """By the roofline: no program is faster, and one that overlaps nothing takes the sum."""
+        """The least time of a run by the roofline; a program that overlaps nothing takes the sum of `seconds`."""
         return self.seconds[self.bound]
 
 
 class Records:
-    """Records by their keys, kept as JSON lines.
+    """The records by their keys, stored as JSON lines.
 
     Args:
-      path: of the file; None keeps them in memory.
+      path: the file; None keeps the records in memory.
     """
 
-    def __init__(self, path: str | pathlib.Path | None = None):
+    def __init__(self, path: str | pathlib.Path | None = None) -> None:
         self._path = pathlib.Path(path) if path else None
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path and self._path.is_file() else []
         self._found = {_name(each["key"]): Record(**each) for each in map(json.loads, filter(str.strip, lines))}
 
     def get(self, key: Mapping[str, Any], make: Callable[[], Record]) -> Record:
-        """The record of that key, made if it is not there yet."""
+        """Returns the record of a key.
+
+        Args:
+          key: what is compiled.
+          make: makes the record if there is none yet.
+        """
         name = _name(key)
         if name not in self._found:
             record = self._found[name] = make()
@@ -127,14 +133,19 @@ def measure(
     optimizer: int,
     runs: int = 1,
 ) -> Record:
-    """Compiles a program and reads what it takes.
+    """Compiles a program and measures what it takes.
 
     Args:
-      key: of the record.
-      compile_program: raises `jax.errors.JaxRuntimeError` where memory does not suffice.
-      slice_: that it is compiled for.
-      parameters, optimizer: bytes on one chip.
-      runs: of the body of a loop whose length is not in the program; the record is of one of them.
+      key: the key of the record.
+      compile_program: compiles the program; raises `jax.errors.JaxRuntimeError` if the memory does not suffice.
+      slice_: the slice for which the program is compiled.
+      parameters: the bytes of the frozen base on one chip.
+      optimizer: the bytes of factors, moments and counts on one chip.
+      runs: how often a loop runs whose length is not in the program; the record is that of one run of its body.
+
+    Raises:
+      ValueError: the program does not compile, for another reason than memory.
+      RuntimeError: the compiler reports no program text or no memory.
     """
     start, chip = time.monotonic(), slice_.chip
     try:
@@ -144,7 +155,10 @@ def measure(
         rest = needed - parameters - optimizer
         return Record(dict(key), False, needed, limit, parameters, optimizer, rest)
     elapsed = time.monotonic() - start
-    memory, costs = compiled.memory_analysis(), program_costs(compiled.as_text(), open_trips=runs, kernels=FLASH)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise RuntimeError(f"the compiler for {chip.name} reports no program text or no memory")
+    costs = program_costs(text, open_trips=runs, kernels=FLASH)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     share = slice_.per_device
@@ -173,7 +187,11 @@ def measure(
 
 @functools.cache
 def usable_memory(slice_: Slice) -> int:
-    """Bytes of one device that the compiler gives to programs: a little less than a chip has."""
+    """Returns the bytes of one device that the compiler gives to programs, which are a little less than a chip has.
+
+    Args:
+      slice_: the slice of chips.
+    """
     memory = int(slice_.chip.memory * slice_.per_device)
     device = jax.sharding.SingleDeviceSharding(slice_.devices[0])
     too_many = jax.ShapeDtypeStruct((2, memory), jnp.int8, sharding=device)
@@ -181,7 +199,7 @@ def usable_memory(slice_: Slice) -> int:
         jax.jit(lambda x: x + 1).lower(too_many).compile()
     except jax.errors.JaxRuntimeError as error:
         return out_of_memory(str(error))[1]
-    return memory  # of a compiler that does not look
+    return memory  # this compiler does not check memory
 
 
 def _notes(costs: Costs, runs: int) -> list[str]:
@@ -195,10 +213,13 @@ def _notes(costs: Costs, runs: int) -> list[str]:
 
 
 def out_of_memory(message: str) -> tuple[int, int]:
-    """Bytes that a program needs and bytes that there are, from the compiler's error.
+    """Reads the bytes that a program needs and the bytes that there are from the compiler's error.
+
+    Args:
+      message: the text of the error.
 
     Raises:
-      ValueError: the error says something else.
+      ValueError: the error has another cause.
 
     >>> out_of_memory("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ...")
     (21474836480, 16911433728)
@@ -207,17 +228,18 @@ def out_of_memory(message: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"the program does not compile: {message[:2000]}")
     amounts = (found[1], found[2]), (found[3], found[4])
-    return tuple(int(float(number) * _UNITS[unit]) for number, unit in amounts)
+    needed, limit = (int(float(number) * _UNITS[unit]) for number, unit in amounts)
+    return needed, limit
 
 
 def too_large(record: Record, *, row_shards: int, rows: int, micro_batches: int) -> str:
-    """Why a program does not fit, and which axis to grow.
+    """Returns a sentence about why a program does not fit, and what to change in the config.
 
     Args:
-      record: of a program that does not fit.
-      row_shards: parts that the rows of a micro-batch are cut into.
-      rows: of a micro-batch on one chip.
-      micro_batches: of a step.
+      record: the record of a program that does not fit.
+      row_shards: the number of shards of the rows of a micro-batch.
+      rows: the number of rows of a micro-batch on one chip.
+      micro_batches: the number of micro-batches in a step.
     """
     lacking = record.needed - record.limit
     text = (

@@ -1,4 +1,4 @@
-"""Rows of the compile report: a model, a slice, a rank and a batch each."""
+"""The rows of the compile report. Each row is about a model, a slice, a rank and a batch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from mlora_jax.parallel.chips import Slice, topology
 
 LARGEST = "largest"
 PROGRAMS = ("train", "prefill", "decode")
-# Config groups that decide about a program, besides what a row says itself.
+# The config groups that affect a program, besides the values of the row.
 DECIDING = ("adapter", "train", "methods", "parallel")
-ATTEMPTS = 6  # compilations in search of the largest batch
+ATTEMPTS = 6  # the number of compilations in the search for the largest batch
 ENOUGH = 0.85  # the share of the memory for activations at which a batch is called the largest
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one row of the report is about.
+    """The subject of one row of the report.
 
     Attributes:
-      model: its path.
-      topology: name of the slice.
+      model: the path of the model.
+      topology: the name of the slice.
       rank: R.
-      batch: sequences of a step, or `LARGEST` that fits in one micro-batch.
+      batch: the number of sequences in a step, or `LARGEST` for the largest that fits in one micro-batch.
     """
 
     model: str
@@ -47,14 +47,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A row and what was found.
+    """A row and its results.
 
     Attributes:
-      row: asked for.
-      chips: of the slice.
-      layout: of the training step.
-      records: by program.
-      requests: rows of prefill and decode, on all chips.
+      row: the row that was asked for.
+      chips: the number of chips of the slice.
+      layout: the layout of the training step.
+      records: program -> its record.
+      requests: the number of rows of prefill and decode on all chips.
     """
 
     row: Row
@@ -65,14 +65,14 @@ class Result:
 
 
 class Reporter:
-    """Compiles what rows ask for, each program once.
+    """Compiles the programs of rows, each program once.
 
     Args:
-      config: resolved; its model, ranks and batch size are those of the rows.
-      records: kept from before, and to keep.
-      flash_from: tokens from which attention is the flash kernel; None: never.
-      programs: some of `PROGRAMS`.
-      say: called with a line before every compilation.
+      config: the resolved config; the rows replace its model, ranks and batch size.
+      records: the records of earlier runs, to which new ones are added.
+      flash_from: the number of tokens from which attention uses the flash kernel; None never uses it.
+      programs: the programs to compile, a selection of `PROGRAMS`.
+      say: a function that is called with a line of text before every compilation.
       slices: name -> slice.
     """
 
@@ -85,7 +85,7 @@ class Reporter:
         programs: Sequence[str] = PROGRAMS,
         say: Callable[[str], None] = lambda line: None,
         slices: Callable[[str], Slice] = topology,
-    ):
+    ) -> None:
         self._config, self._records, self._flash_from, self._say = config, records, flash_from, say
         self._programs = programs
         self._slice = functools.cache(slices)
@@ -94,20 +94,23 @@ class Reporter:
         self._made = functools.lru_cache(maxsize=4)(self._make)
 
     def result(self, row: Row) -> Result:
-        """The records of one row.
+        """Returns the records of one row.
+
+        Args:
+          row: the row.
 
         Raises:
-          ValueError: an unknown topology or model, or a batch that the mesh cannot cut.
+          ValueError: the topology or the model is unknown, or the mesh cannot shard the batch.
         """
         slice_ = self._slice(row.topology)
         options = self._config.train
-        batch = options.batch_size if row.batch == LARGEST else row.batch
-        layout = self._layout(row, batch, options.accumulation)
+        batch = options.batch_size if isinstance(row.batch, str) else row.batch
+        layout, train = self._layout(row, batch, options.accumulation), None
         if row.batch == LARGEST:
             layout, train = self._largest(row, layout)
         elif "train" in self._programs:
             train = self._train(row, layout)
-        records = {"train": train} if "train" in self._programs else {}
+        records = {"train": train} if train is not None and "train" in self._programs else {}
         shards = slice_.count // layout.sizes["tensor"]
         requests = math.ceil(self._config.evaluation.batch_size / shards) * shards
         for name in self._programs:
@@ -123,7 +126,10 @@ class Reporter:
         )
 
     def _largest(self, row: Row, first: Layout) -> tuple[Layout, Record]:
-        """The largest batch that fits at one time, in steps of a row on every chip; memory is nearly linear in it."""
+        """Finds the largest batch that fits in one micro-batch.
+
+        The search changes the number of rows on every chip, in which memory is nearly linear.
+        """
 
         def attempt(rows: int) -> Record:
             found[rows] = self._train(row, layout(rows))
@@ -199,7 +205,8 @@ class Reporter:
             "length": self._config.data.max_length,
             "flash_from": self._flash_from,
             "jax": jax.__version__,
-            "effort": jax.config.jax_exec_time_optimization_effort,
+            # jax defines its options at run time.
+            "effort": jax.config.jax_exec_time_optimization_effort,  # pyright: ignore[reportAttributeAccessIssue]
             "config": hashlib.sha256(config.encode()).hexdigest()[:12],
         }
 
@@ -211,7 +218,7 @@ class Reporter:
         return Programs(self._config, shape, rank, slice_, dict(sizes), self._flash_from)
 
     def _held(self, row: Row, layout: Layout) -> tuple[int, int]:
-        """Bytes on one chip: of the base; of adapter, moments and counts."""
+        """Returns the bytes on one chip of the base, and those of adapter, moments and counts."""
         programs = self._of(row, layout)()
         base = programs.weights(programs.model.base)
         return _bytes_on_one(base), _bytes_on_one(programs.state(layout.trials))
@@ -222,7 +229,10 @@ def _bytes_on_one(tree) -> int:
 
 
 def _meet(found: dict[int, Record], low: int, high: int, target: float) -> int:
-    """Rows at which a line through two measurements meets a number of bytes; no rows need what is held besides them."""
+    """Returns the number of rows at which a line through two measurements meets a number of bytes.
+
+    If `low` is 0, there is no measurement for it; parameters and optimizer are what no rows need.
+    """
     above = found[high].needed
     below = found[low].needed if low else found[high].parameters + found[high].optimizer
     slope = max((above - below) / (high - low), 1.0)

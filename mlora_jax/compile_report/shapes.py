@@ -1,4 +1,4 @@
-"""The shape of a model without its weights: from a folder, the hub's cache, or a table of known ones."""
+"""The shape of a model without its weights: from a folder, the hub's cache, or a table of known models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LLAMA_3: dict[str, Any] = {
     "eos_token_id": [128001, 128008, 128009],
 }
 _STRETCHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# What the config.json of these models says, by a pattern for the names of a model and its variants.
+# Pattern for the names of a model and its variants -> the values of its config.json.
 KNOWN: dict[str, dict[str, Any]] = {
     r"Llama-3\.2-1B(-Instruct)?": _LLAMA_3
     | {
@@ -48,13 +48,14 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def model_shape(path: str) -> DecoderConfig:
-    """The configuration of a model; no weights are read and no network is asked.
+    """Returns the configuration of a model, without its weights and without network access.
 
     Args:
-      path: a Hugging Face folder, the hub id of a model in the cache, or the name of a known one, with an owner or not.
+      path: a Hugging Face folder, the hub id of a model in the cache, or the name of a known model, with or without its
+        owner.
 
     Raises:
-      ValueError: none of these.
+      ValueError: the path is none of these.
 
     >>> model_shape("meta-llama/Llama-3.1-8B-Instruct").num_layers
     32

@@ -1,4 +1,4 @@
-"""The compile report as text: one row in full, or many as a Markdown table."""
+"""The compile report as text: one row in full, or many rows as Markdown tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ GENERATE_COLUMNS = (
 
 
 def describe(result: Result) -> str:
-    """Everything about one row, for a terminal; numbers are per chip."""
+    """Returns everything about one row as text for a terminal, with numbers per chip.
+
+    Args:
+      result: the result of the row.
+    """
     row, layout = result.row, result.layout
     axes = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
     chosen = " (chosen: the config leaves the axes open)" if layout.chosen else ""
@@ -46,7 +50,7 @@ def _details(result: Result, record: Record) -> list[str]:
     if not record.fits:
         sizes = dict(row_shards=layout.row_shards, rows=layout.rows, micro_batches=layout.accumulation)
         return [*lines, f"  {too_large(record, **sizes)}"]
-    lines.append(f"  {record.flops / 1e12:.4g} TFLOP, HBM {record.main_bytes / 1e9:.4g} GB")
+    lines.append(f"  {_scaled(record.flops, 1e12, 4)} TFLOP, HBM {_scaled(record.main_bytes, 1e9, 4)} GB")
     for kind, group, count, moved in record.collectives:
         lines.append(f"  {kind} over {group} chips: {count:g} times, {moved / 1e6:.4g} MB moved")
     times = ", ".join(f"{name} {seconds * 1e3:.4g} ms" for name, seconds in record.seconds.items())
@@ -55,7 +59,11 @@ def _details(result: Result, record: Record) -> list[str]:
 
 
 def markdown(results: Iterable[Result]) -> str:
-    """Two tables: training; prefill and decode."""
+    """Returns two Markdown tables, one for training and one for prefill and decode.
+
+    Args:
+      results: the results of the rows.
+    """
     results = list(results)
     training = [_train_cells(result) for result in results if "train" in result.records]
     seen, generation = set(), []
@@ -69,7 +77,12 @@ def markdown(results: Iterable[Result]) -> str:
 
 
 def write_tables(path: str | pathlib.Path, tables: str) -> None:
-    """Writes tables in place of everything from the first second-level heading of a file on."""
+    """Writes tables into a file, where they replace everything from the first second-level heading on.
+
+    Args:
+      path: the file; it is made if it does not exist.
+      tables: the text of the tables.
+    """
     path = pathlib.Path(path)
     text = path.read_text(encoding="utf-8") if path.is_file() else "# Compile report\n\n"
     kept = text.partition("\n## ")[0].rstrip()
@@ -91,7 +104,7 @@ def _train_cells(result: Result) -> list[str]:
     if not record.fits:
         sizes = dict(row_shards=layout.row_shards, rows=layout.rows, micro_batches=layout.accumulation)
         return [*cells, too_large(record, **sizes), *[""] * 4]
-    cells += [f"{record.flops / 1e12:.3g}", f"{record.main_bytes / 1e9:.3g}", _moved(record)]
+    cells += [_scaled(record.flops, 1e12, 3), _scaled(record.main_bytes, 1e9, 3), _moved(record)]
     return [*cells, f"{record.step_seconds:.3g}", record.bound]
 
 
@@ -101,7 +114,7 @@ def _generation_cells(result: Result) -> list[str]:
     for record, scale, unit in ((prefill, 1e12, 1.0), (decode, 1e9, 1e3)):
         cells.append(_gib(record.needed) if record.fits else f"{_gib(record.needed)}: too much")
         cells += (
-            [f"{record.flops / scale:.3g}", f"{record.step_seconds * unit:.3g}", record.bound]
+            [_scaled(record.flops, scale, 3), f"{record.step_seconds * unit:.3g}", record.bound]
             if record.fits
             else [""] * 3
         )
@@ -122,6 +135,11 @@ def _mesh(sizes) -> str:
 
 def _short(model: str) -> str:
     return model.rpartition("/")[2]
+
+
+def _scaled(count: float | None, unit: float, digits: int) -> str:
+    """Returns a count in multiples of a unit, or nothing where nothing was counted."""
+    return "" if count is None else f"{count / unit:.{digits}g}"
 
 
 def _gib(size: float) -> str:

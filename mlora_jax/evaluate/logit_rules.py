@@ -43,13 +43,13 @@ class Texts(NamedTuple):
 
     def last(self, count: int) -> jax.Array:
         """The last `count` tokens [B, count] of every row; they have no meaning where a row has fewer."""
-        positions = self.lengths[:, None] - count + jnp.arange(count)
+        positions = self.lengths[:, None] - count + jnp.arange(count)[None]
         return jnp.take_along_axis(self.tokens, jnp.maximum(positions, 0), axis=1)
 
 
 def begin_texts(tokens: jax.Array, prompts: jax.Array, slots: int) -> jax.Array:
     """The rows [B, S] of `Texts` that hold only their prompts, from right-padded tokens [B, T]."""
-    tokens = jnp.where(jnp.arange(tokens.shape[1]) < prompts[:, None], tokens, NO_TOKEN)
+    tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < prompts[:, None], tokens, NO_TOKEN)
     return jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])), constant_values=NO_TOKEN)
 
 
@@ -68,9 +68,9 @@ def _biased(biases: Sequence[tuple[tuple[int, ...], float]], logits: jax.Array, 
     for length, group in sorted(by_length.items()):
         sequences, values = np.array([ids for ids, _ in group]), np.array([bias for _, bias in group], np.float32)
         heads, completing = sequences[:, :-1], sequences[:, -1]
-        found = jnp.all(texts.last(length - 1)[:, None] == heads, axis=-1)  # [B, n]
+        found = jnp.all(texts.last(length - 1)[:, None] == heads[None], axis=-1)  # [B, n]
         found &= texts.lengths[:, None] >= length - 1
-        total = total.at[:, completing].add(jnp.where(found, values, 0.0).astype(total.dtype))
+        total = total.at[:, completing].add(jnp.where(found, values[None], 0.0).astype(total.dtype))
     return logits + total
 
 
@@ -83,7 +83,7 @@ def _repeated(penalty: float, logits: jax.Array, texts: Texts) -> jax.Array:
 
 
 def _prompts(texts: Texts) -> jax.Array:
-    return jnp.where(jnp.arange(texts.tokens.shape[1]) < texts.prompts[:, None], texts.tokens, NO_TOKEN)
+    return jnp.where(jnp.arange(texts.tokens.shape[1])[None] < texts.prompts[:, None], texts.tokens, NO_TOKEN)
 
 
 def _of_the_prompt(penalty: float, logits: jax.Array, texts: Texts) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Adapters in the formats of other programs: PEFT adapters out and in, merged Hugging Face folders."""
+"""Adapters in the formats of other programs: export and import of PEFT adapters, and merged Hugging Face folders."""
 
 from mlora_jax.interop.merged import export_merged
 from mlora_jax.interop.own_format import export_adapter

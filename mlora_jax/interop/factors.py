@@ -1,4 +1,4 @@
-"""An adapter read out at a rank, layer by layer: what every other format is made from."""
+"""The factors of a read-out at a rank, layer by layer. Every other format is made from them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.product import without_gate
 from mlora_jax.core.rank_axes import FACTORS, adapter_layers, leading_axes, rank_of
 
-# One rank for all, or path of a module -> a rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
+# One rank for all layers, or path of a module -> one rank per stacked layer, as `mlora_jax.evaluate.Allocation.ranks`.
 RankOrRanks = int | Mapping[str, Sequence[int]]
 
 
 class LayerFactors(NamedTuple):
-    """One layer's share of an adapter, read out: it adds ``(x a) b`` to what the layer computes.
+    """The factors of one layer in a read-out, which adds ``(x a) b`` to the output of the layer.
 
     Attributes:
       a: [D, r], float32 or float64.
-      b: [r, F], alike, with the read-out's scale in it.
+      b: [r, F], of the same dtype, multiplied by the read-out's scale.
     """
 
     a: np.ndarray
@@ -31,7 +31,7 @@ class LayerFactors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """r, the number of columns of `a`."""
         return self.a.shape[1]
 
 
@@ -44,23 +44,24 @@ def layer_factors(
     trained_profile: jax.Array | None = None,
     profiles: Mapping[int, jax.Array] | None = None,
 ) -> dict[tuple[str, int | None], LayerFactors]:
-    """The function of a read-out as plain factors.
+    """Returns the function of a read-out as plain factors.
 
     Args:
-      adapter: tree of an adapter's leaves; a gate is multiplied into b.
-      hierarchy: S, scales and weights, with the same R.
+      adapter: the tree of an adapter's leaves; a gate is multiplied into b.
+      hierarchy: the S, scales and weights of the adapter, with the same R.
       rank: the read-out's rank, 0..R; or ranks per layer for every module of the adapter.
       readout: a key of `mlora_jax.core.READOUTS` that takes the adapter alone, or one whose profiles are given.
-      trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: rank -> p [R], as `mlora_jax.training.readout_files.read_profiles` gives them; "calibrated" needs them.
+      trained_profile: the profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
+      profiles: rank -> p [R], as `mlora_jax.training.readout_files.read_profiles` returns them; "calibrated" needs
+        them.
 
     Returns:
-      (path, layer) -> factors, in the order of the adapter; the layer is None where nothing is stacked. A layer of rank
-      0 is left out.
+      (path, layer) -> factors, in the order of the adapter; the layer is None if the module is not stacked. Layers of
+      rank 0 are left out.
 
     Raises:
-      ValueError: an unknown read-out, a rank outside 0..R or one that nothing was fitted to, ranks of other modules or
-        layers than the adapter's, factors of another R than the hierarchy's.
+      ValueError: the read-out is unknown; a rank is outside 0..R or has no fitted profile; the ranks name other modules
+        or layers than the adapter has; the factors have another R than the hierarchy.
     """
     if (get_readout(readout).stored == "profiles") != (profiles is not None):
         raise ValueError(f"fitted profiles belong to a read-out that is stored as profiles; got {readout!r}")
@@ -92,7 +93,7 @@ def layer_factors(
 
 
 def _plain_factors(adapter) -> dict[str, dict[str, Any]]:
-    """Dotted path of a layer -> its factors, a gate multiplied into B."""
+    """Returns dotted path of a layer -> its factors, with a gate multiplied into B."""
     return {path: without_gate(leaves) for path, leaves in adapter_layers(adapter).items()}
 
 

@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all."""
+"""Writes export folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,35 +7,44 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlora_jax.core import RankHierarchy
 from mlora_jax.disk import DiskFullError, write_aside
 from mlora_jax.models.json_file import read_json_object
 
-# What was exported and how; it also marks a folder as an export, which a later one may replace.
+# The record of an export; it also marks its folder as an export, which a later export may replace.
 RECORD_FILE = "mlora_jax.json"
 RECORD_FORMAT = 1
 
 
 def write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes an object as indented JSON."""
+    """Writes a JSON object with indentation.
+
+    Args:
+      file: the file to write.
+      values: the fields of the object.
+    """
     with write_aside(file) as aside:
         aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_record(
-    folder: pathlib.Path, hierarchy: RankHierarchy, rank, readout: str, description: Mapping[str, Any] | None
+    folder: pathlib.Path,
+    hierarchy: RankHierarchy,
+    rank: int | Mapping[str, Sequence[int]],
+    readout: str,
+    description: Mapping[str, Any] | None,
 ) -> None:
-    """Notes which read-out of which hierarchy a folder holds.
+    """Records which read-out of which hierarchy a folder holds.
 
     Args:
-      folder: of the export.
-      hierarchy: S, scales, weights and R of the whole adapter.
-      rank: one, or path -> ranks per layer.
-      readout: its name.
-      description: further JSON values.
+      folder: the folder of the export.
+      hierarchy: the S, scales, weights and R of the whole adapter.
+      rank: one rank, or path -> ranks per layer.
+      readout: the name of the read-out.
+      description: further JSON values for the record.
     """
     values = {
         "format": RECORD_FORMAT,
@@ -52,10 +61,16 @@ def write_record(
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
-    """What `write_record` noted, with a `RankHierarchy`; None if there is no such file.
+    """Reads the values that `write_record` wrote, with the hierarchy as a `RankHierarchy`.
+
+    Args:
+      folder: the folder of the export.
+
+    Returns:
+      The values, or None if the folder has no record.
 
     Raises:
-      ValueError: a damaged file, or another version's.
+      ValueError: the file is damaged, or another version wrote it.
     """
     file = folder / RECORD_FILE
     if not file.is_file():
@@ -70,10 +85,13 @@ def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def check_free(path: str | os.PathLike) -> pathlib.Path:
-    """The absolute path of a folder to write.
+    """Returns the absolute path of a folder that may be written.
+
+    Args:
+      path: the folder; it may exist if it is empty or holds an earlier export.
 
     Raises:
-      FileExistsError: there is a file, or a folder that holds something other than an earlier export.
+      FileExistsError: the path is a file, or a folder that holds something other than an earlier export.
     """
     target = pathlib.Path(path).expanduser().resolve()
     if target.is_dir():
@@ -86,9 +104,12 @@ def check_free(path: str | os.PathLike) -> pathlib.Path:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder to fill beside `path`, renamed to it on success and removed on failure.
+    """Yields a new folder beside `path`, which is renamed to `path` on success and removed on failure.
 
     An earlier export at `path` is replaced as a whole.
+
+    Args:
+      path: the folder to write.
 
     Raises:
       FileExistsError: as `check_free`.

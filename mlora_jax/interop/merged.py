@@ -1,4 +1,4 @@
-"""A base model and an adapter as one Hugging Face folder."""
+"""Exports a base model and an adapter as one merged Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mlora_jax.models.config import CONFIG_FILE
 from mlora_jax.models.json_file import read_json_object
 from mlora_jax.models.weight_files import INDEX_FILE, STORED_DTYPES, WEIGHTS_FILE, weight_files
 
-# Weights in any format (none of them has the adapter in it), and the base's own model card.
+# Files that are not copied: weights in any format, because they lack the adapter, and the base's own model card.
 _LEFT_OUT = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|index\.json)|README\.md|\..*", re.I)
 _TEMPLATES = "additional_chat_templates"  # the only folder that belongs to a tokenizer
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as in huggingface_hub
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # the units of huggingface_hub
 
 
 def export_merged(
@@ -40,29 +40,29 @@ def export_merged(
     max_shard_size: int | str | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes base and adapter as one model: ``W + A diag(p) B`` in a Hugging Face folder.
+    """Writes base and adapter as one model, ``W + A diag(p) B``, in a Hugging Face folder.
 
-    The base's own files are read, tensor by tensor: an adapted matrix is summed in float32 or wider and stored in its
-    old dtype, everything else is copied bit by bit, and so are config and tokenizer. The folder appears whole or not at
+    The base's own files are read tensor by tensor. An adapted matrix is summed in float32 or wider and stored in its
+    old dtype. Everything else is copied bit by bit, including config and tokenizer. The folder appears whole or not at
     all; an earlier export there is replaced.
 
     Args:
-      path: the folder.
+      path: the folder to write.
       adapter, hierarchy, readout, trained_profile, profiles: as `export_peft`.
-      rank: 0..R, where 0 copies the base; or ranks per layer.
-      base_model: the base's folder.
-      max_shard_size: bytes of a file at most, such as 2_000_000_000 or "2GB" (a larger tensor has a file of its own);
-        None keeps the base's files.
+      rank: the rank of the read-out, 0..R, where 0 copies the base; or ranks per layer.
+      base_model: the folder of the base model.
+      max_shard_size: the largest size of a file in bytes, such as 2_000_000_000 or "2GB" (a larger tensor gets a file
+        of its own); None keeps the base's files.
       description: further JSON values for `mlora_jax.json`.
 
     Returns:
       The folder.
 
     Raises:
-      FileNotFoundError: the base is no folder with a config and safetensors.
-      ValueError: what `layer_factors` refuses; a layer that the base lacks, has in another shape, or stores as no
-        float; a damaged file; a sum that its dtype cannot hold; an unusable shard size.
-      FileExistsError: the folder holds something else, or is the base's.
+      FileNotFoundError: the base is not a folder with a config and safetensors.
+      ValueError: `layer_factors` refuses the arguments; the base lacks a layer, has it in another shape, or does not
+        store it as floats; a file is damaged; the dtype of a matrix cannot hold the sum; the shard size is unusable.
+      FileExistsError: the folder holds something else, or is the folder of the base.
     """
     base = pathlib.Path(base_model).expanduser().resolve()
     if not (base / CONFIG_FILE).is_file():
@@ -105,14 +105,14 @@ def _check(base: pathlib.Path, name: str, tensor: TensorLocation | None, factors
 
 
 def _summed(stored: Mapping[str, TensorLocation], factors: Mapping[str, LayerFactors], name: str, raw) -> bytes | None:
-    """The bytes of a matrix with its adapter; None where there is none. `raw` gives the old ones."""
+    """Returns the bytes of a matrix with its adapter, or None if it has no adapter; `raw` reads the old bytes."""
     if name not in factors:
         return None
     tensor, (a, b) = stored[name], factors[name]
     dtype = STORED_DTYPES[tensor.code]
     wide = np.promote_types(a.dtype, np.float64 if dtype == np.float64 else np.float32)
     weight = np.frombuffer(raw(), dtype).reshape(tensor.shape).astype(wide)
-    with np.errstate(over="ignore"):  # looked at below
+    with np.errstate(over="ignore"):  # overflow is checked below
         summed = (weight + (a.astype(wide) @ b.astype(wide)).T).astype(dtype)
     if not np.isfinite(summed.astype(wide)).all():
         raise ValueError(f"{name} with its adapter has values that {dtype.name} cannot hold, or that are not finite")
@@ -120,7 +120,7 @@ def _summed(stored: Mapping[str, TensorLocation], factors: Mapping[str, LayerFac
 
 
 def _shards(stored: Mapping[str, TensorLocation], limit: int) -> dict[str, dict[str, TensorLocation]]:
-    """File -> tensors, in the base's order, a new file where the limit would be passed."""
+    """Returns file -> tensors, in the base's order; a new file begins where a tensor would exceed the limit."""
     groups: list[dict[str, TensorLocation]] = [{}]
     for name, tensor in stored.items():
         if groups[-1] and sum(each.size for each in groups[-1].values()) + tensor.size > limit:
@@ -147,7 +147,7 @@ def _copy_other_files(base: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _bytes(size: int | str) -> int:
-    """A shard size in bytes.
+    """Returns a shard size in bytes.
 
     >>> _bytes("1.5MB"), _bytes(10)
     (1500000, 10)

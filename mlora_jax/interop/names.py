@@ -1,20 +1,20 @@
-"""What other programs call the decoder's linear layers."""
+"""The names of the decoder's linear layers in other programs."""
 
 from __future__ import annotations
 
 from mlora_jax.models.hugging_face import WEIGHT_MAP
 
 KERNEL = ".kernel"
-# Paths of the layers that an adapter of another program may sit on.
+# The paths of the layers that an adapter of another program may adapt.
 LINEAR_PATHS = tuple(name.removesuffix(KERNEL) for name in WEIGHT_MAP if name.endswith(KERNEL))
 
 
 def weight_name(path: str, layer: int | None) -> str:
-    """The name of a linear layer's matrix [F, D] in a Hugging Face checkpoint.
+    """Returns the name of a linear layer's matrix [F, D] in a Hugging Face checkpoint.
 
     Args:
-      path: of the module in our decoder.
-      layer: its place in the stack, None for a layer that is not stacked.
+      path: the path of the module in our decoder.
+      layer: the index of the layer in the stack; None for a layer that is not stacked.
 
     Raises:
       ValueError: the decoder has no such linear layer.
@@ -30,5 +30,13 @@ def weight_name(path: str, layer: int | None) -> str:
 
 
 def module_name(path: str, layer: int | None) -> str:
-    """The name of the torch module, such as "model.layers.3.mlp.up_proj"; otherwise as `weight_name`."""
+    """Returns the name of the torch module, such as "model.layers.3.mlp.up_proj".
+
+    Args:
+      path: the path of the module in our decoder.
+      layer: the index of the layer in the stack; None for a layer that is not stacked.
+
+    Raises:
+      ValueError: the decoder has no such linear layer.
+    """
     return weight_name(path, layer).removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""A read-out in our own format: a smaller adapter, which `load_adapter` reads and every command takes."""
+"""Exports a read-out in our own format: a smaller adapter, which `load_adapter` reads and every command accepts."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def export_adapter(
 ) -> pathlib.Path:
     """Writes a read-out as an adapter of its own, `adapter.safetensors` and `adapter.json`.
 
-    By prefix the factors are cut and keep their hierarchy, so every smaller rank reads out as before. Other read-outs,
-    and ranks per layer, get their scale put into B and scaling "none": the function at the exported rank is the same.
-    Gates are multiplied into B, so the exported adapter has none.
+    With the read-out "prefix" the factors are cut and keep their hierarchy, so every smaller rank reads out as before.
+    For other read-outs, and for ranks per layer, B takes the scale and the scaling is "none", so the function at the
+    exported rank is the same. Gates are multiplied into B, so the exported adapter has none.
 
     Args:
-      path: the folder.
+      path: the folder to write.
       adapter, hierarchy, readout, trained_profile, profiles: as `export_peft`.
-      rank: 1..R; or ranks per layer, 0..R.
-      base_model: folder of the base, which is written down.
-      description: further JSON values.
+      rank: the rank of the read-out, 1..R; or ranks per layer, 0..R.
+      base_model: the folder of the base model, which goes into the description.
+      description: further JSON values for the description.
 
     Returns:
       The folder.
@@ -66,7 +66,7 @@ def export_adapter(
 
 
 def _padded(factors: Mapping, found: Mapping, rank: int) -> dict[str, dict[str, np.ndarray]]:
-    """The layers in stacks again, all of one rank."""
+    """Stacks the layers again, with all factors padded by zeros to one rank."""
     stacks = {}
     for path, pair in factors.items():
         old_a, old_b = (pair[name] for name in FACTORS)

@@ -1,4 +1,4 @@
-"""Adapters as folders that PEFT and vLLM load."""
+"""Exports adapters as folders that PEFT and vLLM load."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from mlora_jax.interop.names import LINEAR_PATHS, module_name
 from mlora_jax.models.hub import hub_id
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every tensor's name: PEFT's wrapper, and its tuner
+PREFIX = "base_model.model."  # the prefix of every tensor's name, from PEFT's wrapper and its tuner
 
 # Program -> the ranks that it can be configured for. vLLM: `MaxLoRARanks` in vllm/config/lora.py, which is
 # Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] in the documentation of 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/
-# lora). In older versions the list begins at 8, so 1 is not relied on here. Nor is rank_pattern: `PEFTHelper` in
-# vllm/lora/peft_helper.py has long kept one r and one lora_alpha for all modules and dropped the patterns; only its
-# latest form reads them.
+# lora). In older versions the list begins at 8, so 1 is not used here. rank_pattern is not used either: older versions
+# of `PEFTHelper` in vllm/lora/peft_helper.py keep one r and one lora_alpha for all modules and drop the patterns; only
+# the latest version reads them.
 RANKS_FOR: dict[str, tuple[int, ...]] = {"vllm": (8, 16, 32, 64, 128, 256, 320, 512)}
 
 
 def accepted_rank(rank: int, program: str) -> int:
-    """The smallest rank, from `rank` on, that a program accepts.
+    """Returns the smallest rank that is at least `rank` and that a program accepts.
+
+    Args:
+      rank: the rank of the adapter.
+      program: a key of `RANKS_FOR`.
 
     Raises:
-      ValueError: an unknown program, or a rank above all that it accepts.
+      ValueError: the program is unknown, or the rank is above all that it accepts.
 
     >>> accepted_rank(20, "vllm")
     32
@@ -65,29 +69,30 @@ def export_peft(
 ) -> pathlib.Path:
     """Writes a read-out as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-    The scale and the gate are in B and ``lora_alpha = r``, so any scaling and read-out is exact. Ranks that differ
-    between layers go into `rank_pattern` and `alpha_pattern`; a layer of rank 0 is left out. `mlora_jax.json` beside
-    them says which read-out of which hierarchy it is. The folder appears whole or not at all; an earlier export there
-    is replaced.
+    The scale and the gate are multiplied into B and ``lora_alpha = r``, so every scaling and read-out is exact. Ranks
+    that differ between layers go into `rank_pattern` and `alpha_pattern`; a layer of rank 0 is left out. The file
+    `mlora_jax.json` in the same folder says which read-out of which hierarchy this is. The folder appears whole or not
+    at all; an earlier export there is replaced.
 
     Args:
-      path: the folder.
-      adapter: tree of an adapter's leaves on the decoder.
-      hierarchy: S, scales and weights.
-      rank: of the read-out, 1..R; or ranks per layer, 0..R, as `mlora_jax.evaluate.Allocation.ranks`.
+      path: the folder to write.
+      adapter: the tree of the leaves of an adapter on the decoder.
+      hierarchy: the S, scales and weights of the adapter.
+      rank: the rank of the read-out, 1..R; or ranks per layer, 0..R, as `mlora_jax.evaluate.Allocation.ranks`.
       readout: "prefix", "nested", "masked", "squeeze" or "calibrated".
-      base_model: folder or hub id of the base, as "OWNER/NAME" or "OWNER/NAME@REVISION", which PEFT loads it by.
-      trained_profile: profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
-      profiles: of "calibrated": rank -> p [R], as `mlora_jax.training.readout_files.read_profiles`.
-      ranks_for: a key of `RANKS_FOR`: all layers are padded with zeros to one rank that this program accepts.
+      base_model: the folder or the hub id of the base, "OWNER/NAME" or "OWNER/NAME@REVISION", from which PEFT loads it.
+      trained_profile: the profile [R] of the trained function, which "squeeze" keeps; None is `hierarchy.lora()`.
+      profiles: rank -> p [R], as `mlora_jax.training.readout_files.read_profiles` returns them; "calibrated" needs
+        them.
+      ranks_for: a key of `RANKS_FOR`; all layers are padded with zeros to one rank that this program accepts.
       description: further JSON values for `mlora_jax.json`.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: what `layer_factors` refuses; no layer of a rank above 0; an adapter of layers that a Hugging Face
-        model has no name for; a rank that the program does not accept.
+      ValueError: `layer_factors` refuses the arguments; no layer has a rank above 0; the adapter has layers for which
+        a Hugging Face model has no name; the program does not accept the rank.
       FileExistsError: the folder holds something else.
     """
     check_free(path)
@@ -139,10 +144,10 @@ def _padded(factors: LayerFactors, rank: int) -> LayerFactors:
 
 
 def _target_modules(found: Mapping[tuple[str, int | None], LayerFactors], adapter) -> list[str]:
-    """What makes PEFT adapt exactly the layers in the file.
+    """Returns the `target_modules` with which PEFT adapts exactly the layers in the file.
 
-    PEFT takes a name for all modules whose own name ends in it after a dot. A bare "q_proj" therefore stands for every
-    layer; where some were left out, the others are named in full.
+    For PEFT a target means all modules whose name ends in a dot and the target. A bare "q_proj" therefore stands for
+    every layer. If some layers were left out, the other layers are named in full.
     """
     tails = Counter(path.rsplit(".", 1)[-1] for path in LINEAR_PATHS)
     counts = Counter(path for path, _ in found)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters as a starting point for training."""
+"""Imports PEFT's LoRA adapters as a starting point for training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mlora_jax.interop.peft_whole import compare_whole, refuse_changed
 from mlora_jax.models.json_file import read_json_object
 from mlora_jax.models.weight_files import STORED_DTYPES
 
-# Keys of adapter_config.json that are understood, and those that say nothing about the function of a trained adapter.
+# The keys of adapter_config.json that are used, and those that do not affect the function of a trained adapter.
 _USED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "init_lora_weights", "modules_to_save", "trainable_token_indices",
@@ -38,15 +38,22 @@ _HARMLESS = {
     "lora_dropout", "runtime_config", "megatron_core", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
     "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-# What any other key may have, so that it is as if it were not there.
+# The values with which any other key counts as absent.
 _UNSET = (None, False, "none", [], {}, "")
-# The rest (pissa, olora, corda, loftq, lora_ga, mica) change the base's weights too, or may do so in some version.
+# The other values (pissa, olora, corda, loftq, lora_ga, mica) also change the base's weights, at least in some version.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 _ALL_LINEAR = "all-linear"
 
 
 class _Layer(NamedTuple):
-    """A linear layer of our model: where it is, and its D and F."""
+    """A linear layer of our model.
+
+    Attributes:
+      path: the path of the module.
+      layer: the index in the stack; None for a layer that is not stacked.
+      features_in: D.
+      features_out: F.
+    """
 
     path: str
     layer: int | None
@@ -63,28 +70,29 @@ def import_peft(
     init: str = "fan_rank",
     dropout: float = 0.0,
 ) -> tuple[nnx.Module, RankHierarchy]:
-    """A PEFT adapter on the layers of our decoder, to be trained further or read out.
+    """Adapts our decoder with a PEFT adapter, which can then be trained further or read out.
 
-    The adapter's scale goes into B. Where the folder is an export of ours, read out by prefix at one rank, factors and
-    hierarchy are those that were exported, cut to that rank: every smaller rank reads out as before. Otherwise the
-    scaling is "none" and S the powers of two up to R.
+    The adapter's scale is multiplied into B. If the folder is our own export of the read-out "prefix" at one rank,
+    factors and hierarchy are those that were exported, cut to that rank, so every smaller rank reads out as before.
+    Otherwise the scaling is "none" and S is the powers of two up to R.
 
     Args:
-      path: folder with `adapter_config.json` and `adapter_model.safetensors`.
-      model: the base decoder; left as it is.
-      key: `jax.random.key` for columns of A that the file does not have. Their rows of B are zero: the function is the
-        file's, and training can move them.
-      rank: R; None is the largest in the file, not counting columns that are zero in A and in B.
+      path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+      model: the base decoder, which is left as it is.
+      key: the `jax.random.key` for columns of A that the file does not have. Their rows of B are zero, so the function
+        is the file's, and training can move them.
+      rank: R; None is the largest rank in the file, without columns that are zero in A and in B.
       init, dropout: as `mlora_jax.adapt`.
 
     Returns:
-      The adapted model, which computes what PEFT computes, and the hierarchy, of which that is the prefix of rank R.
+      The adapted model, which computes what PEFT computes, and the hierarchy. The function of the model is the prefix
+      of rank R of this hierarchy.
 
     Raises:
-      FileNotFoundError: no such folder, or one of the two files is missing (pickles are never opened).
-      ValueError: something that is not understood, such as DoRA or biases; a tensor saved whole, such as an embedding,
-        that differs from the base's; modules that the model does not have; a tensor that is missing, not expected,
-        misshapen or no float; a damaged file.
+      FileNotFoundError: there is no such folder, or one of the two files is missing (pickles are never opened).
+      ValueError: the adapter uses something unsupported, such as DoRA or biases; a tensor that is saved whole, such as
+        an embedding, differs from the base's; the model lacks a module; a tensor is missing, unexpected, misshapen or
+        not a float; a file is damaged.
     """
     layers, folder = _linear_layers(model), pathlib.Path(path).expanduser()
     found = _read_layers(folder, layers, model)
@@ -101,21 +109,22 @@ def import_peft(
     return nnx.merge(graphdef, base, adapter, set_profile(profile, p)), hierarchy
 
 
-def start_from_peft(path: str | os.PathLike, model: nnx.Module, trained_profile: jax.Array):
-    """The adapter tree of an adapted model with the factors of a PEFT adapter in the place of fresh ones.
+def start_from_peft(path: str | os.PathLike, model: nnx.Module, trained_profile: jax.Array) -> Any:
+    """Returns the adapter tree of an adapted model with the factors of a PEFT adapter instead of fresh ones.
 
     Args:
       path: as `import_peft`.
-      model: adapted; its R is at least the file's, and its adapters sit on all layers of the file. Other layers, and
+      model: the adapted model. Its R is at least the file's, and all layers of the file are adapted. Other layers, and
         columns that the file does not have, stay as they are, with B zero.
       trained_profile: the profile [R] under which the model computes what PEFT computes.
 
     Returns:
-      What `split` returns third.
+      The adapter tree, as the third result of `mlora_jax.split`.
 
     Raises:
-      FileNotFoundError, ValueError: as `import_peft`; a rank above R; a layer without an adapter; a profile that is
-        zero where the file has columns.
+      FileNotFoundError: as `import_peft`.
+      ValueError: as `import_peft`; the file's rank is above R; a layer of the file has no adapter in the model; the
+        profile is zero where the file has columns.
     """
     layers = _linear_layers(model)
     found = _read_layers(pathlib.Path(path).expanduser(), layers, model)
@@ -131,7 +140,7 @@ def start_from_peft(path: str | os.PathLike, model: nnx.Module, trained_profile:
 
 
 def _linear_layers(model: nnx.Module) -> dict[str, _Layer]:
-    """The name of the torch module -> our layer."""
+    """Returns the name of the torch module -> our layer."""
     found = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         dotted = ".".join(map(str, path)).replace(f".base{KERNEL}", KERNEL)
@@ -146,7 +155,7 @@ def _linear_layers(model: nnx.Module) -> dict[str, _Layer]:
 
 
 def _read_layers(folder: pathlib.Path, layers: Mapping[str, _Layer], model: nnx.Module) -> dict[str, LayerFactors]:
-    """Name -> factors [D, r] and [r, F] with the scale in B, without columns at the end that do nothing."""
+    """Returns name -> factors [D, r] and [r, F] with the scale in B, without zero columns at the end."""
     config = _read_config(folder)
     expected = _targeted(folder, config, layers)
     tensors = _read_tensors(folder)
@@ -201,14 +210,14 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """r of a module, and the factor of B A: alpha / r, or alpha / sqrt(r) by rsLoRA."""
+    """Returns the r of a module, and the factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA."""
     r = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default):
-    """The value of the first pattern that matches the name or a tail of it after a dot.
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """Returns the value of the first pattern that matches the name or a tail of it after a dot.
 
     Source: `get_pattern_key` in peft/utils/other.py.
     """
@@ -223,7 +232,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _targeted(folder: pathlib.Path, config: Mapping[str, Any], layers: Mapping[str, _Layer]) -> list[str]:
-    """The modules of the model that the config targets.
+    """Returns the names of the model's modules that the config targets.
 
     Source: `check_target_module_exists` in peft/tuners/tuners_utils.py.
     """
@@ -231,7 +240,7 @@ def _targeted(folder: pathlib.Path, config: Mapping[str, Any], layers: Mapping[s
     if not targets:
         raise ValueError(f"{folder / PEFT_CONFIG} names no target_modules")
     if _ALL_LINEAR in (targets, *(targets if len(targets) == 1 else ())):
-        # For PEFT these are all linear layers but the head.
+        # For PEFT "all-linear" means all linear layers but the head.
         chosen = [name for name, layer in layers.items() if layer.path.startswith("layers.")]
     else:
         strange = [target for target in _listed(targets) if not any(_names(target, targets, each) for each in layers)]
@@ -253,7 +262,10 @@ def _listed(targets: str | Sequence[str]) -> Sequence[str]:
 
 
 def _names(target: str, targets: str | Sequence[str], name: str) -> bool:
-    """Whether a target means a module: a string is a pattern for the whole name, an entry of a list a tail of it."""
+    """Returns whether a target means a module.
+
+    A single string is a pattern for the whole name; an entry of a list is a tail of the name.
+    """
     if isinstance(targets, str):
         return _fits(rf"(?:{target})\Z", name)
     return name == target or name.endswith(f".{target}")
@@ -286,14 +298,17 @@ def _at_least_float32(array: np.ndarray) -> np.ndarray:
 
 
 def _without_dead_columns(a: np.ndarray, b: np.ndarray) -> LayerFactors:
-    """Cuts columns at the end that are zero in A and in B: no gradient ever reaches them."""
+    """Cuts columns at the end that are zero in A and in B, because no gradient ever reaches them."""
     alive = np.flatnonzero(a.any(axis=0) | b.any(axis=1))
     r = alive[-1] + 1 if len(alive) else 0
     return LayerFactors(a[:, :r], b[:r])
 
 
-def _filled(adapter, found: Mapping[_Layer, LayerFactors], p: jax.Array):
-    """The tree with these factors in it, B divided by the profile and the gate under which they have their function."""
+def _filled(adapter: Any, found: Mapping[_Layer, LayerFactors], p: jax.Array) -> Any:
+    """Returns the tree with new factors.
+
+    B is divided by the profile and by the gate, so that the adapter computes the function of the factors under them.
+    """
     layers = adapter_layers(adapter)
     stacks = {path: {name: np.array(leaf) for name, leaf in leaves.items()} for path, leaves in layers.items()}
     for (path, layer, *_), (a, b) in found.items():

@@ -1,7 +1,7 @@
-"""Tensors that PEFT saves whole beside the factors: copies of the base's own, or what was trained in their place.
+"""Tensors that PEFT saves whole beside the factors: copies of the base's tensors, or trained replacements of them.
 
-PEFT writes them for `modules_to_save`, `trainable_token_indices` and `save_embedding_layers`; the last also unasked,
-where embedding or head is adapted or the vocabulary was resized.
+PEFT writes them for `modules_to_save`, `trainable_token_indices` and `save_embedding_layers`. It sets the last by
+itself if embedding or head is adapted or the vocabulary was resized.
 Source: `get_peft_model_state_dict` in peft/utils/save_and_load.py.
 """
 
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 MODULES, TOKENS = "modules_to_save", "trainable_token_indices"  # keys of adapter_config.json
 _WRAPPED = re.compile(r"\.(token_adapter\.base_layer|base_layer|modules_to_save(\.default)?)(?=\.)")
-_ROWS = ".token_adapter.trainable_tokens_delta"  # not a difference: the rows that take the place of the base's
+_ROWS = ".token_adapter.trainable_tokens_delta"  # despite the name, the rows that replace those of the base
 
 
 class WholeTensors(NamedTuple):
-    """What a folder's whole tensors are, next to the base's.
+    """The result of a comparison of a folder's whole tensors with the base's.
 
     Attributes:
-      unexpected: complaints about tensors that are missing, misshapen, or none of the base's.
+      unexpected: complaints about tensors that are missing, misshapen, or unknown to the base.
       changed: one line for each tensor that differs from the base's.
-      advice: what to do about `changed`.
+      advice: sentences that say what to do about `changed`.
     """
 
     unexpected: list[str]
@@ -44,12 +44,12 @@ class WholeTensors(NamedTuple):
 def compare_whole(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], model: nnx.Module) -> WholeTensors:
     """Compares the whole tensors of a PEFT adapter with the base's.
 
-    A tensor is the base's if one of the two, rounded to the other's dtype, equals it. Rows that the base has in
-    addition, such as the padding of a vocabulary, stay, with a warning.
+    A tensor counts as the base's if one of the two, rounded to the other's dtype, equals the other. Additional rows of
+    the base, such as the padding of a vocabulary, stay, with a warning.
 
     Args:
-      tensors: name -> array in the dtype in which it is stored, of everything in the file but the factors.
-      config: of `adapter_config.json`.
+      tensors: name -> array in its stored dtype, for everything in the file but the factors.
+      config: the values of `adapter_config.json`.
       model: the base decoder, adapted or not.
     """
     base, whole = _base_tensors(model), WholeTensors([], [], [])
@@ -59,7 +59,15 @@ def compare_whole(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], 
 
 
 def refuse_changed(folder: pathlib.Path, whole: WholeTensors) -> None:
-    """Raises ValueError if a whole tensor differs from the base's."""
+    """Raises an error if a whole tensor differs from the base's.
+
+    Args:
+      folder: the folder of the PEFT adapter.
+      whole: the result of `compare_whole`.
+
+    Raises:
+      ValueError: a whole tensor differs from the base's.
+    """
     if whole.changed:
         lines = "\n  ".join(whole.changed)
         raise ValueError("\n".join([f"{folder} changes the base, besides by its factors:\n  {lines}", *whole.advice]))
@@ -97,8 +105,10 @@ def _compare_modules(tensors, config: Mapping[str, Any], base: Mapping[str, Any]
             )  # fmt: skip
     if whole.changed:
         first = f"base.resize_token_embeddings({enlarged}); " * bool(enlarged)
-        ends = [tensors[found[name]] if name in found else np.asarray(base[name]) for name in (EMBEDDING, HEAD)]
-        if base[HEAD] is base[EMBEDDING] and not np.array_equal(*ends):
+        embedding, head = (
+            tensors[found[name]] if name in found else np.asarray(base[name]) for name in (EMBEDDING, HEAD)
+        )
+        if base[HEAD] is base[EMBEDDING] and not np.array_equal(embedding, head):
             first += "base.config.tie_word_embeddings = False; "
         whole.advice.append(
             "The factors belong to a base with these tensors in it. Make that with PEFT, and give it as the model: "
@@ -115,7 +125,7 @@ def _compare_rows(tensors, config: Mapping[str, Any], base: Mapping[str, Any], w
         if name not in found:
             whole.unexpected.append(f"{PREFIX}{name.removesuffix('.weight')}{_ROWS}: expected, found no such tensor")
     if EMBEDDING in tokens and base[HEAD] is base[EMBEDDING]:
-        tokens.setdefault(HEAD, tokens[EMBEDDING])  # it may be saved for both
+        tokens.setdefault(HEAD, tokens[EMBEDDING])  # a tied tensor may be saved under both names
     for name, stored in found.items():
         saved, indices = tensors[stored], tokens.get(name)
         if indices is None:
@@ -134,11 +144,11 @@ def _compare_rows(tensors, config: Mapping[str, Any], base: Mapping[str, Any], w
 
 
 def _base_tensors(model: nnx.Module) -> dict[str, jax.Array | np.ndarray]:
-    """Name in the checkpoint -> the base's own tensor; a tied head is there too."""
+    """Returns name in the checkpoint -> the base's tensor, including a tied head."""
     leaves = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path)).replace(".base.", ".")
-        if name in WEIGHT_MAP and isinstance(leaf[...], jax.Array):  # a quantised kernel is not that of the checkpoint
+        if name in WEIGHT_MAP and isinstance(leaf[...], jax.Array):  # a quantised kernel differs from the checkpoint's
             leaves[name] = leaf[...]
     found = {}
     for path, array in leaves.items():
@@ -150,7 +160,7 @@ def _base_tensors(model: nnx.Module) -> dict[str, jax.Array | np.ndarray]:
 
 
 def _inside(entry: str, names: Mapping[str, Any]) -> Iterator[str]:
-    """The tensors of the modules that an entry names: those whose names end in it.
+    """Yields the names of the tensors in those modules whose names end in an entry.
 
     Source: `_set_trainable` in peft/utils/other.py.
     """
@@ -160,14 +170,14 @@ def _inside(entry: str, names: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _token_indices(value, names: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Tensor -> the tokens whose rows are trained; a bare list is of the embedding."""
+def _token_indices(value: Any, names: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Returns tensor -> the tokens whose rows are trained; a bare list belongs to the embedding."""
     entries = value if isinstance(value, dict) else {EMBEDDING.removesuffix(".weight"): value} if value else {}
     return {name: list(indices) for entry, indices in entries.items() for name in _inside(entry, names)}
 
 
 def _difference(saved: np.ndarray, own: np.ndarray, numbers: list[int] | None = None) -> str:
-    """Which rows differ and by how much, as the end of a sentence; empty if none does."""
+    """Returns the end of a sentence that says which rows differ and by how much; it is empty if none differs."""
     with np.errstate(over="ignore"):
         same = (saved.astype(own.dtype) == own) | (own.astype(saved.dtype) == saved)
     rows = np.flatnonzero(~same.reshape(len(same), -1).all(axis=1))

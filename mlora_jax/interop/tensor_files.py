@@ -1,4 +1,4 @@
-"""Safetensors files as bytes: what is not changed is copied as it lies, whatever its dtype."""
+"""Safetensors files as bytes: unchanged tensors are copied byte by byte, whatever their dtype."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from safetensors import SafetensorError, safe_open
 
 from mlora_jax.disk import write_aside
 
-_CHUNK = 2**24  # bytes copied at one time
+_CHUNK = 2**24  # the number of bytes that are copied at one time
 
 
 class TensorLocation(NamedTuple):
-    """Where a tensor's bytes lie.
+    """The location of a tensor's bytes in a file.
 
     Attributes:
-      file: that holds it.
-      code: dtype as safetensors calls it, such as "BF16".
-      shape: of the tensor.
-      start: of its first byte in the file.
-      size: in bytes.
+      file: the file that holds the tensor.
+      code: the dtype as safetensors calls it, such as "BF16".
+      shape: the shape of the tensor.
+      start: the position of its first byte in the file.
+      size: the size of the tensor in bytes.
     """
 
     file: pathlib.Path
@@ -33,18 +33,18 @@ class TensorLocation(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """Reads the bytes of the tensor."""
         with self.file.open("rb") as file:
             file.seek(self.start)
             return file.read(self.size)
 
 
 class Header(NamedTuple):
-    """What a file holds.
+    """The header of a safetensors file.
 
     Attributes:
-      tensors: in the order of their bytes.
-      metadata: strings that the writer left.
+      tensors: name -> location, in the order of the bytes.
+      metadata: the strings that the writer stored in the header.
     """
 
     tensors: dict[str, TensorLocation]
@@ -52,7 +52,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Reads the header of a safetensors file: its length in 8 bytes, little-endian, and that much JSON.
+    """Reads the header of a safetensors file: 8 bytes with its length, little-endian, and then as many bytes of JSON.
+
+    Args:
+      path: the file.
 
     Raises:
       ValueError: the file is damaged or cut short.
@@ -61,7 +64,7 @@ def read_header(path: pathlib.Path) -> Header:
     """
     try:
         with safe_open(path, framework="np"):
-            pass  # checks header, offsets and length
+            pass  # opening the file checks header, offsets and length
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
     with path.open("rb") as file:
@@ -81,15 +84,15 @@ def write_tensors(
     metadata: Mapping[str, str],
     replace: Callable[[str, Callable[[], bytes]], bytes | None],
 ) -> None:
-    """Writes a file of tensors from other files, one at a time in memory.
+    """Writes a file of tensors that come from other files, with one tensor in memory at a time.
 
     Args:
-      path: the file; written aside and renamed.
-      tensors: of the new file.
-      metadata: strings for the header.
-      replace: (name, function that reads the old bytes) -> as many new ones, or None to copy the old.
+      path: the file; it is written under another name and then renamed.
+      tensors: name -> location of each tensor of the new file.
+      metadata: the strings for the header.
+      replace: (name, function that reads the old bytes) -> equally many new bytes, or None to copy the old bytes.
     """
-    # Wide elements first, as the format's own writer does: readers need every tensor aligned to its elements.
+    # Wide elements come first, as in the format's own writer, because readers need tensors aligned to their elements.
     tensors = dict(sorted(tensors.items(), key=lambda item: -(item[1].size // max(1, math.prod(item[1].shape)))))
     values: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
@@ -97,7 +100,7 @@ def write_tensors(
         values[name] = {"dtype": tensor.code, "shape": tensor.shape, "data_offsets": [at, at + tensor.size]}
         at += tensor.size
     header = json.dumps(values, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # so that the data is aligned
+    header += b" " * (-len(header) % 8)  # padding aligns the data
     with write_aside(path, needed=8 + len(header) + at) as aside, aside.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)

@@ -14,7 +14,7 @@ READ, WITHOUT_EFFECT, REFUSED = "read", "without effect", "refused"
 
 
 @dataclasses.dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """One key of `config.json`.
 
     Args:
@@ -31,16 +31,16 @@ class Key:
     null: bool = True
 
 
-_VALUE, _OPTIONAL = Key(READ, null=False), Key(READ)
-_RESULT = Key(WITHOUT_EFFECT, "It is about what a call of the model returns beside logits.")
-_HEAD = Key(WITHOUT_EFFECT, "It counts for classifiers.")
-_DROPOUT = Key(WITHOUT_EFFECT, "It counts in training by transformers; here the base is trained without dropout.")
-_NESTED = Key(REFUSED, "a language model within another model is not read: give its own folder")
-_CUT_CACHE = Key(
+_VALUE, _OPTIONAL = ConfigKey(READ, null=False), ConfigKey(READ)
+_RESULT = ConfigKey(WITHOUT_EFFECT, "It is about what a call of the model returns beside logits.")
+_HEAD = ConfigKey(WITHOUT_EFFECT, "It counts for classifiers.")
+_DROPOUT = ConfigKey(WITHOUT_EFFECT, "It counts in training by transformers; here the base is trained without dropout.")
+_NESTED = ConfigKey(REFUSED, "a language model within another model is not read: give its own folder")
+_CUT_CACHE = ConfigKey(
     REFUSED, "transformers ignores it when it scores a text, but cuts its cache by it when it generates one"
 )
 
-_COMMON: Mapping[str, Key] = {
+_COMMON: Mapping[str, ConfigKey] = {
     "model_type": _VALUE,
     "vocab_size": _VALUE,
     "hidden_size": _VALUE,
@@ -58,19 +58,19 @@ _COMMON: Mapping[str, Key] = {
     "eos_token_id": _OPTIONAL,
     "pad_token_id": _OPTIONAL,
     "rope_parameters": _OPTIONAL,
-    "rope_scaling": Key(READ, "The older name of rope_parameters. It counts where both are given."),
-    "rope_theta": Key(READ, "It counts where the object of rotary settings has none."),
-    "partial_rotary_factor": Key(READ, "It must be 1."),
-    "original_max_position_embeddings": Key(READ, "For 'llama3' it counts before that of the rotary settings."),
-    "quantization_config": Key(
+    "rope_scaling": ConfigKey(READ, "The older name of rope_parameters. It counts where both are given."),
+    "rope_theta": ConfigKey(READ, "It counts where the object of rotary settings has none."),
+    "partial_rotary_factor": ConfigKey(READ, "It must be 1."),
+    "original_max_position_embeddings": ConfigKey(READ, "For 'llama3' it counts before that of the rotary settings."),
+    "quantization_config": ConfigKey(
         REFUSED, "use a checkpoint whose weights are stored as 'float32', 'bfloat16', 'float16' or 'float64'"
     ),
-    "architectures": Key(WITHOUT_EFFECT, "The weights themselves are checked."),
-    "dtype": Key(WITHOUT_EFFECT, "Weights are read as they are stored, or as the caller asks."),
-    "torch_dtype": Key(WITHOUT_EFFECT, "The older name of dtype."),
-    "transformers_version": Key(WITHOUT_EFFECT, "It says how the file was made."),
-    "use_cache": Key(WITHOUT_EFFECT, "It is about time and memory."),
-    "chunk_size_feed_forward": Key(WITHOUT_EFFECT, "It is about time and memory."),
+    "architectures": ConfigKey(WITHOUT_EFFECT, "The weights themselves are checked."),
+    "dtype": ConfigKey(WITHOUT_EFFECT, "Weights are read as they are stored, or as the caller asks."),
+    "torch_dtype": ConfigKey(WITHOUT_EFFECT, "The older name of dtype."),
+    "transformers_version": ConfigKey(WITHOUT_EFFECT, "It says how the file was made."),
+    "use_cache": ConfigKey(WITHOUT_EFFECT, "It is about time and memory."),
+    "chunk_size_feed_forward": ConfigKey(WITHOUT_EFFECT, "It is about time and memory."),
     "attention_dropout": _DROPOUT,
     "output_attentions": _RESULT,
     "output_hidden_states": _RESULT,
@@ -78,12 +78,12 @@ _COMMON: Mapping[str, Key] = {
     "id2label": _HEAD,
     "label2id": _HEAD,
     "problem_type": _HEAD,
-    "is_causal": Key(REFUSED, "every token sees the tokens before it and no others", (None, True)),
-    "is_encoder_decoder": Key(REFUSED, "there is no encoder", (None, False)),
-    "per_layer_config": Key(REFUSED, "all layers have one shape", (None, {})),
+    "is_causal": ConfigKey(REFUSED, "every token sees the tokens before it and no others", (None, True)),
+    "is_encoder_decoder": ConfigKey(REFUSED, "there is no encoder", (None, False)),
+    "per_layer_config": ConfigKey(REFUSED, "all layers have one shape", (None, {})),
     "attention_chunk_size": _CUT_CACHE,
-    "kv_sharing_modes": Key(REFUSED, "every layer has keys and values of its own"),
-    "transformers_weights": Key(REFUSED, "it names another file of weights than model.safetensors"),
+    "kv_sharing_modes": ConfigKey(REFUSED, "every layer has keys and values of its own"),
+    "transformers_weights": ConfigKey(REFUSED, "it names another file of weights than model.safetensors"),
     "text_config": _NESTED,
     "decoder": _NESTED,
     "generator": _NESTED,
@@ -92,12 +92,12 @@ _COMMON: Mapping[str, Key] = {
 _HEADS = {"num_key_value_heads": _VALUE}
 _BIASES = {"attention_bias": _VALUE, "mlp_bias": _VALUE}
 _FULL = {"sliding_window": _CUT_CACHE}
-_TENSOR_PARALLEL = {"pretraining_tp": Key(WITHOUT_EFFECT, "It is about how products are cut.")}
+_TENSOR_PARALLEL = {"pretraining_tp": ConfigKey(WITHOUT_EFFECT, "It is about how products are cut.")}
 _WINDOW = {"sliding_window": _OPTIONAL}
 _LAYERS = {"layer_types": _OPTIONAL}
 _SWITCHED = _WINDOW | _LAYERS | {"use_sliding_window": _VALUE}
 
-CONFIG_KEYS: Mapping[str, Mapping[str, Key]] = {
+CONFIG_KEYS: Mapping[str, Mapping[str, ConfigKey]] = {
     model_type: {**_COMMON, **own}
     for model_type, own in {
         "llama": _BIASES | _FULL | _LAYERS | _TENSOR_PARALLEL,

@@ -1,4 +1,4 @@
-"""Actions on trials that train together: the adapters of K trials, and what becomes of their optimizer's state."""
+"""Actions on the adapters and the optimizer states of trials that train together."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def act_on_trials(
     *,
     init: str = "fan_rank",
 ) -> TrialState:
-    """Applies an action to K trials, all layers of all of them in one program.
+    """Applies an action to all layers of K trials in one program.
 
     Args:
       action: a row of `ACTIONS` that may stand before a later phase.
-      optimizer: from `make_optimizer`.
+      optimizer: the optimizer that `make_optimizer` returned.
       state: the state of K trials.
       trained_profiles: [K, R], the profile of the function that each trial computes.
       keys: [K] `jax.random.key`s for fresh columns.
-      needed: what the action needs, with a leading K.
+      needed: the name of every need of the action -> its value, with a leading K.
       init: a key of `INITIALIZERS`, from which fresh columns are drawn.
 
     Returns:
-      The state with the new adapters, and the optimizer's state as the action's `moments` says.
+      The state with the new adapters and with the optimizer state that the action's `moments` prescribes.
     """
     if action is ACTIONS["none"]:
         return state
@@ -54,7 +54,7 @@ def _act(action: Action, optimizer: optax.GradientTransformation, state: TrialSt
 
 
 def _mapped(optimizer, state: TrialState, maps: Tree) -> Any:
-    """The moments of Adam as those of the new factors, the second ones as if columns were uncorrelated."""
+    """Maps the moments of Adam to the new factors; the second moments are mapped as if columns were uncorrelated."""
     del optimizer
     return jax.tree.map(functools.partial(_map_moments, maps=maps), state.optimizer, is_leaf=_is_adam)
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: the leaves (A, B and perhaps a gate) as safetensors, what they mean as JSON beside them."""
+"""Adapters on disk: the leaves (A, B and possibly a gate) as safetensors, and their description as JSON."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 def save_adapter(
     folder: str | os.PathLike, adapter: Any, hierarchy: RankHierarchy, description: Mapping[str, Any]
 ) -> pathlib.Path:
-    """Writes an adapter; a reader never sees half of it.
+    """Writes an adapter; each of its two files appears whole or not at all.
 
     Args:
-      folder: the folder to write into, which is made if it is not there.
-      adapter: tree of an adapter's leaves.
+      folder: the folder to write; it is made if it does not exist.
+      adapter: the tree of the adapter's leaves.
       hierarchy: the adapter's S, scaling, weights and R.
       description: further JSON values, such as the method, the seed and the base model.
 
@@ -39,7 +39,7 @@ def save_adapter(
       The folder.
 
     Raises:
-      ValueError: a leaf has another rank than the hierarchy's R, or the tree is no adapter. Nothing is written.
+      ValueError: a leaf has a rank other than the hierarchy's R, or the tree is not an adapter. Nothing is written.
     """
     folder = pathlib.Path(folder)
     for name, rank in leaf_ranks(adapter).items():
@@ -78,8 +78,8 @@ def load_adapter(folder: str | os.PathLike, template: Any) -> tuple[Any, RankHie
       (adapter, hierarchy, description).
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: a damaged file; a tensor missing, unknown or of another shape than in the template.
+      FileNotFoundError: one of the two files is missing.
+      ValueError: a file is damaged; a tensor is missing, unknown, or has another shape than in the template.
     """
     folder, record = pathlib.Path(folder), read_description(folder)
     tensors = _read_tensors(folder)
@@ -101,18 +101,18 @@ def load_adapter(folder: str | os.PathLike, template: Any) -> tuple[Any, RankHie
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, dict[str, np.ndarray]], RankHierarchy, dict[str, Any]]:
-    """Reads what `save_adapter` wrote without the model that it belongs to.
+    """Reads what `save_adapter` wrote, without the model of the adapter.
 
     Args:
       folder: the adapter's folder.
 
     Returns:
-      (adapter, hierarchy, description). The adapter is {path: {"a": [..., D, R], "b": [..., R, F]}}, with "gate"
-      [..., R] in the layers that have one.
+      (adapter, hierarchy, description). The adapter is {path: {"a": [..., D, R], "b": [..., R, F]}}; the layers with
+      a gate also have "gate" [..., R].
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: a damaged file; a tensor missing, unknown, or of another rank than the description's.
+      FileNotFoundError: one of the two files is missing.
+      ValueError: a file is damaged; a tensor is missing, unknown, or has another rank than the description says.
     """
     folder, record = pathlib.Path(folder), read_description(folder)
     adapter: dict[str, dict[str, np.ndarray]] = {}
@@ -131,11 +131,14 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, dict[str, np.ndar
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
-    """The JSON values of an adapter that `save_adapter` wrote.
+    """Reads the JSON values of an adapter that `save_adapter` wrote.
+
+    Args:
+      folder: the adapter's folder.
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: damaged JSON, or another version's.
+      FileNotFoundError: one of the two files is missing.
+      ValueError: the JSON is damaged, or another version wrote it.
     """
     folder = pathlib.Path(folder)
     for name in (TENSORS, DESCRIPTION):
@@ -151,11 +154,14 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def trained_profile(description: Mapping[str, Any], hierarchy: RankHierarchy) -> jax.Array | None:
-    """The profile [R] of the function that an adapter was trained as at full rank; None if its description is silent.
+    """Returns the profile [R] of the function that was trained at full rank.
 
     Args:
-      description: JSON values of an adapter that a run wrote.
+      description: the JSON values of an adapter that a run wrote.
       hierarchy: the adapter's hierarchy.
+
+    Returns:
+      The profile, or None if the description does not name a method.
     """
     method = (description.get("trial") or {}).get("method")
     policy = description["phases"][-1][0] if description.get("phases") else method
@@ -166,9 +172,9 @@ class AdaptedModel(NamedTuple):
     """A model in evaluation mode with an adapter from a folder.
 
     Attributes:
-      graphdef, base, adapter, profile: what `mlora_jax.split` returns.
+      graphdef, base, adapter, profile: the four parts that `mlora_jax.split` returns.
       hierarchy: the adapter's S, scaling, weights and R.
-      description: further JSON values.
+      description: the JSON values of the adapter's folder.
     """
 
     graphdef: Any
@@ -180,15 +186,16 @@ class AdaptedModel(NamedTuple):
 
 
 def load_adapted(folder: str | os.PathLike, model: nnx.Module) -> AdaptedModel:
-    """Adapts the layers of a model that an adapter's folder has factors for, and reads them.
+    """Adapts those layers of a model for which an adapter's folder has factors, and reads the factors.
 
     Args:
       folder: the adapter's folder.
       model: the base model, which is left as it is.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_adapter`; factors of a layer that the model does not have; gates in some
-        layers only.
+      FileNotFoundError: as `load_adapter`.
+      ValueError: as `load_adapter`; the folder has factors for a layer that the model does not have, or gates for only
+        some of the layers.
     """
     record = read_description(folder)
     leaves: dict[str, list[str]] = {}
@@ -226,5 +233,5 @@ def _hierarchy(record: Mapping[str, Any]) -> RankHierarchy:
     return RankHierarchy(record["ranks"], record["scaling"], record["weights"], max_rank=record["rank"])
 
 
-def _named_leaves(tree):
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(".".join(path_names(path)), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

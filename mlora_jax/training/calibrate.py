@@ -1,4 +1,4 @@
-"""A read-out fitted to data: R numbers for each rank, the factors left as they are."""
+"""A read-out that is fitted to data: R numbers for each rank, while the factors stay as they are."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ def calibrate(
     key: jax.Array,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """The profile of every rank that fits a trained adapter best.
+    """Fits the profile of every rank to a trained adapter.
 
     The profile of rank r is a fixed read-out times a number for each of its r columns. The numbers begin at 1 and
     follow the gradient of the training loss (Adam, linear decay to zero). The fixed read-out is the one of `prefix(r)`,
-    `nested(r)` and the trained function cut at r that has the smallest loss on the first batches: under a scaling they
-    lie farther apart than the numbers come. The ranks of S are spread evenly over the examples of every batch, whatever
-    their weights in training, so all are fitted in the time of one.
+    `nested(r)` and the trained function cut at r that has the smallest loss on the first batches. The best start has to
+    be chosen, because under some scalings these profiles lie farther apart than the numbers can move. The ranks of S
+    are spread evenly over the examples of every batch, whatever their weights in training, so all profiles are fitted
+    in the time of one.
 
     Args:
       loss: (trees, profiles [B, R], batch) -> nats summed over the answer tokens; differentiable in the profiles. The
         same function compiles once.
-      trees: arrays that `loss` needs.
-      hierarchy: S and scales of the adapter.
-      trained_profile: profile [R] of the trained function at full rank.
-      batches: at least `steps`.
-      steps: of the optimizer.
-      learning_rate: of the numbers, at the first step.
-      key: `jax.random.key` for which example is of which rank.
-      mesh: where `trees` and batches lie; None for one device.
+      trees: the arrays that `loss` needs.
+      hierarchy: the S and the scales of the adapter.
+      trained_profile: the profile [R] of the trained function at full rank.
+      batches: the training batches, at least `steps` of them.
+      steps: the number of optimizer steps.
+      learning_rate: the learning rate of the numbers at the first step.
+      key: the `jax.random.key` that assigns ranks to examples.
+      mesh: the mesh on which `trees` and batches lie; None for one device.
 
     Returns:
       Profiles [ranks of S, R], zero beyond each rank.
@@ -74,7 +75,7 @@ def calibrate(
 
 
 def _best_fixed(loss, trees, hierarchy: RankHierarchy, trained_profile, rank: int, batches, mesh) -> np.ndarray:
-    """The fixed read-out [R] at a rank that has the smallest loss on some batches."""
+    """Returns the fixed read-out [R] at a rank with the smallest loss on some batches."""
     cut = jnp.where(jnp.arange(hierarchy.max_rank) < rank, trained_profile, 0.0)
     losses = {}
     for p in (hierarchy.prefix(rank), hierarchy.nested(rank), cut):

@@ -1,14 +1,17 @@
-"""Exact resume: what a batch of trials is at a step, on disk by orbax while the next steps run."""
+"""Exact resume: orbax writes the state of a batch of trials to disk while the next steps run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +24,26 @@ from mlora_jax.parallel.arrays import fetch
 
 logger = logging.getLogger(__name__)
 
-# How tensorstore's errors begin when a file is cut, altered or missing. Others, such as those of a device that does not
-# answer or of a file that may not be read, say nothing about the checkpoint.
+# How tensorstore's errors begin when a file is cut, altered or missing. Other errors, such as a device that does not
+# answer or a file without read permission, say nothing about the checkpoint.
 _DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")
 
 
-_PARTIAL = ".orbax-checkpoint-tmp"  # what orbax puts behind the name of a step that is not whole
+_PARTIAL = ".orbax-checkpoint-tmp"  # the suffix that orbax gives to the folder of a step that is not whole
 
 
 class _OtherArraysError(ValueError):
-    """What is read is not what was saved."""
+    """The arrays that were read differ from those that were saved."""
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read: its step, the arrays in the template's structure, and the JSON values beside them."""
+    """A checkpoint that was read.
+
+    Attributes:
+      step: the number of finished steps.
+      state: the arrays, in the structure of the template.
+      values: the JSON values that were saved with the arrays.
+    """
 
     step: int
     state: Any
@@ -44,23 +53,23 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one batch of trials.
 
-    A save returns as soon as the arrays are copied; the files are written behind it, and a step's folder gets its name
-    when all of it is there. What is read back is compared with a checksum, so that a damaged checkpoint is never taken
-    for a sound one.
+    A save returns as soon as the arrays are copied. The files are written in the background, and a step's folder gets
+    its name when it is complete. Arrays that are read back are compared with checksums, so that a damaged checkpoint
+    is never taken for a sound one.
 
     Args:
-      folder: of the batch; made if it is not there.
-      keep: how many of the newest checkpoints are kept.
+      folder: the folder of the batch; it is made if it does not exist.
+      keep: the number of newest checkpoints that are kept.
     """
 
-    def __init__(self, folder, *, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
         self._folder = pathlib.Path(folder).absolute()
-        self._begun: tuple[int, int] | None = None  # step and bytes of the newest save
-        self._partial: pathlib.Path | None = None  # what there is of a checkpoint that found no room
+        self._begun: tuple[int, int] | None = None  # the step and the bytes of the newest save
+        self._partial: pathlib.Path | None = None  # the incomplete checkpoint of a save that found no room
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
-            # Otherwise a save during another save is declined; with it off the second one waits.
+            # With this check orbax declines a save during another save; without it the second save waits.
             enable_should_save_is_saving_in_progress_check=False,
         )
         self._quiet = contextlib.ExitStack()
@@ -71,22 +80,22 @@ class Checkpoints:
         with naming(self._folder):
             return ocp.CheckpointManager(self._folder, options=self._options, item_names=("state", "values"))
 
-    def save(self, step: int, state, values: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, values: dict[str, Any]) -> None:
         """Begins to write a checkpoint.
 
         Args:
-          step: finished steps; above that of every earlier checkpoint.
-          state: tree of arrays.
-          values: whatever JSON holds.
+          step: the number of finished steps; it is above that of every earlier checkpoint.
+          state: the tree of arrays.
+          values: the JSON values to save with the arrays.
 
         Raises:
           OSError: orbax declined to write it.
-          DiskFullError: there is no room for it, or for the one before, which was still being written.
+          DiskFullError: there is no room for it, or for the previous checkpoint, which was still being written.
         """
-        # Copies: the next step reuses the buffers of these while they are still being written.
+        # These are copies, because the next step reuses the buffers while the checkpoint is still being written.
         arrays = {name: jnp.copy(leaf) for name, leaf in _named_arrays(state).items()}
         record = {"values": values, "arrays": _shapes(arrays), "checksums": _checksums(arrays)}
-        self.wait()  # orbax would, but what went wrong with the one before would seem to be of this one
+        self.wait()  # orbax waits too, but an error of the previous save would seem to be an error of this one
         self._begun = step, sum(leaf.nbytes for leaf in arrays.values()) + len(json.dumps(record))
         try:
             with self._naming_the_newest():
@@ -100,32 +109,35 @@ class Checkpoints:
         if not saved:
             raise OSError(f"the checkpoint of step {step} in {self._folder} was not written: orbax declined to")
 
-    def restore(self, template) -> Restored | None:
-        """The newest sound checkpoint; damaged ones above it are removed with a warning. None if there is none.
+    def restore(self, template: Any) -> Restored | None:
+        """Reads the newest sound checkpoint. Newer ones that are damaged are removed with a warning.
 
         Args:
-          template: tree of arrays of the shapes, dtypes and shardings to restore to.
+          template: the tree of arrays with the shapes, dtypes and shardings to restore.
+
+        Returns:
+          The checkpoint, or None if there is no sound one.
 
         Raises:
-          ValueError: the checkpoint is of other arrays than the template; it stays.
-          OSError: it is damaged, and there are several processes.
-          Exception: whatever else kept it from being read; it stays.
+          ValueError: the checkpoint has other arrays than the template. It is kept.
+          OSError: the checkpoint is damaged, and there are several processes.
+          Exception: any other error that prevented reading. The checkpoint is kept.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._read(step, template)
-            except Exception as error:  # orbax has no type of its own for what tensorstore cannot read
+            except Exception as error:  # orbax has no type of its own for errors of tensorstore in reading
                 cause = _damage(error)
                 if cause is None:
                     raise
                 reason = str(cause).strip().splitlines()[0][:300] if str(cause).strip() else type(cause).__name__
-                if hosts.count() > 1:  # the others may have read theirs, and wait for this process
+                if hosts.count() > 1:  # the other processes may have read the checkpoint and wait for this one
                     raise OSError(
                         f"the checkpoint of step {step} in {self._folder} is damaged ({reason}): go on once with one "
                         "process, which removes it for the one before"
                     ) from error
                 logger.warning("the checkpoint of step %d in %s is damaged and removed: %s", step, self._folder, reason)
-                # Removed before training goes on: its step comes again, and orbax does not overwrite a step.
+                # It is removed now, because its step will be saved again and orbax does not overwrite a step.
                 self._manager.close()
                 shutil.rmtree(self._folder / str(step))
                 self._manager = self._open()
@@ -153,25 +165,28 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong while it was written."""
+        """Waits until everything saved is on disk, and raises any error that came up while it was written."""
         with self._naming_the_newest():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _naming_the_newest(self):
-        """Says by a `DiskFullError` that there was no room for the newest checkpoint."""
+    def _naming_the_newest(self) -> Iterator[None]:
+        """Raises a `DiskFullError` that names the newest checkpoint if there was no room for it."""
         try:
             yield
-        except Exception as error:  # orbax has no type of its own for what tensorstore cannot write
+        except Exception as error:  # orbax has no type of its own for errors of tensorstore in writing
             if self._begun is None or lack_of_room(error) is None:
                 raise
             step, needed = self._begun
             needed = max([needed, *(size_on_disk(self._folder / str(whole)) for whole in self._manager.all_steps())])
             what, self._partial = f"the checkpoint of step {step} in {self._folder}", self._folder / f"{step}{_PARTIAL}"
-            raise disk_full(error, what, self._folder, partial=self._partial, needed=needed) from None
+            full = disk_full(error, what, self._folder, partial=self._partial, needed=needed)
+            if full is None:
+                raise
+            raise full from None
 
     def close(self) -> None:
-        """Waits, and frees the threads; what there is of a checkpoint that found no room is removed."""
+        """Waits, frees the threads, and removes an incomplete checkpoint that found no room."""
         try:
             self.wait()
         finally:
@@ -187,18 +202,20 @@ class Checkpoints:
                 self._quiet.close()
 
     def remove(self) -> None:
-        """Closes, and deletes the folder."""
+        """Closes the checkpoints and deletes their folder."""
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             self.close()
         except DiskFullError:
-            if lack_of_room(error) is None:  # otherwise the first file for which there was no room is the one to name
+            if lack_of_room(error) is None:  # otherwise `error` already names the first file that found no room
                 raise
 
 
@@ -206,14 +223,14 @@ _QUIET_TO_THE_END: list[contextlib.ExitStack] = []
 
 
 @contextlib.contextmanager
-def _no_echoes():
-    """Keeps quiet about a full disk what libraries print in their threads: it is raised, as one line."""
+def _no_echoes() -> Iterator[None]:
+    """Silences what libraries print in their threads about a full disk, because it is raised as one line."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return lack_of_room(record.exc_info[1] if record.exc_info else OSError(record.getMessage())) is None
 
     def hook(unraisable) -> None:
-        # When one write of a checkpoint fails, the others report to an event loop that orbax has closed.
+        # When one write of a checkpoint fails, the other writes report to an event loop that orbax has closed.
         if "Event loop is closed" not in str(unraisable.exc_value):
             before(unraisable)
 
@@ -230,8 +247,12 @@ def _no_echoes():
             sys.unraisablehook = before
 
 
-def what_stands(workdir) -> str:
-    """A sentence about the newest whole checkpoint of every batch in a run's folder: a full disk does not touch it."""
+def what_stands(workdir: str | os.PathLike) -> str:
+    """Returns a sentence that names the newest whole checkpoint of every batch, which a full disk does not affect.
+
+    Args:
+      workdir: the run's folder.
+    """
     newest: dict[str, int] = {}
     for folder in sorted(pathlib.Path(workdir).glob("checkpoints/*/*")):
         if folder.name.isdigit():
@@ -242,14 +263,14 @@ def what_stands(workdir) -> str:
 
 
 @contextlib.contextmanager
-def saying_what_stands(workdir):
-    """Ends a run for which there is no room by one line, which says also what of it is safe.
+def saying_what_stands(workdir: str | os.PathLike) -> Iterator[None]:
+    """Ends a run for which there is no room with a one-line error, which also names the checkpoints that are safe.
 
     Args:
       workdir: the run's folder.
 
     Raises:
-      DiskFullError: in place of any error that came for want of room.
+      DiskFullError: it replaces any error whose cause is a lack of room.
     """
     try:
         yield
@@ -273,7 +294,7 @@ def _shapes(arrays) -> dict[str, str]:
 
 
 def _difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """The first array that is not the same in both."""
+    """Returns how the first array that differs was described before and is described now."""
     name = next((name for name in (*now, *before) if before.get(name) != now.get(name)), None)
     if name is None:
         return "it has no sums of them"
@@ -281,7 +302,7 @@ def _difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 
 def _damage(error: BaseException | None) -> BaseException | None:
-    """The error, or one that led to it, that shows a damaged file."""
+    """Returns the error in a chain of errors that shows a damaged file, or None."""
     kinds = (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError, _OtherArraysError)
     while error is not None and not isinstance(error, kinds) and not str(error).startswith(_DAMAGE):
         error = error.__cause__ or error.__context__
@@ -290,9 +311,10 @@ def _damage(error: BaseException | None) -> BaseException | None:
 
 @jax.jit
 def _sum_of(array: jax.Array) -> jax.Array:
-    """A number, uint32, that changes with any bit of an array and with the order of its elements.
+    """Returns a checksum, uint32, that changes with any bit of an array and with the order of its elements.
 
-    Computed where the array lies, and the same however that is: sums of integers do not depend on their order.
+    It is computed where the array lies and does not depend on the sharding, because sums of integers do not depend on
+    their order.
     """
     bits = array.astype(jnp.uint8) if array.dtype == bool else array
     width = bits.dtype.itemsize
@@ -300,7 +322,8 @@ def _sum_of(array: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(bits, f"uint{8 * width}").astype(jnp.uint32)[None]
     else:
         words = jnp.moveaxis(jax.lax.bitcast_convert_type(bits, jnp.uint32), -1, 0)
-    # A number for every position that has no common factor with 2 ** 32, mixed along each axis (Knuth's constant).
+    # Every position gets a factor, mixed along each axis by Knuth's constant and made odd, so that it is a unit modulo
+    # 2 ** 32.
     position = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(words.shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, tuple(size if i == axis else 1 for i in range(words.ndim)), axis)

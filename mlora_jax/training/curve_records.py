@@ -1,12 +1,13 @@
-"""The rank-accuracy curves on record: one line of JSON for each rank of a curve.
+"""The rank-accuracy curves of a run in a file: one line of JSON for each rank of a curve.
 
-A curve is whole or absent: it counts only when the file holds a line for each of its ranks. A process that was killed
-while it wrote leaves fewer, and the curve is then measured again.
+A curve counts only if the file holds a line for each of its ranks. A process that was killed while it wrote leaves
+fewer lines, and the curve is then measured again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,17 +19,17 @@ CURVES = "curves.jsonl"
 BASE = "base"  # the name, and the read-out, of the model without an adapter
 
 Line = Mapping[str, Any]
-# What every line of a curve says, besides the axes of its trial.
+# The fields of every line of a curve, besides the axes of its trial.
 NEEDED = ("split", "readout", "at_rank", "of_ranks", "accuracy")
 
 
 class CurveKey(NamedTuple):
-    """What tells one curve of a run from another.
+    """The key that identifies a curve within a run.
 
     Attributes:
       trial: the trial's name, or `BASE`.
       split: "test" or "validation".
-      readout: the read-out's name; `BASE` for the base.
+      readout: the read-out's name; `BASE` for the base model.
       task: a task of the harness; "" is the run's own task.
       asked_shots: the number of examples that the config asks for; None is the task's own number.
     """
@@ -64,14 +65,14 @@ class CurveRecord:
       task: the task's name.
       split: "test" or "validation".
       readout: the read-out's name; `BASE` for the base.
-      ranks: increasing.
+      ranks: the ranks, in increasing order.
       accuracies: one per rank, in 0..1.
-      standard_errors: one per rank; None where an older record does not say.
-      items: the number of items that each accuracy is the mean of; None where an older record does not say.
+      standard_errors: one per rank; None where an older record has none.
+      items: the number of items over which each accuracy is the mean; None where an older record does not say.
       shots: the number of examples in every prompt.
       truncated: the number of prompts that were cut to fit.
-      harness: how the harness measured it; None if the run measured its own task.
-      name: the trial's name as it is on record, or `BASE`; by default the trial's.
+      harness: how the harness measured the curve; None if the run measured its own task.
+      name: the trial's name as the file has it, or `BASE`; by default it is the name of `trial`.
     """
 
     trial: Trial | None
@@ -92,12 +93,13 @@ class CurveRecord:
 
     @property
     def key(self) -> CurveKey:
-        """What tells it from the other curves of its run."""
-        of_harness = (self.task, self.harness.asked_shots) if self.harness else ()
-        return CurveKey(self.name, self.split, self.readout, *of_harness)
+        """The key that identifies this curve within its run."""
+        if self.harness:
+            return CurveKey(self.name, self.split, self.readout, self.task, self.harness.asked_shots)
+        return CurveKey(self.name, self.split, self.readout)
 
     def to_lines(self) -> list[dict[str, Any]]:
-        """One line for each rank, in the order of the ranks."""
+        """Returns one line for each rank, in the order of the ranks."""
         values = zip(self.ranks, self.accuracies, self.standard_errors, strict=True)
         return [self._line(*at) for at in values]
 
@@ -127,9 +129,10 @@ class CurveRecord:
 
     @classmethod
     def from_lines(cls, lines: Iterable[Line]) -> CurveRecord | None:
-        """The curve of all lines of one key, in any order; None if a rank of it is missing.
+        """Makes a curve from all lines that have its key; returns None if the line of a rank is missing.
 
-        Of several lines for one rank, the last one counts.
+        Args:
+          lines: the lines, in any order. If a rank has several lines, the last one counts.
         """
         at = {line["at_rank"]: line for line in lines}
         if any(line["of_ranks"] != len(at) for line in at.values()):
@@ -160,8 +163,8 @@ class CurvesOnRecord:
     """The whole curves and the failed trials of a run.
 
     Attributes:
-      whole: the curves by what tells them apart.
-      failed: name -> trial, of the trials whose loss became infinite or NaN.
+      whole: the curves by their keys.
+      failed: name -> trial, for the trials whose loss became infinite or NaN.
     """
 
     whole: dict[CurveKey, CurveRecord] = dataclasses.field(default_factory=dict)
@@ -174,27 +177,27 @@ class CurvesOnRecord:
         return iter(self.whole.values())
 
     def get(self, key: CurveKey) -> CurveRecord | None:
-        """The curve of a key, or None."""
+        """Returns the curve of a key, or None."""
         return self.whole.get(key)
 
     def base(self) -> dict[str, CurveRecord]:
-        """Split -> the base model's record, on the run's own task."""
+        """Returns split -> the base model's record on the run's own task."""
         return {record.split: record for record in self if record.trial is None and record.harness is None}
 
 
 def failed_line(trial: Trial) -> dict[str, Any]:
-    """The line that stands for a trial whose loss became infinite or NaN."""
+    """Returns the line that stands for a trial whose loss became infinite or NaN."""
     return {"trial": trial.name, **trial.to_json(), "failed": True}
 
 
-def read_curves(path) -> CurvesOnRecord:
-    """The whole curves of a run's file; another process may be writing it.
+def read_curves(path: str | os.PathLike) -> CurvesOnRecord:
+    """Reads the whole curves of a run's file, to which another process may still write.
 
     Args:
-      path: the file; where there is none, there are no curves.
+      path: the file; if it does not exist, there are no curves.
 
     Raises:
-      ValueError: a line that is no record of a curve; the message names it.
+      ValueError: a line is not a record of a curve. The message names the line.
     """
     lines: dict[CurveKey, list[Line]] = {}
     failed: dict[str, Trial] = {}
@@ -207,10 +210,10 @@ def read_curves(path) -> CurvesOnRecord:
     return CurvesOnRecord({key: record for key, record in found.items() if record is not None}, failed)
 
 
-def drop_partial_curves(path) -> None:
+def drop_partial_curves(path: str | os.PathLike) -> None:
     """Rewrites a run's file without the lines of curves that are not whole."""
     whole = read_curves(path)
-    keep_records(path, lambda line: line.get("failed") or _key(line) in whole)
+    keep_records(path, lambda line: bool(line.get("failed")) or _key(line) in whole)
 
 
 def _key(line: Line) -> CurveKey:
@@ -218,7 +221,8 @@ def _key(line: Line) -> CurveKey:
     return CurveKey(line["trial"], line["split"], line["readout"], *of_harness)
 
 
-def _checked(path) -> Iterator[Line]:
+def _checked(path: str | os.PathLike) -> Iterator[Line]:
+    """Yields the lines of a run's file, each with all fields that it needs."""
     path = pathlib.Path(path)
     for number, line in enumerate(read_json_lines(path) if path.is_file() else (), start=1):
         of_trial = () if line.get("trial") == BASE else REQUIRED_AXES

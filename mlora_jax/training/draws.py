@@ -16,7 +16,13 @@ from mlora_jax.core.updates import UPDATES, Update
 
 
 class DrawnBy(NamedTuple):
-    """What a trial's draws depend on besides its key and the step."""
+    """The parts of a trial that its draws depend on besides its key and the step.
+
+    Attributes:
+      policy: the policy that draws.
+      hierarchy: the ranks, scales and weights of the trial.
+      update: the update rule of the phase.
+    """
 
     policy: Policy
     hierarchy: RankHierarchy
@@ -26,24 +32,25 @@ class DrawnBy(NamedTuple):
 def compile_draws(
     drawn_by: Sequence[DrawnBy], keys: jax.Array, *, accumulation: int, examples: int
 ) -> Callable[[Any], Draw]:
-    """The draws of K trials as one function: step -> Draw with a leading K.
+    """Compiles the draws of K trials into one function: step -> Draw with a leading K.
 
     Args:
-      drawn_by: what every trial draws by; their profiles have one shape [N, E, R].
-      keys: [K] `jax.random.key`s for draws.
-      accumulation: M.
-      examples: B, of a micro-batch.
+      drawn_by: the policy, hierarchy and update rule of each trial. The profiles of all trials have one shape
+        [N, E, R].
+      keys: [K] `jax.random.key`s for the draws.
+      accumulation: M, the number of micro-batches.
+      examples: B, the number of examples in a micro-batch.
     """
     return functools.partial(_jitted_draws(tuple(drawn_by), accumulation, examples), keys)
 
 
 @functools.lru_cache(maxsize=256)
 def _jitted_draws(drawn_by: tuple[DrawnBy, ...], accumulation: int, examples: int) -> Callable:
-    """Cached, so that a batch of the same methods as another one compiles nothing."""
-    members: dict[tuple, list[int]] = {}
+    """Returns the compiled draws; cached, so that a batch with the same methods as another one compiles nothing."""
+    members: dict[DrawnBy, list[int]] = {}
     for number, each in enumerate(drawn_by):
         members.setdefault(each, []).append(number)
-    # Unsigned: a signed index is normalised in a dtype that depends on jax_enable_x64 when it was first used.
+    # The index is unsigned: a signed one is normalised in a dtype that depends on jax_enable_x64 at its first use.
     back = np.argsort(np.concatenate(list(members.values()))).astype(np.uint32)
 
     @jax.jit

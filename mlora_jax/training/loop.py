@@ -1,4 +1,4 @@
-"""Training a batch of trials: draw, step, log, validate, save."""
+"""Trains a batch of trials: draw, step, log, validate, save."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import jax
 import numpy as np
@@ -19,15 +19,16 @@ from mlora_jax.training.trial_trees import select_trials
 
 @dataclasses.dataclass
 class LoopState:
-    """What the loop must know, besides arrays, to go on exactly where it was. JSON holds all of it.
+    """The state, besides arrays, from which the loop resumes exactly. All of it can be stored as JSON.
 
     Attributes:
-      step: finished steps.
-      losses: [steps since the last log, K].
-      reported: [K], whether a trial's steps are still written down: until it has failed or stopped.
+      step: the number of finished steps.
+      losses: [steps since the last log, K], the losses that are not logged yet.
+      reported: [K], whether a trial is still logged; a trial that has failed or stopped is not.
       scores: [validations, K], None for a trial that was no longer trained.
       ended: whether nothing is left to train.
-      before: how many of the validations came before the last phase of the method: they choose nothing.
+      before: the number of validations that came before the last phase of the method. They do not count for the choice
+        of the best adapter.
     """
 
     step: int
@@ -39,17 +40,32 @@ class LoopState:
 
     @classmethod
     def of(cls, slots: int) -> LoopState:
-        """At the start."""
+        """Returns the state before the first step.
+
+        Args:
+          slots: K, the number of trials.
+        """
         return cls(0, [], [True] * slots, [])
 
     def best(self, slot: int) -> tuple[int, float]:
-        """Which validation of a trial was its best, and its score; (-1, -inf) before the first with a finite one."""
-        scores = [(at, row[slot]) for at, row in enumerate(self.scores) if at >= self.before and _is_score(row[slot])]
+        """Returns the index and the score of a trial's best validation; (-1, -inf) if none has a finite score.
+
+        Args:
+          slot: which of the K trials.
+        """
+        scores = [
+            (at, score) for at, row in enumerate(self.scores) if at >= self.before and _is_score(score := row[slot])
+        ]
         return max(scores, key=lambda pair: pair[1], default=(-1, -math.inf))
 
 
 class BatchState(NamedTuple):
-    """The arrays of a batch of trials: what trains, and the adapters that scored best so far (None if not kept)."""
+    """The arrays of a batch of trials.
+
+    Attributes:
+      trials: the state that training changes.
+      best: the adapters that scored best so far; None if they are not kept.
+    """
 
     trials: TrialState
     best: Any
@@ -57,13 +73,13 @@ class BatchState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoopPhase:
-    """A phase of the trials of a batch, as functions of arrays.
+    """A phase of a batch of trials, as functions of arrays.
 
     Attributes:
-      first_step: how many steps are finished when it begins.
-      start: trial state -> trial state, what happens before its first step. The loop does not call that of the first
-        phase, whose result is the state that it is given.
-      draw: finished steps -> Draw, with a leading K.
+      first_step: the number of steps that are finished when the phase begins.
+      start: trial state -> trial state, the action before the first step of the phase. The loop does not call it for
+        the first phase, because the state that the loop is given is already its result.
+      draw: the number of finished steps -> Draw, with a leading K.
       schedule: the learning rates, with a leading K.
       step: (trial state, batch, draw, schedule) -> (trial state, metrics), all with a leading K.
     """
@@ -76,37 +92,54 @@ class LoopPhase:
 
 
 class Observer(Protocol):
-    """Who a loop reports to and asks."""
+    """The object to which the loop reports, and which it asks for scores and signals."""
 
     def log(self, step: int, slot: int, values: dict[str, Any]) -> None:
-        """Writes down a trial's values after a number of steps.
+        """Logs the values of a trial.
 
         Args:
-          step: finished steps.
+          step: the number of finished steps.
           slot: which of the K trials.
-          values: loss (the mean over the steps since the last log), gradient_norm and learning_rate (of the last step),
-            tokens_per_second and finite.
+          values: loss (the mean over the steps since the last log), gradient_norm and learning_rate (those of the last
+            step), tokens_per_second and finite.
         """
 
     def validate(self, step: int, adapters: Any, slots: Sequence[bool]) -> list[float | None]:
-        """Scores [K] of the trials that `slots` marks, higher is better; None for the others.
+        """Returns the scores [K] of the trials that `slots` marks, and None for the others; higher is better.
 
         Args:
-          step: finished steps.
-          adapters: trees [K, ...].
-          slots: [K].
+          step: the number of finished steps.
+          adapters: the tree of adapters, leaves [K, ...].
+          slots: [K], whether a trial is scored.
         """
+        ...
 
     def save(self, state: BatchState, loop: LoopState) -> None:
-        """Keeps a checkpoint; called when one is due, and at the end."""
+        """Saves a checkpoint. The loop calls this when a checkpoint is due, and at the end.
+
+        Args:
+          state: the arrays.
+          loop: the state of the loop.
+        """
 
     def interrupted(self) -> int:
-        """The number of the signal that came, or 0, the same in every process; asked after every step."""
+        """Returns the number of the signal that arrived, or 0. The loop calls this after every step.
+
+        The number is the same in every process.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """Steps between two logs, validations and checkpoints (0: at the end only), and validations without progress."""
+    """How often the loop logs, validates and saves.
+
+    Attributes:
+      log: the number of steps between two logs; 0 logs at the end only.
+      validate: the number of steps between two validations; 0 never validates.
+      save: the number of steps between two checkpoints; 0 saves at the end only.
+      patience: the number of validations without progress after which a trial stops; 0 never stops one.
+    """
 
     log: int
     validate: int
@@ -115,7 +148,7 @@ class Cadence:
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop by a signal, and everything is saved; the exit status is 128 + the signal's number."""
+    """A signal stopped the run, and everything is saved. The exit status is 128 + the number of the signal."""
 
 
 def train_trials(
@@ -128,23 +161,23 @@ def train_trials(
     cadence: Cadence,
     observer: Observer,
 ) -> BatchState:
-    """Trains K trials to the end, or until none of them is left to train.
+    """Trains K trials to the end, or until all of them have failed or stopped.
 
     Args:
-      phases: in order; the first one begins at step 0.
-      batches: step batches, arrays [K, M, B, ...], from step `loop.step` on.
-      state: where to start; its buffers are consumed. A state of the step at which a phase begins is from before the
-        phase's start.
-      loop: where to start; kept up to date.
-      steps: how many there are in all.
-      cadence: when to do what.
-      observer: who is reported to and asked.
+      phases: the phases in order; the first one begins at step 0.
+      batches: the batches of the steps from `loop.step` on, arrays [K, M, B, ...].
+      state: the arrays to start from; their buffers are consumed. At the step at which a phase begins, this is the
+        state before the phase's `start`.
+      loop: the state of the loop to start from; it is updated in place.
+      steps: the number of steps in all.
+      cadence: how often to log, validate and save.
+      observer: the object that receives logs and checkpoints, and that returns scores and signals.
 
     Returns:
       The state after the last step.
 
     Raises:
-      Interrupted: a signal came, and everything is saved.
+      Interrupted: a signal arrived, and everything is saved.
     """
     pending, tokens, since = [], 0, time.monotonic()
 
@@ -165,7 +198,9 @@ def train_trials(
         batch = next(batches)
         trials, metrics = phase.step(state.trials, batch, phase.draw(loop.step), phase.schedule)
         if pending:
-            jax.block_until_ready(pending[-1])  # one step ahead of the device, no more: see ChoiceEvaluator
+            jax.block_until_ready(
+                pending[-1]
+            )  # the host stays at most one step ahead of the device, see ChoiceEvaluator
         state = state._replace(trials=trials)
         pending.append(metrics["loss"])
         loop.step, tokens = loop.step + 1, tokens + math.prod(batch["tokens"].shape[1:])
@@ -192,7 +227,7 @@ def train_trials(
 
 
 def _report(loop: LoopState, slots: Sequence[bool], metrics, tokens_per_second: float, observer: Observer) -> None:
-    """Logs the trials of some slots; one whose loss is not finite for the last time."""
+    """Logs the trials of some slots; a trial that is no longer finite is logged for the last time."""
     values = jax.device_get(metrics)
     losses = np.asarray(loop.losses).mean(axis=0)
     for trial in np.flatnonzero(slots).tolist():
@@ -202,7 +237,7 @@ def _report(loop: LoopState, slots: Sequence[bool], metrics, tokens_per_second: 
 
 
 def _validate(state: BatchState, loop: LoopState, patience: int, observer: Observer) -> BatchState:
-    """Scores the trials that are still trained, keeps the best adapters, and stops who has not got better."""
+    """Scores the trials that are still trained, keeps the best adapters, and stops trials without progress."""
     before = [loop.best(slot)[1] for slot in range(len(loop.reported))]
     loop.scores.append(observer.validate(loop.step, state.trials.adapter, loop.reported))
     better = np.array([_is_score(new) and new > old for new, old in zip(loop.scores[-1], before, strict=True)])
@@ -216,8 +251,8 @@ def _validate(state: BatchState, loop: LoopState, patience: int, observer: Obser
     return state
 
 
-def _is_score(value: float | None) -> bool:
+def _is_score(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-_keep_better = jax.jit(select_trials, donate_argnums=2)  # so that no earlier best is kept alive
+_keep_better = jax.jit(select_trials, donate_argnums=2)  # the buffers of the earlier best are reused

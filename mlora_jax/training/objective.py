@@ -1,13 +1,14 @@
-"""The loss: cross-entropy over answer tokens, in chunks, its gradient formed while the loss is.
+"""The loss: cross-entropy over answer tokens in chunks, whose gradient is computed together with the loss.
 
 Logits exist for one chunk of answer positions at a time. Each chunk's gradient with respect to its hidden states
-(and an adapted output head) is taken at once, so that nothing of size [tokens, vocabulary] is ever kept for a
+(and an adapted output head) is computed immediately, so that nothing of size [tokens, vocabulary] is kept for a
 backward pass and no logit is computed twice.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import jax
@@ -18,12 +19,12 @@ from mlora_jax.adapters import AdapterParam, RankProfile, fold_where_cheaper
 
 
 class AnswerBatch(TypedDict):
-    """One micro-batch. B rows of T tokens with up to A answer tokens each; a step stacks M of them in front.
+    """One micro-batch: B rows of T tokens with up to A answer tokens each. A step stacks M micro-batches.
 
     Attributes:
       tokens: [B, T] int32, right-padded.
-      positions: [B, A] int32, the index whose hidden state predicts the answer token; or, with [A] for all three,
-        positions of the whole batch, the rows counted one after the other.
+      positions: [B, A] int32, the index whose hidden state predicts the answer token. If `positions`, `targets` and
+        `weights` have the shape [A], these are positions in the whole batch, with its rows one after the other.
       targets: [B, A] int32, the answer token.
       weights: [B, A] float32, 1 for an answer token, 0 for padding.
     """
@@ -35,38 +36,42 @@ class AnswerBatch(TypedDict):
 
 
 def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probabilities of targets [...] under logits [..., V], in the dtype of the logits."""
+    """Returns the log-probabilities of targets [...] under logits [..., V], in the dtype of the logits."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _is_likeliest(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Whether targets [...] are the first of the largest logits [..., V]: on a CPU much faster than `argmax`."""
+    """Returns whether targets [...] are the first of the largest logits [..., V].
+
+    On a CPU this is much faster than `argmax`.
+    """
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     numbers = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
     earlier = numbers < targets[..., None]
     return ~jnp.any(~(logits <= chosen) | (earlier & (logits == chosen)), axis=-1)
 
 
-def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int) -> jax.Array:
-    """Sum over answer tokens of weight times negative log-likelihood, in nats.
+def answer_loss(graphdef: Any, base: Any, adapter: Any, profile: Any, batch: AnswerBatch, *, chunk: int) -> jax.Array:
+    """Returns the sum over answer tokens of weight times negative log-likelihood, in nats.
 
-    Differentiable with respect to `adapter`, an adapted `lm_head` included, and to profiles; of `lm_head` to those per
-    example or token only.
+    The loss is differentiable with respect to `adapter`, including an adapted `lm_head`, and to profiles. For
+    `lm_head`, it is differentiable with respect to a profile per example or token only.
 
     Args:
-      graphdef: with the next three, what `mlora_jax.split` returned for an adapted `Decoder`.
-      base: frozen tree.
-      adapter: trained tree.
-      profile: profile tree; one profile, or one per example [B, R] or token [B, T, R] (`set_profile`).
+      graphdef: the graph definition; it and the next three are what `mlora_jax.split` returned for an adapted
+        `Decoder`.
+      base: the frozen tree.
+      adapter: the trained tree.
+      profile: the profile tree, with one profile, or one per example [B, R] or token [B, T, R] (`set_profile`).
       batch: one micro-batch.
       chunk: how many answer positions have logits at one time, at least 1.
 
     Returns:
-      float32 scalar (float64 for a float64 model).
+      A float32 scalar (float64 for a float64 model).
 
     Raises:
-      ValueError: a profile per example or token that is not one for this batch.
+      ValueError: the shape of a profile per example or token does not fit the batch.
     """
     model = nnx.merge(graphdef, base, adapter, profile)
     asked = (_answer_states(model, batch), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
@@ -75,19 +80,29 @@ def answer_loss(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: 
     return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, *chunks)
 
 
-def answer_scores(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk: int, layout=None) -> tuple:
-    """How likely every answer token is, and whether it is the likeliest; arguments as `answer_loss`.
+def answer_scores(
+    graphdef: Any,
+    base: Any,
+    adapter: Any,
+    profile: Any,
+    batch: AnswerBatch,
+    *,
+    chunk: int,
+    layout: Mapping[str, Any] | None = None,
+) -> tuple[jax.Array, ...]:
+    """Returns how likely each answer token is, and whether it is the likeliest token.
 
     Args:
-      layout: further arguments of `Decoder.hidden` for rows that hold several texts.
+      graphdef, base, adapter, profile, batch, chunk: as `answer_loss`.
+      layout: further arguments of `Decoder.hidden`, for rows that hold several texts.
 
     Returns:
-      Log-likelihoods in nats, and whether the target is the first of the largest logits, in the shape of the targets.
-      Padding gets values too.
+      The log-likelihoods in nats, and whether the target is the first of the largest logits, both in the shape of the
+      targets. Padding gets values too.
     """
     model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, profile))
     targets = batch["targets"].reshape(-1)
-    chunk = -(-targets.size // -(-targets.size // chunk))  # even ones: little padding in the last
+    chunk = -(-targets.size // -(-targets.size // chunk))  # chunks of even size need little padding in the last one
     chunks = [_in_chunks(x, chunk) for x in (_answer_states(model, batch, **(layout or {})), targets)]
     graphdef, head, rest, profiles = _split_head(model, batch, chunk)
 
@@ -103,9 +118,13 @@ def answer_scores(graphdef, base, adapter, profile, batch: AnswerBatch, *, chunk
 
 
 def _split_head(model, batch: AnswerBatch, chunk: int) -> tuple:
-    """(graphdef, factors of the head, all else, profiles of the head that differ between positions, in chunks)."""
+    """Splits a model at its head.
 
-    def differs(path, node):  # [B, R] or [B, T, R]: it must follow the positions that a chunk takes
+    Returns:
+      (graphdef, factors of the head, all else, profiles of the head that differ between positions, in chunks).
+    """
+
+    def differs(path, node):  # a profile [B, R] or [B, T, R] must be gathered at the positions of each chunk
         return isinstance(node, RankProfile) and "lm_head" in path and node[...].ndim > 1
 
     def gather(p):
@@ -126,14 +145,14 @@ def _answer_states(model, batch: AnswerBatch, **layout) -> jax.Array:
 
 
 def _at_answers(x: jax.Array, batch: AnswerBatch) -> jax.Array:
-    """[B, T, D] at the answer positions: [B A, D], or [A, D]."""
+    """Gathers x [B, T, D] at the answer positions into [B A, D], or into [A, D] for positions of the whole batch."""
     if batch["positions"].ndim == 1:
         return x.reshape(-1, x.shape[-1])[batch["positions"]]
     return jnp.take_along_axis(x, batch["positions"][..., None], axis=1).reshape(-1, x.shape[-1])
 
 
 def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[N, ...] as [chunks, chunk, ...], zeros at the end."""
+    """Reshapes x [N, ...] into [chunks, chunk, ...], padded with zeros at the end."""
     chunk = min(chunk, len(x))
     x = jnp.pad(x, [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, chunk, *x.shape[1:])
@@ -146,7 +165,10 @@ def _chunk_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax.Array:
-    """The loss over hidden [chunks, chunk, D], targets and weights [chunks, chunk]; profiles [chunks, chunk, R]."""
+    """Returns the loss over chunks.
+
+    hidden is [chunks, chunk, D], targets and weights are [chunks, chunk], and profiles are [chunks, chunk, R].
+    """
     losses = jax.lax.map(lambda xs: _chunk_loss(graphdef, head, rest, *xs), (profiles, hidden, targets, weights))
     return jnp.sum(losses)
 

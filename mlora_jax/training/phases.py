@@ -1,4 +1,4 @@
-"""The phases of a run's trials: which policy trains when, with which scales, and what happens before it."""
+"""The phases of a run's trials: the policy, the scales and the starting action of each phase."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from mlora_jax.trials import Trial
 
 
 class PhaseShape(NamedTuple):
-    """What of a phase decides about its executable, and about which trials can go through it together.
+    """The properties of a phase that decide its executable, and which trials can go through it together.
 
     Attributes:
-      end: how many steps are finished when it ends.
-      profiles: N, its cost in LoRA steps.
+      end: the number of steps that are finished when the phase ends.
+      profiles: N, the number of profiles per step, which is the cost of a step in LoRA steps.
       per_example: whether every example has a profile of its own.
-      start: the action before it; empty for the first phase, before which every trial is on its own.
-      proximal: the proximal step of its update rule, or None.
-      schedule: over what the learning rate of the method decays.
+      start: the action before the phase; empty for the first phase, before which every trial is handled alone.
+      proximal: the proximal step of the update rule, or None.
+      schedule: the period over which the learning rate of the method decays, one of `SCHEDULES`.
     """
 
     end: int
@@ -46,45 +46,48 @@ class TrialPhases:
     """The phases of a run's trials.
 
     Attributes:
-      config: resolved.
-      steps: optimizer steps of a trial.
+      config: the resolved config.
+      steps: the number of optimizer steps of a trial.
     """
 
     config: ConfigDict
     steps: int
 
     def method(self, trial: Trial) -> Method:
-        """How a trial is trained."""
+        """Returns the method that trains a trial."""
         return get_method(trial.method, further_methods(self.config))
 
     def hierarchy(self, trial: Trial, phase: int = -1) -> RankHierarchy:
-        """The ranks, scales and weights of a trial in a phase, by default in the last one."""
+        """Returns the ranks, scales and weights of a trial in a phase, by default in the last one."""
         return self.method(trial).hierarchy(trial.hierarchy(self.config.adapter.ranks), phase)
 
     def hierarchy_at(self, trial: Trial, step: int) -> RankHierarchy:
-        """The ranks, scales and weights of what a trial has trained when so many steps are finished."""
+        """Returns the ranks, scales and weights of a trial's adapter after a number of finished steps."""
         starts = self.method(trial).starts(self.steps)
         return self.hierarchy(trial, max(bisect.bisect_left(starts, step) - 1, 0))
 
     def begun(self, trial: Trial, step: int) -> list[tuple[str, float]]:
-        """The policies and fractions of the phases that a trial has trained in when so many steps are finished."""
+        """Returns the policies and fractions of the phases that a trial has begun after a number of finished steps."""
         method = self.method(trial)
         count = max(bisect.bisect_left(method.starts(self.steps), step), 1)
         return [(phase.policy, phase.fraction) for phase in method.phases[:count]]
 
     def trained_profile(self, trial: Trial, phase: int = -1) -> jax.Array:
-        """The profile [R] of the function that a phase trains at full rank, by default the last one."""
+        """Returns the profile [R] of the function that a phase, by default the last one, trains at full rank."""
         return self.method(trial).trained_profile(self.hierarchy(trial, phase), phase)
 
     def start(self, trial: Trial, phase: int) -> Action:
-        """What happens to a trial's adapter before a phase."""
+        """Returns the action on a trial's adapter before a phase."""
         name, options = self.method(trial).phases[phase].start, self.config.adapter
         if not name:
             name = ("peft" if options.start_from else options.init) if phase == 0 else "none"
         return get_action(name)
 
     def shape(self, trial: Trial) -> tuple[PhaseShape, ...]:
-        """What trials need to have in common to be one executable in every phase, and to change phase together."""
+        """Returns the shapes of a trial's phases.
+
+        Trials with equal shapes share one executable in every phase and change phase at the same step.
+        """
         method = self.method(trial)
         ends = (*method.starts(self.steps)[1:], self.steps)
         shapes = []
@@ -102,23 +105,32 @@ class TrialPhases:
         return tuple(shapes)
 
     def cost(self, trial: Trial) -> float:
-        """Forward and backward passes of a trial relative to LoRA's; actions are not counted."""
+        """Returns the number of forward and backward passes of a trial relative to LoRA; actions are not counted."""
         start, passes = 0, 0
         for shape in self.shape(trial):
             start, passes = shape.end, passes + (shape.end - start) * shape.profiles
         return passes / self.steps
 
     def schedule(self, trials: Sequence[Trial], phase: int) -> Schedule:
-        """The learning rates and lengths [K] of trials that train together, in a phase."""
+        """Returns the learning rates and lengths [K], in a phase, of trials that train together."""
         warmup, count, method = self.config.train.warmup_steps, len(trials), self.method(trials[0])
         rates = jnp.array([trial.learning_rate for trial in trials], float)
         first, anneals = method.starts(self.steps)[phase], method.anneals_from(self.steps)
-        # A later decay is one whose warm-up is over: from its start on the rate falls to zero.
+        # A later decay has no warm-up: the learning rate falls to zero from its start on.
         start, end = next(pair for pair in reversed([*itertools.pairwise((*anneals, self.steps))]) if pair[0] <= first)
         return Schedule(rates, jnp.full(count, max(start, warmup), float), jnp.full(count, end, float))
 
     def draws(self, trials: Sequence[Trial], phase: int, keys: TrialKeys) -> Callable[[Any], Draw]:
-        """Finished steps -> the draws of trials that train together in a phase, with a leading K."""
+        """Returns the draws, in a phase, of trials that train together.
+
+        Args:
+          trials: the K trials.
+          phase: the index of the phase.
+          keys: the keys of the trials, with a leading K.
+
+        Returns:
+          A function: the number of finished steps -> Draw with a leading K.
+        """
         options, methods = self.config.train, [self.method(trial) for trial in trials]
         drawn_by = [
             DrawnBy(method.policies[phase], self.hierarchy(trial, phase), method.updates[phase])

@@ -1,7 +1,7 @@
 """Pretrains the small decoder that the package ships, from the text that `quickstart_text` generates.
 
-The stages: text, tokenizer, packed rows, steps over all parameters, a Hugging Face folder. All of it follows from
-the config, so the folder says how to make it again (`pretraining.json`).
+The stages are: generate the text, train the tokenizer, pack rows, train all parameters, write a Hugging Face folder.
+Everything follows from the config, so `pretraining.json` in that folder says how to make the decoder again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,27 +50,27 @@ RANGES = {
     "train.clip": Range(low=0.0, high=LARGEST_FLOAT, open_low=True),
 }
 
-_LOG_EVERY = 50  # steps; reading a loss waits for the device
+_LOG_EVERY = 50  # steps between two logs, because reading a loss waits for the device
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Trains a byte-level BPE tokenizer that begins a text with `<s>`.
 
-    Any text can be encoded: what the training text lacks falls back to bytes.
+    The tokenizer can encode any text, because symbols that the training text lacks become bytes.
 
     Args:
-        texts: the training text.
-        vocab_size: upper bound; merging ends earlier once every word is one token.
+      texts: the training text.
+      vocab_size: the largest number of tokens; merging ends earlier if every word is one token.
 
     Returns:
-        The tokenizer; ids 0 and 1 are `<s>` and `</s>`.
+      The tokenizer. The ids 0 and 1 are `<s>` and `</s>`.
 
     Source: the `tokenizers` library; byte-level BPE as in GPT-2.
 
     Example:
-        >>> tokenizer = train_tokenizer(["the fox", "the bear"] * 2, 300)
-        >>> tokenizer.encode("the bear").tokens
-        ['<s>', 'the', 'Ġbear']
+      >>> tokenizer = train_tokenizer(["the fox", "the bear"] * 2, 300)
+      >>> tokenizer.encode("the bear").tokens
+      ['<s>', 'the', 'Ġbear']
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,19 +93,19 @@ def pack(documents: Iterable[Sequence[int]], length: int) -> tuple[np.ndarray, n
     """Puts whole documents one after the other into rows of equal length.
 
     Args:
-        documents: token ids; none longer than `length`.
-        length: T.
+      documents: the token ids of each document; none is longer than `length`.
+      length: T, the number of tokens in a row.
 
     Returns:
-        tokens int32 [N, T] and segment ids int32 [N, T]: 1, 2, ... by document within a row, 0 for padding.
+      tokens int32 [N, T] and segment ids int32 [N, T]: 1, 2, ... by document within a row, 0 for padding.
 
     Raises:
-        ValueError: a document longer than a row.
+      ValueError: a document is longer than a row.
 
     Example:
-        >>> tokens, segments = pack([[5, 6], [7, 8, 9], [4]], 4)
-        >>> tokens.tolist(), segments.tolist()
-        ([[5, 6, 0, 0], [7, 8, 9, 4]], [[1, 1, 0, 0], [1, 1, 1, 2]])
+      >>> tokens, segments = pack([[5, 6], [7, 8, 9], [4]], 4)
+      >>> tokens.tolist(), segments.tolist()
+      ([[5, 6, 0, 0], [7, 8, 9, 4]], [[1, 1, 0, 0], [1, 1, 1, 2]])
     """
     rows: list[list[Sequence[int]]] = [[]]
     room = length
@@ -129,16 +129,16 @@ def pack(documents: Iterable[Sequence[int]], length: int) -> tuple[np.ndarray, n
 
 
 def next_token_loss(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token within each packed document.
+    """Returns the mean cross-entropy of the next token within each packed document.
 
     Args:
-        graphdef: of the decoder.
-        state: its parameters.
-        tokens: int32 [B, T].
-        segments: int32 [B, T], as `pack` gives them; no document sees another.
+      graphdef: the graph definition of the decoder.
+      state: the parameters of the decoder.
+      tokens: int32 [B, T].
+      segments: int32 [B, T], as `pack` returns them; no document attends to another.
 
     Returns:
-        Nats per token, a float32 scalar.
+      Nats per token, a float32 scalar.
     """
     logits = nnx.merge(graphdef, state)(tokens, segment_ids=segments)[:, :-1]  # [B, T-1, V]
     counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -147,16 +147,16 @@ def next_token_loss(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array,
 
 
 def make_optimizer(train: Mapping[str, Any]) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up, a cosine decay to a tenth, and clipping by global norm.
+    """Makes AdamW with a linear warm-up, a cosine decay to a tenth of the peak, and clipping by global norm.
 
     Args:
-        train: the config's group of that name.
+      train: the group `train` of the config.
 
     Returns:
-        The optimizer.
+      The optimizer.
 
     Raises:
-        ValueError: no step is left after the warm-up.
+      ValueError: the warm-up leaves no steps after it.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101).
     """
@@ -170,16 +170,18 @@ def make_optimizer(train: Mapping[str, Any]) -> optax.GradientTransformation:
     )
 
 
-def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation):
-    """The compiled training step over all parameters.
+def make_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, jax.Array]]:
+    """Compiles the training step over all parameters.
 
     Args:
-        graphdef: of the decoder.
-        optimizer: as `make_optimizer` gives it.
+      graphdef: the graph definition of the decoder.
+      optimizer: the optimizer that `make_optimizer` returned.
 
     Returns:
-        A function of (state, optimizer state, tokens [B, T], segments [B, T]) that gives the new state, the new
-        optimizer state and the loss before the step. It takes over the buffers of the first two.
+      A function of (state, optimizer state, tokens [B, T], segments [B, T]) that returns the new state, the new
+      optimizer state and the loss before the step. It reuses the buffers of its first two arguments.
     """
 
     def step(state, optimizer_state, tokens, segments):
@@ -191,20 +193,20 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation):
 
 
 def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: str = "") -> dict[str, Any]:
-    """Generates the text, trains tokenizer and decoder, and writes the Hugging Face folder.
+    """Generates the text, trains the tokenizer and the decoder, and writes the Hugging Face folder.
 
     Args:
-        config: the groups of `configs/pretrain_quickstart.py`, and its seed.
-        folder: where to write; made if absent.
-        command: how this was asked for, for the record.
+      config: the groups of `configs/pretrain_quickstart.py`, and its seed.
+      folder: the folder to write; it is made if it does not exist.
+      command: the command that asked for this, which goes into the record.
 
     Returns:
-        The record, also written as `pretraining.json`: command, config, held-out loss in nats per token, number of
-        parameters, SHA-256 of weights and tokenizer, versions of jax and tokenizers.
+      The record, which is also written as `pretraining.json`: the command, the config, the held-out loss in nats per
+      token, the number of parameters, the SHA-256 of weights and tokenizer, and the versions of jax and tokenizers.
 
     Raises:
-        ValueError: a number outside its range, an impossible size of the model, a document longer than a row, or fewer
-            rows than a batch.
+      ValueError: a number is outside its range, the model has an impossible size, a document is longer than a row, or
+        there are fewer rows than a batch needs.
     """
     for key, within in RANGES.items():
         group, _, name = key.rpartition(".")
@@ -216,14 +218,14 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
     documents = list(quickstart_text.documents(text["documents"], seed=seed))
     tokenizer = train_tokenizer(documents, config["tokenizer"]["vocab_size"])
     rows = _packed(tokenizer, documents, train["length"])
-    # The seed of the held-out text lies far from any that a person would choose.
+    # The seed of the held-out text is negative, which no person would choose for the training text.
     held_out = _packed(tokenizer, quickstart_text.documents(text["held_out"], seed=-1 - seed), train["length"])
 
-    special = {role: tokenizer.token_to_id(token) for role, token in (("bos", BOS), ("eos", EOS))}
+    vocabulary = tokenizer.get_vocab()
     shape = DecoderConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        bos_token_id=special["bos"],
-        eos_token_ids=(special["eos"],),
+        bos_token_id=vocabulary[BOS],
+        eos_token_ids=(vocabulary[EOS],),
         **config["model"],
     )
     graphdef, state = nnx.split(Decoder(shape, rngs=nnx.Rngs(seed)))
@@ -237,7 +239,7 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
         for number, (tokens, segments) in enumerate(batches, 1):
             state, optimizer_state, loss = step(state, optimizer_state, tokens, segments)
             if number % _LOG_EVERY == 0 or number == train["steps"]:
-                loss = float(loss)  # waits for the device, so it comes before the clock is read
+                loss = float(loss)  # this waits for the device, so it comes before the clock is read
                 speed = number * tokens.size / (time.monotonic() - start)
                 left = train["steps"] - number
                 progress.advance("pretraining", left, step=number, loss=loss, tokens_per_second=speed)
@@ -263,13 +265,13 @@ def pretrain(config: Mapping[str, Any], folder: str | os.PathLike, *, command: s
 
 
 def _packed(tokenizer: tokenizers.Tokenizer, documents: Iterable[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    end = tokenizer.token_to_id(EOS)
+    end = tokenizer.get_vocab()[EOS]
     encoded = tokenizer.encode_batch(list(documents))
     return pack(([*one.ids, end] for one in encoded), length)
 
 
 def _batches(rows: tuple[np.ndarray, ...], batch_size: int, steps: int, seed: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Batches without end to the epochs, each of which is its own permutation of the rows."""
+    """Yields the batches of all steps; every epoch is a new permutation of the rows."""
     count = len(rows[0])
     if count < batch_size:
         raise ValueError(f"the text fills {count} rows, less than train.batch_size = {batch_size}: more text.documents")
@@ -280,7 +282,7 @@ def _batches(rows: tuple[np.ndarray, ...], batch_size: int, steps: int, seed: in
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, length: int) -> None:
-    """Writes `tokenizer.json` and what the transformers library needs besides."""
+    """Writes `tokenizer.json`, and the settings that the transformers library needs."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -298,5 +300,5 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, lengt
 
 
 def _plain(config: Any) -> Any:
-    """Nested mappings as dicts, so that they become JSON."""
+    """Returns nested mappings as dicts, which JSON can hold."""
     return {key: _plain(value) for key, value in config.items()} if hasattr(config, "items") else config

@@ -1,22 +1,23 @@
-"""What a person sees while a run trains."""
+"""The progress that a run prints while it trains."""
 
 from __future__ import annotations
 
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class RunProgress:
-    """A bar over all steps of the run in a terminal; a line every so often elsewhere.
+    """Shows a bar over all steps of the run in a terminal, and prints a line from time to time elsewhere.
 
     Args:
-      console: where to print; None is standard output.
-      seconds: between lines when the console is no terminal.
+      console: the console to print to; None is standard output.
+      seconds: the time between two lines when the console is not a terminal.
     """
 
-    def __init__(self, *, console: Console | None = None, seconds: float = 15.0):
+    def __init__(self, *, console: Console | None = None, seconds: float = 15.0) -> None:
         self.console = console or Console(soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -29,15 +30,15 @@ class RunProgress:
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
-        self._left: dict[str, int] = {}  # steps that each trial has to go
+        self._left: dict[str, int] = {}  # the steps that each trial has left
         self._steps = self._done = 0
         self._seconds, self._start, self._printed = seconds, time.monotonic(), time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -45,20 +46,20 @@ class RunProgress:
         self.console.print(text, highlight=False, markup=False)
 
     def expect(self, steps: dict[str, int]) -> None:
-        """Sets how many steps every trial has to go; what it went already is not counted."""
+        """Sets how many steps each trial has left, without the steps that are already finished."""
         self._left |= steps
         self._steps = self._done + sum(self._left.values())
         self._bar.update(self._task, total=self._steps, completed=self._done)
 
     def advance(self, trial: str, left: int, *, step: int, loss: float, tokens_per_second: float) -> None:
-        """Counts the steps of a trial down to what it has left.
+        """Advances the bar to the number of steps that a trial has left.
 
         Args:
-          trial: its name.
-          left: steps that it has to go.
-          step: finished steps.
-          loss: nats per answer token.
-          tokens_per_second: of this trial.
+          trial: the name of the trial.
+          left: the number of steps that it has left.
+          step: the number of finished steps.
+          loss: the loss in nats per answer token.
+          tokens_per_second: the speed of this trial.
         """
         self._done += self._left.get(trial, left) - left
         self._left[trial] = left

@@ -1,4 +1,4 @@
-"""Read-outs that are made of training data, as they lie beside the adapter that they were made from."""
+"""Read-outs that are made from training data and stored beside the adapter that they were made from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mlora_jax.training.adapter_file import DESCRIPTION
 
 
 class StoredReadOut(NamedTuple):
-    """A read-out of an adapter on disk, in terms of what needs no data.
+    """A read-out of an adapter on disk, expressed by files and read-outs that need no data.
 
     Attributes:
       folder: the folder of the adapter to read.
       name: the read-out of that adapter, a key of `READOUTS`.
-      profiles: rank -> p [R], where profiles are stored; else None.
+      profiles: rank -> p [R] where profiles are stored, otherwise None.
     """
 
     folder: pathlib.Path
@@ -37,15 +37,15 @@ class StoredReadOut(NamedTuple):
 
 
 def find_readout(folder: str | pathlib.Path, readout: str) -> StoredReadOut:
-    """Where a read-out of an adapter lies.
+    """Finds where a read-out of an adapter is stored.
 
     Args:
       folder: the adapter's folder.
       readout: a key of `READOUTS`.
 
     Raises:
-      FileNotFoundError: a read-out that is made of data, and was not made for this adapter.
-      ValueError: an unknown read-out, or a damaged file.
+      FileNotFoundError: the read-out is made from data and was not made for this adapter.
+      ValueError: the read-out is unknown, or a file is damaged.
     """
     folder = pathlib.Path(folder)
     stored = get_readout(readout).stored
@@ -60,27 +60,34 @@ def find_readout(folder: str | pathlib.Path, readout: str) -> StoredReadOut:
 
 
 def adapter_beside(folder: str | pathlib.Path, readout: str) -> pathlib.Path:
-    """The folder of the adapter that a read-out has made, beside the adapter in `folder`."""
+    """Returns the folder of the adapter that a read-out made, beside the adapter in `folder`."""
     return pathlib.Path(folder) / readout
 
 
 def profiles_beside(folder: str | pathlib.Path, readout: str) -> pathlib.Path:
-    """The file of the profiles that a read-out has fitted to the adapter in `folder`."""
+    """Returns the file of the profiles that a read-out fitted to the adapter in `folder`."""
     return pathlib.Path(folder) / f"{readout}.json"
 
 
 def write_profiles(folder: str | pathlib.Path, readout: str, ranks: Sequence[int], profiles: np.ndarray) -> None:
-    """Keeps profiles [ranks, R] beside the adapter that they were fitted to."""
+    """Writes profiles [ranks, R] beside the adapter that they were fitted to."""
     with write_aside(profiles_beside(folder, readout)) as aside:
         aside.write_text(json.dumps({"ranks": list(ranks), "profiles": profiles.tolist()}) + "\n", "utf-8")
 
 
 def read_profiles(folder: str | pathlib.Path, readout: str) -> dict[int, jax.Array]:
-    """rank -> the profile [R] that was fitted to it.
+    """Reads the profiles that were fitted to an adapter.
+
+    Args:
+      folder: the adapter's folder.
+      readout: a key of `READOUTS`.
+
+    Returns:
+      rank -> the profile [R] that was fitted to it.
 
     Raises:
-      FileNotFoundError: none was fitted to this adapter.
-      ValueError: a damaged file.
+      FileNotFoundError: no profiles were fitted to this adapter.
+      ValueError: the file is damaged.
     """
     file = profiles_beside(folder, readout)
     if not file.is_file():

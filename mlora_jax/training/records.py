@@ -1,4 +1,4 @@
-"""JSON lines: one record a line, on disk before the next one is written."""
+"""JSON lines: every line is one record, which is on disk before the next one is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from mlora_jax.disk import naming, write_aside
 
@@ -19,10 +19,10 @@ class JsonLines:
     """Appends records to a file, each with a `schema` field; NaN and infinities become null.
 
     Args:
-      path: of the file; records that it holds already stay, half a line at its end does not.
+      path: the file. Records that it already holds stay; an incomplete line at its end is removed.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike) -> None:
         self._path = pathlib.Path(path)
         with naming(self._path):
             self._path.touch()
@@ -31,41 +31,41 @@ class JsonLines:
         self._file = self._open()
 
     def _open(self) -> io.FileIO:
-        # Without a buffer: what could not be written would be tried again when the file is closed.
+        # There is no buffer: it would try again to write what could not be written when the file is closed.
         return self._path.open("ab", buffering=0)
 
     def write(self, *records: dict[str, Any]) -> None:
-        """Appends records, all in one piece.
+        """Appends records: either all of them or none.
 
         Raises:
-          DiskFullError: there is no room for them; the file is as it was.
+          DiskFullError: there is no room for them. The file is left as it was.
         """
         lines = (json.dumps({"schema": SCHEMA, **_finite(record)}, allow_nan=False) for record in records)
         data = "".join(f"{line}\n" for line in lines).encode()
         before, written = os.fstat(self._file.fileno()).st_size, 0
         with naming(self._path, needed=len(data)):
             try:
-                while written < len(data):  # where room ends, a part is written, and the next call is an error
+                while written < len(data):  # on a full disk a part is written, and the next call is an error
                     written += self._file.write(data[written:])
             except OSError:
                 os.truncate(self._path, before)
                 raise
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops the records that are not wanted; see `keep_records`."""
+        """Drops the records that are not wanted, as `keep_records` does."""
         self._file.close()
         keep_records(self._path, wanted)
         self._file = self._open()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
 
 class NoRecords:
-    """In the place of `JsonLines` in a process that writes nothing."""
+    """Takes the place of `JsonLines` in a process that writes nothing."""
 
     def write(self, *records: dict[str, Any]) -> None:
         """Does nothing."""
@@ -73,25 +73,31 @@ class NoRecords:
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Does nothing."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         pass
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
+    """Returns JSON values with null in place of NaN and infinities."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def keep_records(path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites a file with the records that are wanted; a file that is not there stays so."""
+def keep_records(path: str | os.PathLike, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites a file with only the records that are wanted; does nothing if there is no file.
+
+    Args:
+      path: the file.
+      wanted: a function of a record that returns whether to keep it.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         return
-    with JsonLines(path):  # drops half a line
+    with JsonLines(path):  # opening the file drops an incomplete line
         pass
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line, record in zip(lines, read_json_lines(path), strict=True) if wanted(record)]
@@ -100,11 +106,16 @@ def keep_records(path, wanted: Callable[[dict[str, Any]], bool]) -> None:
             file.write_text("".join(kept), encoding="utf-8")
 
 
-def read_json_lines(path) -> list[dict[str, Any]]:
-    """All records of a file; half a line at its end, which a run is writing or was killed in, is none.
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads all records of a file.
+
+    An incomplete line at the end is skipped: a run is still writing it, or was killed while it wrote it.
+
+    Args:
+      path: the file.
 
     Raises:
-      ValueError: a line is no JSON object or of another schema; names file and line.
+      ValueError: a line is not a JSON object or has another schema. The message names the file and the line.
     """
     records = []
     data = pathlib.Path(path).read_bytes()

@@ -15,7 +15,7 @@ from mlora_jax.core.policies import Draw
 from mlora_jax.core.product import scale_ranks
 from mlora_jax.training.objective import AnswerBatch, answer_loss
 
-SHARDS = "shards"  # the name of the axis over parts of the rows
+SHARDS = "shards"  # the name of the axis over shards of the rows
 
 
 class Schedule(NamedTuple):
@@ -33,13 +33,13 @@ class Schedule(NamedTuple):
 
 
 class TrialState(NamedTuple):
-    """What a step changes.
+    """The state that a training step changes.
 
     Attributes:
       adapter: tree of factors, fp32 (or fp64) masters.
       optimizer: the optax state.
       step: int32 scalar, the number of finished steps.
-      finite: bool scalar; False from the first step on whose loss, gradient or new adapter is not finite. Such a
+      finite: bool scalar. It becomes False at the first step whose loss, gradient or new adapter is not finite. Such a
         trial is frozen: adapter, optimizer and step stay what they were before that step.
       stopped: bool scalar; True freezes a trial that has been trained enough.
     """
@@ -51,13 +51,13 @@ class TrialState(NamedTuple):
     stopped: jax.Array
 
 
-def learning_rate_at(schedule: Schedule, step) -> jax.Array:
-    """Linear warm-up, then linear decay to zero.
+def learning_rate_at(schedule: Schedule, step: Any) -> jax.Array:
+    """Returns the learning rate of a linear warm-up that is followed by a linear decay to zero.
 
     ``peak * step / warmup`` before the end of the warm-up, then ``peak * (total - step) / (total - warmup)``.
 
     Args:
-      schedule: peak and lengths.
+      schedule: the peak and the lengths.
       step: the number of finished steps.
 
     Source: `get_linear_schedule_with_warmup` of Hugging Face transformers.
@@ -75,14 +75,14 @@ def learning_rate_at(schedule: Schedule, step) -> jax.Array:
 def make_optimizer(
     *, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the step applies because it is data.
+    """Returns AdamW without its learning rate, which the training step applies because it is data.
 
     Args:
-      beta1: decay of the first moment.
-      beta2: decay of the second moment.
-      epsilon: added to the root of the second moment.
-      weight_decay: decoupled decay, multiplied by the learning rate.
-      clip: largest global gradient norm; 0 turns clipping off.
+      beta1: the decay of the first moment.
+      beta2: the decay of the second moment.
+      epsilon: the number that is added to the root of the second moment.
+      weight_decay: the decoupled weight decay, which is multiplied by the learning rate.
+      clip: the largest global gradient norm; 0 turns clipping off.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
@@ -91,18 +91,18 @@ def make_optimizer(
     )
 
 
-def init_state(adapter, optimizer: optax.GradientTransformation) -> TrialState:
-    """The state before the first step."""
+def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrialState:
+    """Returns the state before the first step."""
     no = jnp.zeros((), bool)
     return TrialState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32), finite=~no, stopped=no)
 
 
 def train_step(
-    graphdef,
+    graphdef: Any,
     optimizer: optax.GradientTransformation,
     chunk: int,
-    base,
-    profile,
+    base: Any,
+    profile: Any,
     state: TrialState,
     batch: AnswerBatch,
     draw: Draw,
@@ -112,29 +112,29 @@ def train_step(
     proximal: Callable[[Any], Any] | None = None,
     sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
-    """One optimizer step: M micro-batches, N profiles each.
+    """Takes one optimizer step on M micro-batches with N profiles each.
 
-    The loss is the mean over the answer tokens of all M micro-batches, and the weighted mean over the N profiles, so
-    accumulation changes memory and not the result. Pure; `jax.jit` it with the first three arguments static,
-    `jax.vmap` it over trials.
+    The loss is the mean over the answer tokens of all M micro-batches and the weighted mean over the N profiles, so
+    accumulation changes the memory and not the result. The function is pure: `jax.jit` takes it with the first three
+    arguments static, and `jax.vmap` maps it over trials.
 
     Args:
-      graphdef: of the adapted decoder in training mode.
-      optimizer: from `make_optimizer`.
-      chunk: answer positions with logits at one time.
-      base: frozen tree.
-      profile: profile tree; its values are replaced by the draw's.
-      state: adapter, optimizer state and step.
-      batch: arrays with a leading M.
+      graphdef: the graph definition of the adapted decoder in training mode.
+      optimizer: the optimizer that `make_optimizer` returned.
+      chunk: how many answer positions have logits at one time.
+      base: the frozen tree.
+      profile: the profile tree; its values are replaced by the draw's.
+      state: the adapter, the optimizer state and the step.
+      batch: the arrays of an `AnswerBatch` with a leading M.
       draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N].
-      schedule: learning rate and lengths.
+      schedule: the learning rate and the lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
-      proximal: what is done to the adapter behind the update, `mlora_jax.core.Update.proximal`.
-      sharded: whether this is mapped over parts of the rows, by an axis of the name `SHARDS`: gradients are summed over
-        it once, after all micro-batches, and the result is the same in every part.
+      proximal: the function that is applied to the adapter after the update, `mlora_jax.core.Update.proximal`.
+      sharded: whether the step is mapped over shards of the rows by an axis named `SHARDS`. Gradients are summed over
+        this axis once, after all micro-batches, and the result is the same in every shard.
 
     Returns:
-      The next state, and scalars: loss [nats per answer token], gradient_norm (before clipping),
+      The next state, and a dict of scalars: loss (nats per answer token), gradient_norm (before clipping),
       learning_rate and finite (bool).
     """
     total = functools.partial(jax.lax.psum, axis_name=SHARDS) if sharded else lambda tree: tree
@@ -167,12 +167,12 @@ def train_step(
     gradient = scale_ranks(gradient, draw.update_mask)
     rate = learning_rate_at(schedule, state.step)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
-    # A column that is masked here has a rate of 0: it keeps momentum from the steps in which it could move.
+    # A masked column keeps momentum from the steps in which it could move, so its learning rate here must be 0.
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.column_rates))
     adapter = optax.apply_updates(state.adapter, updates)
     adapter = adapter if proximal is None else proximal(adapter)
     norm = optax.tree.norm(gradient)
-    # The adapter too: no later step would notice what the last update broke.
+    # The adapter is checked too, because no later step would notice that the last update broke it.
     whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])
     finite = state.finite & (state.stopped | (jnp.isfinite(loss) & jnp.isfinite(norm) & whole))
     going = finite & ~state.stopped

@@ -1,10 +1,11 @@
-"""Other people's dashboards: what metrics.jsonl says, also as TensorBoard events or on Weights & Biases."""
+"""Trackers that copy the records of metrics.jsonl to TensorBoard or to Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import math
+import os
 import pathlib
 import secrets
 import threading
@@ -17,19 +18,28 @@ WANDB_ID = "wandb_id"
 
 
 class Tracker(Protocol):
-    """Takes the records of metrics.jsonl as they are written."""
+    """An object that receives the records of metrics.jsonl as they are written."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record."""
+        """Writes one record."""
 
     def go_back(self, trials: list[str], step: int) -> None:
-        """Training of these trials goes on from a step: what came after it comes again."""
+        """Prepares for records that come again, because these trials resume training from an earlier step.
+
+        Args:
+          trials: the names of the trials.
+          step: the number of finished steps from which they resume.
+        """
 
     def finish(self, trials: list[str]) -> None:
-        """No more records of these trials will come; those that came are on their way."""
+        """Ends the records of these trials and sends those that were written.
+
+        Args:
+          trials: the names of the trials.
+        """
 
     def close(self) -> None:
-        """The same of all trials."""
+        """Ends the records of all trials."""
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
@@ -38,13 +48,13 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files, one folder per trial.
+    """Writes TensorBoard event files, in one folder per trial.
 
     Args:
-      folder: that `tensorboard --logdir` is given.
+      folder: the folder that `tensorboard --logdir` takes.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike) -> None:
         self._folder = pathlib.Path(folder)
         self._writers: dict[str, Any] = {}
         self._failed: BaseException | None = None
@@ -52,7 +62,7 @@ class TensorBoard:
         threading.excepthook = self._hook
 
     def _note(self, failure) -> None:
-        """Keeps what ended a writer's thread for want of room: it is raised where the next record comes."""
+        """Keeps the error of a writer's thread that found no room; the next `write` raises it."""
         if lack_of_room(failure.exc_value) is None:
             self._before(failure)
         else:
@@ -71,7 +81,7 @@ class TensorBoard:
         if trial not in self._writers:
             from tensorboardX import SummaryWriter  # slow to import
 
-            # Without a limit to the queue: it is never emptied again when its thread has found no room.
+            # The queue has no limit: a thread that found no room never empties it again, and a full queue would block.
             self._writers[trial] = SummaryWriter(str(self._folder / trial), max_queue=0, **options)
         return self._writers[trial]
 
@@ -94,17 +104,17 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run per trial, grouped by the run folder; a trial that is continued goes on in its run.
+    """Logs each trial as a run of Weights & Biases, grouped by the run folder; a resumed trial continues its run.
 
     Args:
-      project: of Weights & Biases.
-      workdir: the run folder; its name is the group's. It keeps the random part of the runs' ids in a file.
+      project: the name of the project on Weights & Biases.
+      workdir: the run folder. Its name is the name of the group, and a file in it keeps the random part of the run ids.
 
     Raises:
       ModuleNotFoundError: wandb is not installed.
     """
 
-    def __init__(self, project: str, workdir: pathlib.Path):
+    def __init__(self, project: str, workdir: pathlib.Path) -> None:
         try:
             self._wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
@@ -131,7 +141,7 @@ class WeightsAndBiases:
         self._runs[trial].log(_numbers(record), step=record["step"])
 
     def go_back(self, trials: list[str], step: int) -> None:
-        """Nothing to do: Weights & Biases drops what is logged a second time for a step, and it is the same."""
+        """Does nothing, because Weights & Biases drops repeated values of a step, which are the same."""
 
     def finish(self, trials: list[str]) -> None:
         for trial in trials:
@@ -142,8 +152,14 @@ class WeightsAndBiases:
         self.finish(list(self._runs))
 
 
-def make_trackers(workdir, *, tensorboard: bool, wandb_project: str) -> list[Tracker]:
-    """The trackers that `config.records` asks for."""
+def make_trackers(workdir: str | os.PathLike, *, tensorboard: bool, wandb_project: str) -> list[Tracker]:
+    """Makes the trackers that `config.records` asks for.
+
+    Args:
+      workdir: the run folder.
+      tensorboard: whether to write TensorBoard event files.
+      wandb_project: the project on Weights & Biases; empty for none.
+    """
     workdir = pathlib.Path(workdir).absolute()
     found: list[Tracker] = [TensorBoard(workdir / "tensorboard")] if tensorboard else []
     return [*found, *([WeightsAndBiases(wandb_project, workdir)] if wandb_project else [])]

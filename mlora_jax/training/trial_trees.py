@@ -11,7 +11,15 @@ import numpy as np
 
 
 class TrialKeys(NamedTuple):
-    """The independent random keys of a trial; the data order takes the seed itself."""
+    """The independent random keys of a trial.
+
+    The order of the data has no key here, because it follows from the seed itself.
+
+    Attributes:
+      adapter: the key for the fresh factors.
+      draws: the key for the draws of profiles.
+      dropout: the key for dropout.
+    """
 
     adapter: jax.Array
     draws: jax.Array
@@ -19,27 +27,36 @@ class TrialKeys(NamedTuple):
 
 
 def trial_keys(seed: int) -> TrialKeys:
-    """The keys that follow from a trial's seed."""
+    """Returns the keys that follow from a trial's seed."""
     return TrialKeys(*(jax.random.fold_in(jax.random.key(seed), number) for number in range(3)))
 
 
-def select_trials(chosen: np.ndarray, these, those):
-    """The trees of the trials that are chosen [K] from `these`, the others' from `those`; leaves [K, ...]."""
+def select_trials(chosen: np.ndarray | jax.Array, these: Any, those: Any) -> Any:
+    """Takes the chosen trials from one tree and the others from a second tree.
+
+    Args:
+      chosen: [K] bool, whether a trial is taken from `these`.
+      these: the tree for the chosen trials, leaves [K, ...].
+      those: the tree for the other trials, leaves [K, ...].
+    """
     return jax.tree.map(lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), these, those)
 
 
 def stack_trees(trees: Iterable[Any]) -> Any:
-    """K trees of arrays as one with a leading K."""
+    """Stacks K trees of arrays into one tree with a leading K."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def take_trial(tree, number: int) -> Any:
-    """The tree of one trial from a tree with a leading K; on a mesh without gathering those of the others."""
+def take_trial(tree: Any, number: int) -> Any:
+    """Returns the tree of one trial from a tree with a leading K.
+
+    On a mesh the arrays of the other trials are not gathered.
+    """
     return jax.tree.map(lambda leaf: _from_mesh(leaf, number) if _on_mesh(leaf) else leaf[number], tree)
 
 
 def _on_mesh(leaf) -> bool:
-    plain = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    plain = not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return isinstance(leaf, jax.Array) and plain and len(leaf.sharding.device_set) > 1
 
 

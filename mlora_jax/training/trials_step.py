@@ -1,4 +1,4 @@
-"""The training step of K trials at once: compiled once for every shape, on one device or on a mesh."""
+"""The training step of K trials at once, compiled once for every shape, on one device or on a mesh."""
 
 from __future__ import annotations
 
@@ -19,42 +19,49 @@ from mlora_jax.parallel.mesh import ROWS, shards_of
 from mlora_jax.parallel.rules import replicated, rows_sharding, shardings
 from mlora_jax.training.step import SHARDS, TrialState, train_step
 
-Proximal = Callable[[Any], Any]  # adapter -> adapter, behind the update
+Proximal = Callable[[Any], Any]  # adapter -> adapter, applied after the update
 
 
 class TrialsStep:
-    """`train_step` for K trials at once on one frozen base: one executable per K, number of profiles and batch shape.
+    """Runs `train_step` for K trials at once on one frozen base.
 
-    It is called with base, profile tree, and then state, batch, draw, schedule and dropout key with a leading K, and
-    with the proximal step of the phase's update rule. The state's buffers are reused for the result.
+    There is one executable for each K, number of profiles and batch shape. The arguments of a call are the base and
+    the profile tree, then state, batch, draw, schedule and dropout key with a leading K, and the proximal step of the
+    phase's update rule. The state's buffers are reused for the result.
 
-    On a mesh the trials lie along `trial` and the rows of a batch along `data` and `fsdp`. Every part of the rows has
-    a gradient of its own until they are summed, once, at the end of the step.
+    On a mesh the trials lie along `trial` and the rows of a batch along `data` and `fsdp`. Every shard of the rows has
+    a gradient of its own. The gradients are summed once, at the end of the step.
 
     Args:
-      graphdef: of the adapted decoder in training mode.
-      optimizer: from `make_optimizer`.
-      chunk: answer positions with logits at one time.
-      mesh: None for one device. K is a multiple of its `trial`, B of its `data` x `fsdp`.
-      engine: "jit", or "pmap" for `jax.pmap` over the rows, all else being on each of one host's devices.
+      graphdef: the graph definition of the adapted decoder in training mode.
+      optimizer: the optimizer that `make_optimizer` returned.
+      chunk: how many answer positions have logits at one time.
+      mesh: the mesh, or None for one device. K is a multiple of its `trial`, B a multiple of its `data` x `fsdp`.
+      engine: "jit", or "pmap" for `jax.pmap` over the rows. With "pmap" everything but the rows is replicated on all
+        devices of one host.
     """
 
     def __init__(
         self,
-        graphdef,
+        graphdef: Any,
         optimizer: optax.GradientTransformation,
         *,
         chunk: int,
         mesh: Mesh | None = None,
         engine: str = "jit",
-    ):
+    ) -> None:
         self._step = functools.partial(train_step, graphdef, optimizer, chunk)
         self._mesh, self._engine = mesh, engine if shards_of(mesh) > 1 else "jit"
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         self._seconds: list[float] = []
 
-    def compile(self, *arguments, proximal: Proximal | None = None) -> jax.stages.Compiled:
-        """The executable for arguments of these shapes; arrays or `jax.ShapeDtypeStruct`s."""
+    def compile(self, *arguments: Any, proximal: Proximal | None = None) -> jax.stages.Compiled:
+        """Returns the executable for arguments of these shapes.
+
+        Args:
+          arguments: the arguments of a call, as arrays or `jax.ShapeDtypeStruct`s.
+          proximal: the proximal step of the update rule, or None.
+        """
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2:]))
         key = proximal, jax.tree.structure(arguments[2:]), shapes
         if key not in self._executables:
@@ -68,22 +75,35 @@ class TrialsStep:
         return self._executables[key]
 
     def __call__(
-        self, base, profile, *arguments, proximal: Proximal | None = None
+        self, base: Any, profile: Any, *arguments: Any, proximal: Proximal | None = None
     ) -> tuple[TrialState, dict[str, jax.Array]]:
         compiled = self.compile(base, profile, *arguments, proximal=proximal)
         if self._mesh is not None:
             arguments = self._arrange(*arguments)
-            arguments = map(put, arguments, self.layout(*arguments))
+            arguments = tuple(map(put, arguments, self.layout(*arguments)))
         return compiled(base, profile, *arguments)
 
     def _arrange(self, state, batch, draw, schedule, keys) -> tuple:
-        """For `jax.pmap`, which maps over a leading axis: batch and profiles as [S, K, ...]."""
+        """Returns the arguments as the engine takes them: `jax.pmap` needs batch and profiles as [S, K, ...]."""
         if self._engine == "pmap":
             batch, draw = _in_shards(batch, draw, shards_of(self._mesh), trials=True)
         return state, batch, draw, schedule, keys
 
-    def layout(self, state, batch, draw, schedule, keys) -> tuple:
-        """How the arguments behind base and profile tree lie on the mesh: trees of shardings."""
+    def layout(self, state: Any, batch: Any, draw: Draw, schedule: Any, keys: Any) -> tuple:
+        """Returns the trees of shardings of the arguments that follow base and profile tree.
+
+        Args:
+          state: the state of K trials.
+          batch: the batches of K trials.
+          draw: the draws of K trials.
+          schedule: the schedules of K trials.
+          keys: the dropout keys of K trials.
+
+        Raises:
+          ValueError: there is no mesh.
+        """
+        if self._mesh is None:
+            raise ValueError("a training step on one device has no layout on a mesh")
         whole = replicated(self._mesh)
         if self._engine == "pmap":
             rows, trial, state = (
@@ -101,7 +121,7 @@ class TrialsStep:
         return state, batch, draw, jax.tree.map(lambda _: trial, schedule), trial
 
     def _traceable(self, arguments, proximal: Proximal | None):
-        """What is compiled, for arguments of this structure."""
+        """Returns the traceable function for arguments of this structure."""
         shards, in_axes = shards_of(self._mesh), (None, None, 0, 0, 0, 0, 0)
         step = functools.partial(self._step, proximal=proximal)
         if self._mesh is None:
@@ -111,7 +131,7 @@ class TrialsStep:
             return jax.pmap(
                 jax.vmap(step, in_axes=in_axes),
                 **_over_shards(arguments[4]),
-                devices=self._mesh.devices.flat,
+                devices=list(self._mesh.devices.flat),
                 donate_argnums=2,
             )
         if shards > 1:
@@ -122,41 +142,44 @@ class TrialsStep:
 
     @property
     def compilations(self) -> int:
-        """How many executables were compiled."""
+        """The number of executables that were compiled."""
         return len(self._executables)
 
     @property
     def executables(self) -> tuple[jax.stages.Compiled, ...]:
-        """Those that were compiled."""
+        """The executables that were compiled."""
         return tuple(self._executables.values())
 
     @property
     def compile_seconds(self) -> float:
-        """Mean over them."""
+        """The mean time to compile an executable, in seconds."""
         return float(np.mean(self._seconds))
 
 
 def _laid_out(tree, placed):
-    """Structures of arrays that lie like this."""
+    """Returns a `jax.ShapeDtypeStruct` for every array of a tree, with the sharding from `placed`."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
 
 
 def _step_in_shards(step, shards: int, base, profile, state, batch, draw: Draw, schedule, key):
-    """One trial's step, mapped over parts of its rows."""
+    """Maps the step of one trial over shards of its rows."""
     batch, draw = _in_shards(batch, draw, shards, trials=False)
     mapped = jax.vmap(step, **_over_shards(draw), spmd_axis_name=ROWS)
     return mapped(base, profile, state, batch, draw, schedule, key)
 
 
 def _over_shards(draw: Draw) -> dict[str, Any]:
-    """How a training step is mapped over parts of its rows."""
+    """Returns the arguments with which `jax.vmap` or `jax.pmap` maps a training step over shards of its rows."""
     profiles = 0 if draw.per_example else None
     drawn = dataclasses.replace(draw, profiles=profiles, update_mask=None, column_rates=None, loss_weights=None)
     return dict(in_axes=(None, None, None, 0, drawn, None, None), out_axes=None, axis_name=SHARDS)
 
 
 def _in_shards(batch, draw: Draw, shards: int, *, trials: bool) -> tuple[Any, Draw]:
-    """Rows [M, B, ...], with K in front for `trials`, as [S, M, B / S, ...], and profiles per example alike."""
+    """Returns rows [M, B, ...] as [S, M, B / S, ...], and profiles per example likewise.
+
+    With `trials` the rows have a leading K, and the result is [S, K, M, B / S, ...].
+    """
     axis = 1 + trials
     batch = jax.tree.map(lambda x: split_rows(x, axis, shards), batch)
     if draw.per_example:

@@ -49,14 +49,15 @@ def test_the_read_out_chooses_the_profiles(trees, readout):
 def test_squeeze_evaluates_the_best_approximations_of_the_trained_function(trees):
     adapter, _ = trees
     trained_profile = HIERARCHY.matryoshka()
-    whole = np.asarray(adapter["a"][...] * trained_profile @ adapter["b"][...])
+    a, b = (np.asarray(adapter[name][...]) for name in "ab")
+    whole = a * np.asarray(trained_profile) @ b
     u, s, vt = np.linalg.svd(whole)
     errors = []
 
     def evaluate(given, p):
         rank = int(np.count_nonzero(p))
         best = u[:, :rank] * s[:rank] @ vt[:rank]
-        errors.append(np.abs(np.asarray(given["a"][...] * p @ given["b"][...]) - best).max())
+        errors.append(np.abs(np.asarray(given["a"][...]) * np.asarray(p) @ np.asarray(given["b"][...]) - best).max())
         return np.ones(3)
 
     rank_curve(evaluate, adapter, HIERARCHY, readout="squeeze", trained_profile=trained_profile)
