@@ -1,15 +1,16 @@
-"""A rank-accuracy curve by this package beside lm-evaluation-harness's Hugging Face backend, rank after rank.
+"""Times a rank-accuracy curve by this package and by lm-evaluation-harness's Hugging Face backend.
 
-Both evaluate the base and every rank of one adapter on the same items of one task. Ours runs all ranks in one pass. The
-backend gets the base's weights with the rank's adapter folded in, so that it has no adapter to compute. Both use the
-same number of threads. Prints one JSON line: seconds of each side, and how many verdicts are equal.
+Both evaluate the base and every rank of one adapter on the same items of one task. This package runs all ranks in one
+pass. The backend runs one rank after the other; it gets the base's weights with the adapter folded in at that rank, so
+that it has no adapter to compute. Both use the same number of threads. The program prints one JSON line: the seconds
+that each takes, and how many verdicts are equal.
 
     NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1 taskset -c 0 \
         python benchmarks/evaluation.py --checkpoint MODEL_FOLDER --adapter ADAPTER_FOLDER --raw_dir DATA_FOLDER \
         --task arc_challenge --shots 2 [--limit N] [--harness_ranks 0,32] [--gen_tokens N]
 
-ADAPTER_FOLDER: one of a run's adapters. `--harness_ranks`: for which ranks the backend runs; it does the same work for
-each, so that a few of them say what all cost. Needs the extra `test`.
+ADAPTER_FOLDER is the folder of an adapter of a run. `--harness_ranks` names the ranks that the backend runs; it does
+the same work for each, so that a few ranks tell the time of all. The program needs the extra `test`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +34,17 @@ from mlora_jax.evaluate.harness import NestedLM, Variant, evaluate_all, item_ver
 from mlora_jax.evaluate.loading import load_adapted
 from mlora_jax.evaluate.task_files import load_tasks
 
-FEWSHOT_SEED = 1234  # the harness's own
+FEWSHOT_SEED = 1234  # The harness uses this seed by default.
 
 
-def folded(checkpoint: str, adapter, p: np.ndarray) -> LlamaForCausalLM:
-    """The base with A diag(p) B added to its weights."""
+def folded(checkpoint: str, adapter: Any, p: np.ndarray) -> LlamaForCausalLM:
+    """Returns the base with A diag(p) B added to its weights.
+
+    Args:
+      checkpoint: the Hugging Face folder of the base.
+      adapter: the tree of factors.
+      p: [R], the rank profile.
+    """
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     factors: dict[tuple, dict[str, np.ndarray]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
@@ -44,12 +52,13 @@ def folded(checkpoint: str, adapter, p: np.ndarray) -> LlamaForCausalLM:
         factors.setdefault(tuple(layer), {})[name] = np.asarray(leaf)
     for (_, *module), pair in factors.items():
         for number, layer in enumerate(model.model.layers):
-            weight = layer.get_submodule(".".join(module)).weight
+            weight = layer.get_parameter(".".join([*module, "weight"]))
             weight.data += torch.from_numpy(np.array((pair["a"][number] * p) @ pair["b"][number]).T)
     return model
 
 
 def main() -> None:
+    """Reads the command line and prints the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "adapter", "raw_dir", "task"):
         parser.add_argument(f"--{name}", required=True)
@@ -58,7 +67,7 @@ def main() -> None:
     parser.add_argument("--harness_ranks", default="")
     options = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    threads = int(os.environ.get("NPROC", os.cpu_count()))
+    threads = int(os.environ.get("NPROC", os.cpu_count() or 1))
     torch.set_num_threads(threads)
     limit = options.limit or None
     generation = {"max_gen_toks": options.gen_tokens, "do_sample": False} if options.gen_tokens else None
@@ -69,13 +78,16 @@ def main() -> None:
         pad_multiple=options.pad_multiple,
     )
     hierarchy = loaded.hierarchy
-    variants = {0: Variant(loaded.adapter, jnp.zeros(hierarchy.max_rank))}
+    if hierarchy is None:
+        raise ValueError(f"{options.adapter} holds no adapter")
+    variants: dict[Any, Variant] = {0: Variant(loaded.adapter, jnp.zeros(hierarchy.max_rank))}
     variants |= {rank: Variant(loaded.adapter, readout_profile(hierarchy, "prefix", rank)) for rank in hierarchy.ranks}
     tasks = load_tasks([options.task], raw_dir=options.raw_dir)
 
     start = time.perf_counter()
-    lm = NestedLM.of(loaded)
-    ours = evaluate_all(lm, variants, tasks, num_fewshot=options.shots, gen_kwargs=generation, limit=limit)
+    make_model: Any = NestedLM  # The harness's decorator hides the class from type checkers.
+    lm = make_model.of(loaded)
+    ours: Any = evaluate_all(lm, variants, tasks, num_fewshot=options.shots, gen_kwargs=generation, limit=limit)
     seconds = time.perf_counter() - start
 
     (task,) = tasks["tasks"].values()
@@ -89,8 +101,10 @@ def main() -> None:
         model = folded(options.checkpoint, loaded.adapter, np.asarray(variants[rank].p))
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         start = time.perf_counter()
-        backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu")
-        result = evaluate(backend, tasks, limit=limit)
+        # The harness's decorator hides the arguments of the class.
+        make_backend: Any = HFLM
+        backend = make_backend(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu")
+        result: Any = evaluate(backend, tasks, limit=limit)
         theirs[rank] = time.perf_counter() - start
         equal[rank] = int(np.sum(item_verdicts(result)[0] == item_verdicts(ours[rank])[0]))
     items = len(item_verdicts(ours[0])[0])

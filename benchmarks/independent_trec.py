@@ -1,21 +1,22 @@
-"""TREC with LoRA, DyLoRA and MatryoshkaLoRA in PyTorch alone: a second opinion on the rank-accuracy curves.
+"""Trains TREC with LoRA, DyLoRA and MatryoshkaLoRA in PyTorch: an independent check of the rank-accuracy curves.
 
-It shares no line with the package: transformers' Llama and tokenizer, a training loop written out, a profile
-p [R] in y = W x + ((x A) * p) B. One run is one method, one learning rate, one seed; it prints one JSON line.
+The program shares no code with the package. It uses transformers' Llama and tokenizer, its own training loop, and a
+profile p [R] in y = W x + ((x A) * p) B. One run trains one method with one learning rate and one seed, and prints one
+JSON line.
 
     python benchmarks/independent_trec.py --model MODEL_FOLDER --data TREC_FOLDER --method matryoshka \
         --learning_rate 0.003
 
-What a read-out is made of, at rank r of S: `prefix` s_r for i <= r; `nested` the sum of s_q over q in S with
-i <= q <= r; `masked` P_i for i <= r; `svd` the first r pairs of the balanced SVD of A diag(p) B, with p the
-profile of training (LoRA, DyLoRA: s_R). Nested and masked are read for matryoshka only.
+The read-outs at rank r of S are `prefix`, which is s_r for i <= r; `nested`, the sum of s_q over q in S with
+i <= q <= r; `masked`, P_i for i <= r; and `svd`, the first r pairs of the balanced SVD of A diag(p) B, where p is the
+profile of training (s_R for LoRA and DyLoRA). Nested and masked are measured for matryoshka only.
 
-`--boundary` says which tokens a question and an answer become, where a tokenizer merges across the border:
-`harness`, the prompt's own tokens, then the tail of the tokens of prompt + answer (lm-evaluation-harness);
-`separate`, prompt and answer on their own; `whole`, those of prompt + answer split at the prompt's length.
-With `whole` the last prompt token can give the answer away: tinystories-656k makes ":" of "Type:" before
-" abbreviation" and ":_" before all others, so that a trained model finds " abbreviation" certain after ":"
-whatever the question.
+`--boundary` says how a question and an answer become tokens where a tokenizer merges characters across the boundary.
+`harness` takes the prompt's own tokens, then the tail of the tokens of prompt + answer (as lm-evaluation-harness does).
+`separate` tokenizes prompt and answer separately. `whole` splits the tokens of prompt + answer at the prompt's length.
+With `whole` the last prompt token can give the answer away: before " abbreviation" tinystories-656k ends "Type:" with
+the token ":", and before all other answers with ":_". A trained model therefore predicts " abbreviation" after ":"
+whatever the question is.
 """
 
 import argparse
@@ -44,23 +45,26 @@ SCALES = {"none": lambda rank: 1.0, "rank": lambda rank: 1.0 / rank, "sqrt": lam
 
 
 def profile(rule):
-    """[R] from a rule i -> p_i with i from 1."""
+    """Returns the profile [R] with p_i = rule(i), where i counts from 1."""
     return torch.tensor([float(rule(i)) for i in range(1, RANKS[-1] + 1)])
 
 
 def prefix(rank, scale):
+    """Returns the profile [R] of the prefix read-out."""
     return profile(lambda i: scale(rank) if i <= rank else 0)
 
 
 def nested(rank, scale):
+    """Returns the profile [R] of the nested read-out."""
     return profile(lambda i: sum(scale(inner) for inner in RANKS if i <= inner <= rank))
 
 
 def masked(rank, scale):
+    """Returns the profile [R] of the masked read-out; at the largest rank it is the diagonal P."""
     return profile(lambda i: sum(scale(outer) for outer in RANKS if outer >= i) if i <= rank else 0)
 
 
-# Per method: the profile of one step, and the one its SVD read-out unfolds.
+# Method -> the rule for the profile of a training step, and the rule for the profile that the SVD read-out keeps.
 METHODS = {
     "lora": (lambda scale, draws: prefix(RANKS[-1], scale), prefix),
     "dylora": (lambda scale, draws: prefix(int(draws.choice(RANKS)), scale), prefix),
@@ -69,7 +73,7 @@ METHODS = {
 
 
 class Adapted(nn.Module):
-    """A frozen linear with factors a [D, R], b [R, F] and a profile [R] set from outside."""
+    """A frozen linear layer with the factors a [D, R] and b [R, F]; its profile [R] is set from outside."""
 
     def __init__(self, linear):
         super().__init__()
@@ -83,7 +87,7 @@ class Adapted(nn.Module):
 
 
 def adapt(model):
-    """Wraps q, k, v, o, gate, up and down of every layer. Returns the wrappers."""
+    """Wraps q, k, v, o, gate, up and down of every layer, and returns the wrappers."""
     model.requires_grad_(False)
     wrapped = []
     for layer in model.model.layers:
@@ -96,12 +100,13 @@ def adapt(model):
 
 
 def set_profile(wrapped, value):
+    """Sets the profile [R] of every wrapper."""
     for module in wrapped:
         module.profile = value
 
 
 def read_questions(path):
-    """A raw TREC file -> list of (prompt, index of the right choice)."""
+    """Reads a raw TREC file and returns a list of (prompt, index of the right choice)."""
     rows = []
     for line in pathlib.Path(path).read_text(encoding="latin-1").splitlines():
         label, question = line.split(" ", 1)
@@ -110,7 +115,7 @@ def read_questions(path):
 
 
 def encode(tokenizer, prompt, answer, boundary):
-    """Tokens of the prompt, BOS first, and of the answer."""
+    """Returns the tokens of the prompt, with BOS first, and the tokens of the answer."""
     start = [tokenizer.bos_token_id]
 
     def tokens(text):
@@ -124,7 +129,7 @@ def encode(tokenizer, prompt, answer, boundary):
 
 
 def train(model, wrapped, examples, arguments, scale):
-    """AdamW with linear decay to zero on (prompt, answer + eos) pairs. Returns the loss of every step."""
+    """Trains on (prompt, answer + EOS) pairs by AdamW with linear decay to zero, and returns the loss of every step."""
     draws = np.random.default_rng(arguments.seed)
     order = np.concatenate([draws.permutation(len(examples)) for _ in range(arguments.epochs)])
     batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
@@ -157,14 +162,15 @@ def train(model, wrapped, examples, arguments, scale):
 
 
 def pack(encoded, batch_size=25):
-    """Questions with all their choices as rows of a tree: the shared stem once, then a branch per choice.
+    """Packs every question and its choices into a row that holds the shared stem once, then a branch per choice.
 
     Args:
-      encoded: per question a list of (prompt tokens, answer tokens), one per choice.
+      encoded: for every question a list of (prompt tokens, answer tokens), one pair per choice.
+      batch_size: the number of questions in a batch.
 
     Returns:
       Batches of (tokens [B, T], positions [B, T], mask [B, 1, T, T] float, spots) where `spots` lists
-      (row, choice, place that predicts, token).
+      (row, choice, position that predicts the token, token).
     """
     batches = []
     for start in range(0, len(encoded), batch_size):
@@ -199,7 +205,7 @@ def pack(encoded, batch_size=25):
 
 @torch.no_grad()
 def score(model, batches):
-    """Summed log-likelihood of every choice: [questions, choices]."""
+    """Returns the summed log-likelihood of every choice, [questions, choices]."""
     scores = []
     for tokens, positions, mask, spots in batches:
         hidden = model.model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
@@ -211,7 +217,7 @@ def score(model, batches):
 
 
 def summarise(scores, labels):
-    """Accuracy, mean -log p of the right choice against the others, and how often each choice is taken."""
+    """Returns the accuracy, the mean -log p of the right choice and answer, and how often each choice is taken."""
     taken = scores.argmax(1)
     shifted = scores - scores.max(1, keepdims=True)
     normal = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -224,14 +230,14 @@ def summarise(scores, labels):
 
 
 def aurac(accuracies):
-    """Trapezoids over log2 rank by its length."""
+    """Returns the area under the curve over log2 rank by trapezoids, divided by the length of the axis."""
     x = np.log2(RANKS)
     return round(float(np.sum((x[1:] - x[:-1]) * (np.add(accuracies[1:], accuracies[:-1]) / 2)) / (x[-1] - x[0])), 4)
 
 
 @torch.no_grad()
 def distances(wrapped, value, reference):
-    """|A diag(p) B|, its distance from the reference's (root-mean-square over modules), and their cosine."""
+    """Returns the norm of A diag(p) B, its distance from the reference (both RMS over modules), and their cosine."""
     square, apart, inner, other = 0.0, 0.0, 0.0, 0.0
     for module in wrapped:
         read, trained = (module.a * value) @ module.b, (module.a * reference) @ module.b
@@ -247,7 +253,7 @@ def distances(wrapped, value, reference):
 
 @torch.no_grad()
 def squeeze(wrapped, value):
-    """Replaces every module's factors by the balanced SVD of A diag(p) B."""
+    """Replaces the factors of every module by the balanced SVD of A diag(p) B."""
     for module in wrapped:
         left, singular, right = torch.linalg.svd((module.a.double() * value.double()) @ module.b.double())
         root = singular[: RANKS[-1]].sqrt()
@@ -256,7 +262,7 @@ def squeeze(wrapped, value):
 
 
 def curve(model, wrapped, batches, labels, rule, reference):
-    """One read-out at every rank of S."""
+    """Measures one read-out at every rank of S."""
     points = []
     for rank in RANKS:
         set_profile(wrapped, rule(rank))
@@ -266,7 +272,8 @@ def curve(model, wrapped, batches, labels, rule, reference):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Reads the command line, trains, and prints the record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder of a Llama model")
     parser.add_argument("--data", required=True, help="the folder of train_5500.label and TREC_10.label")
     parser.add_argument("--method", choices=METHODS, required=True)

@@ -1,8 +1,8 @@
-"""The training step on every mesh of eight devices, against one device: `python -m benchmarks.meshes [--float64]`.
+"""Compares the training step on meshes of eight devices with one device: `python -m benchmarks.meshes [--float64]`.
 
-Eight devices are forced on a CPU. For every mesh: the relative L2 distance of losses and adapters after some steps,
-the bytes of base and of the trials' state on one device, and what the compiled step moves between devices. One JSON
-line each.
+The eight devices are forced on a CPU. For every mesh the program prints one JSON line: the relative L2 distance of the
+losses and adapters from those of one device after some steps, the bytes of the base and of the trials' state on one
+device, and the bytes that the compiled step moves between devices.
 """
 
 import argparse
@@ -11,6 +11,10 @@ import math
 import os
 import re
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MESHES = (
     {},
@@ -28,7 +32,7 @@ RANKS = (1, 2, 4, 6)
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command line and prints the table's lines."""
+    """Reads the command line and prints one JSON line per mesh."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--float64", action="store_true")
@@ -50,8 +54,17 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(record), flush=True)
 
 
-def run(mesh_options: dict, method: str, steps: int):
-    """Losses [steps, K] and the flattened adapters of a run on a mesh; {} is one device. And facts about it."""
+def run(mesh_options: dict, method: str, steps: int) -> tuple["np.ndarray", "np.ndarray", dict[str, Any]]:
+    """Trains some steps on a mesh.
+
+    Args:
+      mesh_options: axis -> its size, and optionally "engine"; {} is a single device.
+      method: a key of `mlora_jax.core.METHODS`.
+      steps: the number of optimizer steps.
+
+    Returns:
+      The losses [steps, K], the adapters as one vector, and the bytes in memory and moved.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -73,7 +86,8 @@ def run(mesh_options: dict, method: str, steps: int):
     mesh = make_mesh(sizes) if mesh_options else None
     shape = dict(hidden_size=64, intermediate_size=96, num_layers=3, num_heads=8, num_kv_heads=8, head_dim=8)
     config = DecoderConfig(vocab_size=128, tie_word_embeddings=False, **shape)
-    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    enabled = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue] - jax sets it at run time
+    dtype = jnp.float64 if enabled else jnp.float32
     model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
     engine = mesh_options.get("engine", "jit")
     model.placement = Placement(mesh) if mesh is not None and engine == "jit" else None
@@ -94,12 +108,12 @@ def run(mesh_options: dict, method: str, steps: int):
         losses.append(np.asarray(metrics["loss"], np.float64))
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(state.adapter)]
     if mesh is not None:
-        text = step.executables[0].as_text()
+        text = step.executables[0].as_text() or ""
         facts |= {"moved": moved(text), "largest_gather": largest_gather(text)}
     return np.array(losses), np.concatenate(leaves), facts
 
 
-def _batch(random):
+def _batch(random: "np.random.Generator") -> dict[str, "np.ndarray"]:
     import numpy as np
 
     shape = (TRIALS, ACCUMULATION, ROWS // ACCUMULATION)
@@ -112,7 +126,14 @@ def _batch(random):
 
 
 def moved(text: str) -> dict[str, dict[str, float]]:
-    """Collectives of a compiled program on one device: how often each kind runs, and the bytes it carries."""
+    """Returns the collectives of a compiled program on one device.
+
+    Args:
+      text: the program's HLO.
+
+    Returns:
+      Kind -> how often it runs ("count"), and the bytes that it carries ("bytes").
+    """
     from mlora_jax.parallel.hlo import program_costs
 
     found: dict[str, dict[str, float]] = {}
@@ -123,7 +144,7 @@ def moved(text: str) -> dict[str, dict[str, float]]:
 
 
 def largest_gather(text: str) -> int:
-    """Numbers in the largest array that a compiled program gathers."""
+    """Returns the number of elements in the largest array that a compiled program gathers."""
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
     return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 

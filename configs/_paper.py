@@ -1,8 +1,11 @@
 """The values that the paper's experiments share (MatryoshkaLoRA, arXiv 2605.07850), and their variants.
 
-r32 and r256 are the paper's grids at R = 32 and R = 256; smoke is a run of a minute on a CPU with a model of your own,
-which goes through every stage of the grid on one device, under one scaling, and says nothing about the methods.
+The variants r32 and r256 are the paper's grids at R = 32 and R = 256. The variant smoke runs for about a minute on a
+CPU with any small model. It goes through every stage of the grid on one device, with one scaling, and says nothing
+about the methods.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -45,7 +48,8 @@ TASKS = {
         "evaluation": {"tasks": (("gsm8k", 3), ("gsm8k", 8)), "max_new_tokens": 256},
     },
     "platypus": {
-        # The data set has training rows only; one in fifty is kept to test on, 512 more to choose learning rates on.
+        # The data set has training rows only. One row in fifty is held out to test on, and 512 more to choose learning
+        # rates on.
         "data": {
             "task": "platypus",
             "style": "reference",
@@ -57,11 +61,11 @@ TASKS = {
     },
 }
 
-# The paper reads adapters out by prefix; further read-outs can be added to a finished run.
+# The paper reads adapters out by prefix. Other read-outs can be added to a finished run.
 READOUTS = {"readouts": {"lora": ("prefix",), "dylora": ("prefix",), "matryoshka": ("prefix",)}}
 
 FULL = {"model": {"dtype": "bfloat16"}}
-# One batch of 12 trials of two steps, one shape: next to nothing to compile.
+# All 12 trials have two steps and one shape, and train in one batch, so that little is compiled.
 SMOKE = {
     "model": {"path": "", "dtype": "float32"},
     "data": {"limit": 4, "pad_multiple": 512},
@@ -70,7 +74,7 @@ SMOKE = {
     "validation": {"limit": 2},
     "evaluation": {"limit": 2, "batch_size": 16, "max_new_tokens": 4},
 }
-# Every number of shots is two more executables: GSM8K's smoke run has one number.
+# Every number of shots needs two more executables, so the smoke run of GSM8K has only one number.
 SMOKE_OF_TASK = {"gsm8k": {"evaluation": {"tasks": (("gsm8k", 3),)}}, "platypus": {}}
 VARIANTS = {
     "r32": {**FULL, "trials": {"rank": (32,)}},
@@ -80,7 +84,7 @@ VARIANTS = {
 
 
 def paper_config(model: str, task: str, variant: str) -> ConfigDict:
-    """The config of one grid of the paper.
+    """Returns the config of one grid of the paper.
 
     Args:
       model: a key of `MODELS`.
@@ -88,11 +92,11 @@ def paper_config(model: str, task: str, variant: str) -> ConfigDict:
       variant: a key of `VARIANTS`.
 
     Raises:
-      ValueError: an unknown variant.
+      ValueError: the variant is unknown.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r} of the config, expected one of {', '.join(VARIANTS)}")
-    config = ConfigDict({"model": {"path": MODELS[model]}})
+    config: Any = ConfigDict({"model": {"path": MODELS[model]}})
     smoke = SMOKE_OF_TASK[task] if variant == "smoke" else {}
     for values in (SHARED, TASKS[task], {"evaluation": READOUTS}, VARIANTS[variant], smoke):
         for group, keys in values.items():

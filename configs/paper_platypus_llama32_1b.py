@@ -5,9 +5,10 @@
     python -m experiments.run --config paper_platypus_llama32_1b:smoke --workdir DIR --config.model.path=MODEL_FOLDER
 
 r32 and r256 are the grids at R = 32 and 256: 3 methods x 3 scalings x 3 seeds x 23 learning rates = 621 trials of
-2,243 steps, measured on arc_challenge, hellaswag, mmlu and winogrande at every rank. smoke runs minutes on a CPU. The
-weights are gated: accept their terms on the hub and log in, or give a download by --config.model.path=MODEL_FOLDER. The
-commands of every table: docs/paper.md. The grids need accelerators and have not been run by us; smoke has.
+2,243 steps, measured on arc_challenge, hellaswag, mmlu and winogrande at every rank. smoke runs for minutes on a CPU.
+The weights are gated: accept their terms on the hub and log in, or name a downloaded folder by
+--config.model.path=MODEL_FOLDER. docs/paper.md has the commands of every table. The grids need accelerators, and this
+project has not run them; it has run smoke.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +17,5 @@ from ._paper import paper_config
 
 
 def get_config(variant: str = "r32") -> ConfigDict:
-    """The experiment's values ("r32", "r256" or "smoke"); the rest is in `mlora_jax.config.DEFAULTS`."""
+    """Returns the values of a variant: "r32", "r256" or "smoke". Other keys have their defaults."""
     return paper_config("llama32_1b", "platypus", variant)

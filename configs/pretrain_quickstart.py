@@ -1,17 +1,18 @@
-"""The small decoder that the package ships, pretrained on generated text.
+"""Pretraining of the small decoder that the package ships, on generated text.
 
     python -m experiments.pretrain --config configs/pretrain_quickstart.py --out DIR
 
-Two CPU cores: 2.5 minutes of processor time (4 to 9 minutes of wall time on cores that other work was using too). Made
-twice on one machine with one version of jax it gave the same bits; another machine or version may round otherwise.
-The record `pretraining.json` beside the weights has their SHA-256, the versions, and the held-out loss to compare.
+On two CPU cores it takes 2.5 minutes of processor time (4 to 9 minutes of wall time on cores that other work was using
+too). Two runs on one machine with one version of jax gave the same bits; another machine or version may round
+differently. The record `pretraining.json` beside the weights has their SHA-256, the versions, and the held-out loss to
+compare.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The values behind `mlora_jax/assets/quickstart`."""
+    """Returns the values with which `mlora_jax/assets/quickstart` was made."""
     return ConfigDict(
         {
             "seed": 0,

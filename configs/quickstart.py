@@ -1,14 +1,15 @@
-"""The quickstart: every method on the base and the task that the package ships; no download.
+"""The quickstart: seven methods on the base and the task that the package ships, without any download.
 
     python -m experiments.run --config configs/quickstart.py --workdir DIR
 
-The task (`mlora_jax/data/quickstart_text.py`): 48 animals of a little world have moved, and the model is to learn
-which of 16 homes each lives in now. 4800 training rows, each seen twice (300 steps); 384 test rows, in places where
-their animal was not seen.
+In the task (`mlora_jax/data/quickstart_text.py`) 48 animals of a little world have moved, and the model learns in which
+of 16 homes each lives now. There are 4800 training rows, each seen twice (300 steps), and 384 test rows, which name
+places where their animal was not seen in training.
 
-Hardware: two CPU cores. Wall time: 3 min 33 s with the environment made anew (`make run`).
+On two CPU cores the run takes 3 min 33 s of wall time, the making of the environment included (`make run`).
 
-Expected, accuracy at ranks 1, 2, 4, 8, 16 (mean of seeds 42 and 666; single seeds differ by up to 0.2 at ranks 1 to 4):
+Expected accuracies at ranks 1, 2, 4, 8 and 16 (mean of seeds 42 and 666; single seeds differ by up to 0.2 at ranks 1 to
+4):
 
     base                 0.02
     lora                 0.04  0.07  0.27  0.62  1.00
@@ -22,21 +23,21 @@ Expected, accuracy at ranks 1, 2, 4, 8, 16 (mean of seeds 42 and 666; single see
     matryoshka_exact     0.43  0.84  1.00  1.00  1.00
     sandwich             0.45  0.70  0.99  1.00  1.00
 
-matryoshka_exact costs five and sandwich three times the steps of the others. dylora_frozen moves one of 16 columns a
-step, so each column gets a sixteenth of the updates.
+A step of matryoshka_exact costs five times as much as one of LoRA, and a step of sandwich three times as much.
+dylora_frozen moves one of 16 columns per step, so each column gets a sixteenth of the updates.
 
-The criterion for task, targets, steps and rate was plain LoRA: trained at single ranks and cut by SVD it must need
-more than rank 1. With all seven projections as targets rank 2 was enough, so v and o it is; at 150 steps LoRA of
-ranks 1 to 4 is far from its end, so 300; the rate is one at which full-rank LoRA reaches 1.00, the same for all
-methods, not the best of each. First results of DyLoRA and MatryoshkaLoRA were known when targets and steps were
-settled.
+The task, the targets, the number of steps and the learning rate were chosen by plain LoRA: trained at single ranks and
+truncated by SVD, it must need more than rank 1. With all seven projections as targets rank 2 was enough, so the targets
+are v and o. After 150 steps LoRA of ranks 1 to 4 has not converged, so there are 300. The learning rate is one at which
+LoRA of rank 16 reaches 1.00; all methods have the same learning rate, not each its best. First results of DyLoRA and
+MatryoshkaLoRA were known when the targets and the number of steps were chosen.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The experiment's values; the rest is in `mlora_jax.config.DEFAULTS`."""
+    """Returns the experiment's values; all other keys have the values of `mlora_jax.config.DEFAULTS`."""
     return ConfigDict(
         {
             "model": {"path": "quickstart"},
@@ -57,7 +58,7 @@ def get_config() -> ConfigDict:
                 "scaling": ("none",),
                 "rank": (16,),
             },
-            "validation": {"holdout": 0.0},  # one learning rate: nothing to choose
+            "validation": {"holdout": 0.0},  # There is one learning rate, so there is nothing to choose.
             "train": {"epochs": 2, "batch_size": 32},
             "evaluation": {"batch_size": 128},
         }

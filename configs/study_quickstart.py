@@ -2,14 +2,14 @@
 
     python -m experiments.study --workdir DIR --cells quickstart
 
-What is compared: `mlora_jax.study.rivals`. Results: docs/study.md.
+`mlora_jax/study/rivals.py` defines the groups of rivals, and docs/study.md has the results.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The cell's values; the rest is in `mlora_jax.config.DEFAULTS` and `mlora_jax.study.keys`."""
+    """Returns the cell's values; other keys have the defaults of `mlora_jax.config` and `mlora_jax.study.keys`."""
     return ConfigDict(
         {
             "model": {"path": "quickstart"},

@@ -2,16 +2,15 @@
 
     python -m experiments.study --workdir DIR --cells trec_3m --models MODELS --data DATA
 
-MODELS holds the model's folder and DATA that of the raw data, by the names below.
-
-What is compared: `mlora_jax.study.rivals`. Results: docs/study.md.
+MODELS is a folder that holds the model's folder, and DATA one that holds the folder of the raw data; the config below
+names both. `mlora_jax/study/rivals.py` defines the groups of rivals, and docs/study.md has the results.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The cell's values; the rest is in `mlora_jax.config.DEFAULTS` and `mlora_jax.study.keys`."""
+    """Returns the cell's values; other keys have the defaults of `mlora_jax.config` and `mlora_jax.study.keys`."""
     return ConfigDict(
         {
             "model": {"path": "stories-3m"},

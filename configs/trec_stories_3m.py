@@ -1,12 +1,13 @@
-"""TREC question types on stories-3m: LoRA (and its squeeze), DyLoRA and MatryoshkaLoRA, two seeds.
+"""TREC (question types) on stories-3m: LoRA, its squeeze, DyLoRA and MatryoshkaLoRA, with two seeds.
 
     python -m experiments.run --config configs/trec_stories_3m.py --workdir DIR \
         --config.model.path=MODEL_FOLDER --config.data.raw_dir=DATA_FOLDER
 
-MODEL_FOLDER: a Hugging Face folder of stories-3m (3.1M parameters, Llama layout). DATA_FOLDER: the raw files
-of TREC (train_5500.label, TREC_10.label); without it they are downloaded.
+MODEL_FOLDER is a Hugging Face folder of stories-3m (3.1M parameters, Llama layout). DATA_FOLDER holds the raw files of
+TREC (train_5500.label, TREC_10.label). Without this key they are downloaded.
 
-Hardware: one CPU core, about 50 minutes. Result, accuracy at ranks 1, 2, 4, 8, 16, 32 (mean of two seeds):
+The run takes about 50 minutes on one CPU core. It gives these accuracies at ranks 1, 2, 4, 8, 16 and 32 (mean of two
+seeds):
 
     base                 0.226
     lora                 0.226  0.237  0.373  0.561  0.829  0.906
@@ -16,14 +17,15 @@ Hardware: one CPU core, about 50 minutes. Result, accuracy at ranks 1, 2, 4, 8, 
     matryoshka (nested)  0.226  0.245  0.241  0.334  0.727  0.830
     matryoshka (masked)  0.190  0.212  0.460  0.647  0.789  0.830
 
-Single seeds differ by up to 0.19 (matryoshka, masked, rank 8). One learning rate for all, not the best of each.
+Single seeds differ by up to 0.19 (matryoshka, masked, rank 8). All methods have the same learning rate, not each its
+best.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The experiment's values; the rest is in `mlora_jax.config.DEFAULTS`."""
+    """Returns the experiment's values; all other keys have the values of `mlora_jax.config.DEFAULTS`."""
     return ConfigDict(
         {
             "model": {"path": ""},
@@ -35,7 +37,7 @@ def get_config() -> ConfigDict:
                 "scaling": ("none",),
                 "rank": (32,),
             },
-            "validation": {"holdout": 0.0},  # one learning rate: nothing to choose
+            "validation": {"holdout": 0.0},  # There is one learning rate, so there is nothing to choose.
             "train": {"epochs": 2, "batch_size": 32},
         }
     )

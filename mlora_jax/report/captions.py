@@ -19,12 +19,12 @@ UNDECIDED = {
 
 
 def name_runs(merged: MergedRuns) -> str:
-    """Where the runs are."""
+    """Returns a sentence that lists the folders of the runs."""
     return f"Runs: {', '.join(str(folder.path) for folder in merged.folders)}."
 
 
 def describe_runs(merged: MergedRuns) -> list[str]:
-    """Sentences about the runs as a whole: of what, how they differ, what was cut, failed or is not finished."""
+    """Returns sentences about the runs as a whole: their sources and differences, and what was cut or failed."""
     folders = merged.folders
     notes = []
     if merged.number:
@@ -54,7 +54,7 @@ def describe_runs(merged: MergedRuns) -> list[str]:
 
 
 def describe_setting(setting: Setting, merged: MergedRuns, choice: Choice) -> str:
-    """The caption of a setting's table."""
+    """Returns the caption of the table of one setting."""
     rows = [row for row in merged.rows if row.setting == setting]
     chosen, left_out, undecided = (
         [row for row in some if row.setting == setting] for some in (choice.chosen, choice.left_out, choice.undecided)
@@ -89,7 +89,7 @@ def describe_setting(setting: Setting, merged: MergedRuns, choice: Choice) -> st
 
 
 def describe_choice(choice: Choice) -> str:
-    """On what the learning rates were chosen."""
+    """Returns a sentence that names the split on which the learning rates were chosen."""
     return (
         "Each row with several learning rates is at the one with its highest mean AURAC (log2) on "
         f"{CHOSEN_ON[choice.split]}."
@@ -97,7 +97,7 @@ def describe_choice(choice: Choice) -> str:
 
 
 def describe_differences(rows: Iterable[CurveRow]) -> str:
-    """The caption of a setting's pairwise differences."""
+    """Returns the caption of the table of pairwise differences of one setting."""
     rows = list(rows)
     alone = [row.label for row in rows if row.test.log2.deviation is None]
     sentences = [

@@ -15,12 +15,12 @@ class Choice:
     """The outcome of choosing a learning rate per (setting, method, read-out).
 
     Attributes:
-      split: where the choice was made, "validation" or "test".
-      shown: the rows that stand for their method: the chosen ones, those without an alternative, and all of the
-        undecided.
-      chosen: those of several learning rates that were chosen.
-      left_out: rows that could not be chosen, since another learning rate of theirs lacks fewer seeds.
-      undecided: rows of several learning rates without accuracies on that split.
+      split: the split on which the choice was made, "validation" or "test".
+      shown: the rows that represent their method: the chosen rows, the rows without an alternative, and all undecided
+        rows.
+      chosen: the rows that were chosen among several learning rates.
+      left_out: the rows that could not be chosen, because another learning rate of the same method lacks fewer seeds.
+      undecided: the rows with several learning rates but without accuracies on that split.
     """
 
     split: str
@@ -31,15 +31,19 @@ class Choice:
 
 
 def choose_rows(rows: Iterable[CurveRow], split: str) -> Choice:
-    """Per (setting, method, read-out) the learning rate with the highest mean AURAC over log2 rank.
+    """Chooses per (setting, method, read-out) the learning rate with the highest mean AURAC over log2 rank.
 
-    A mean over the seeds that survived says little of a learning rate at which others diverged: only the learning
-    rates that lack the fewest seeds, failed or planned and not finished, can be chosen. Their means are over the seeds
-    that all of them have, or over all seeds where they share none. Of equal ones the smallest is chosen.
+    The mean over the seeds that survived says little about a learning rate at which other seeds diverged. Therefore
+    only the learning rates that lack the fewest seeds can be chosen; a seed is lacking if it failed or if it is planned
+    and not finished. The means are taken over the seeds that all these learning rates have, or over all seeds of each
+    where they share none. Among equal means the smallest learning rate is chosen.
 
     Args:
-      rows: of any settings.
+      rows: the rows to choose among; they may belong to different settings.
       split: "validation" or "test".
+
+    Returns:
+      The rows, sorted into those that are chosen, left out or undecided.
     """
     groups: dict[tuple, list[CurveRow]] = collections.defaultdict(list)
     for row in rows:
@@ -63,7 +67,7 @@ def choose_rows(rows: Iterable[CurveRow], split: str) -> Choice:
 
 
 def shared_seeds(rows: Iterable[CurveRow]) -> tuple[int, ...]:
-    """The seeds that finished in every row, sorted."""
+    """Returns the seeds that finished in every row, sorted."""
     return tuple(sorted(set.intersection(*(set(row.seeds) for row in rows))))
 
 
@@ -74,12 +78,13 @@ def _mean(row: CurveRow, split: str, seeds: Iterable[int]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """AURAC (log2, test split) of one row less that of another.
+    """The AURAC (log2, test split) of one row minus that of another.
 
     Attributes:
-      first, second: the rows.
-      value: the difference of the means.
-      clear: the bands mean ± one standard deviation do not overlap; None if a row has one seed, so no spread.
+      first, second: the two rows.
+      value: the mean AURAC of `first` minus that of `second`.
+      clear: whether the bands mean ± one standard deviation do not overlap; None if a row has only one seed, because it
+        then has no spread.
     """
 
     first: CurveRow
@@ -89,7 +94,7 @@ class Difference:
 
 
 def compare(first: CurveRow, second: CurveRow) -> Difference:
-    """The difference of two rows, and whether it exceeds the spread over seeds."""
+    """Returns the difference of two rows, and whether it exceeds the spread over seeds."""
     one, other = first.test.log2, second.test.log2
     value = one.mean - other.mean
     if one.deviation is None or other.deviation is None:

@@ -28,27 +28,28 @@ PALETTE = (
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "v", "D", "P", "X")
 
-MOST_LINES = 10  # in one panel; a panel per read-out beyond
-LEAST_GAP = 1 / 14  # of the axis between two learning rates that are named below it; else powers of ten are
-COLUMNS = 2  # of panels
-PANEL = (7.2, 4.0)  # inches, its legend included
+MOST_LINES = 10  # A setting with more lines than this gets one panel per read-out.
+# The axis is labelled with the learning rates if any two are at least this share of it apart, else with powers of ten.
+LEAST_GAP = 1 / 14
+COLUMNS = 2  # The number of panels side by side.
+PANEL = (7.2, 4.0)  # The size of a panel in inches, its legend included.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
     title: str
-    lines: dict[Any, list[CurveRow]]  # what makes a line -> its rows
+    lines: dict[Any, list[CurveRow]]  # the key of a line, such as its label -> its rows
 
 
 def draw_curves(merged: MergedRuns, choice: Choice) -> Figure:
-    """Accuracy on the test split over log2 rank: a line per row, a band of one standard deviation, the base.
+    """Draws accuracy on the test split over log2 rank: a line per row, a band of one standard deviation, and the base.
 
-    A panel per setting, or per setting and read-out if a setting has more than `MOST_LINES` rows. Where no learning
-    rate is chosen: a panel per method and read-out, and a line per learning rate.
+    There is a panel per setting, or per setting and read-out if a setting has more than `MOST_LINES` rows. Where no
+    learning rate is chosen, there is a panel per method and read-out, with a line per learning rate.
 
     Args:
       merged: the runs whose base is drawn.
-      choice: the rows to draw.
+      choice: the choice whose `shown` rows are drawn.
     """
     panels = _panels(choice.shown, lambda row: (row.label, row.learning_rate), by_row=bool(choice.undecided))
     figure, axes = _grid(merged.title, len(panels))
@@ -72,10 +73,10 @@ def draw_curves(merged: MergedRuns, choice: Choice) -> Figure:
 
 
 def draw_learning_rates(merged: MergedRuns, choice: Choice) -> Figure:
-    """AURAC (log2) over the learning rate, on the split of the choice: a line per method and read-out, and a band.
+    """Draws AURAC (log2) over the learning rate: a line and a band per method and read-out.
 
-    The chosen learning rate is ringed; one that could not be chosen, since seeds of it are missing, is hollow. Where
-    the split of the choice was not measured, it is the test split.
+    The figure shows the split on which learning rates are chosen, or the test split where that one was not measured.
+    The chosen learning rate is ringed. A learning rate that could not be chosen, because it lacks seeds, is hollow.
 
     Args:
       merged: the runs whose rows are drawn.
@@ -185,7 +186,8 @@ def _finish(area: Axes, title: str, x: str, y: str, *, few_ticks: bool = True) -
     if few_ticks:
         area.minorticks_off()
     area.set_xlabel(x)
-    if area.get_subplotspec().is_first_col():
+    place = area.get_subplotspec()
+    if place is None or place.is_first_col():
         area.set_ylabel(y)
     area.grid(alpha=0.25)
 

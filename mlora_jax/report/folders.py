@@ -1,10 +1,11 @@
-"""What one run's folder holds: its config, and the rank-accuracy curves of its trials."""
+"""The records in the folder of one run: its config, and the rank-accuracy curves of its trials."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,25 +15,26 @@ from mlora_jax.training.curve_records import CURVES, CurveRecord, CurvesOnRecord
 from mlora_jax.trials import Trial, expand_trials
 
 SPLITS = ("validation", "test")
-# Config keys in which runs may differ without a word: what the tables show anyway, places, how often to write.
+# Captions do not mention differences in these config keys: tables show them anyway, or they do not change results.
 UNTOLD = (*CHANGEABLE, "train.log_every")
 SOURCES = ("model.path", "data.file", "data.evaluation_file")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """What a run's folder says of one task: the one it trains on, or another on which its adapters were measured.
+    """The records of one run for one task: the task it trains on, or another on which its adapters were measured.
 
     Attributes:
-      path: the folder.
-      config: what config.json holds.
-      task: its name; of another task also the number of examples in its prompts, as in "arc_challenge, 25 shots".
-      base: split -> accuracy of the model without an adapter; always has "test".
-      items: split -> how many there are; None if the records do not say.
-      curves: trial -> (split, read-out) -> rank -> accuracy; whole curves only.
-      failed: the trials whose loss became infinite or NaN -> their names.
-      truncated: split -> items whose prompt was cut to fit, of the splits that have such items.
-      not_compared: task of the config that could not be measured for want of local data -> the reason.
+      path: the folder of the run.
+      config: the contents of config.json.
+      task: the name of the task. For a task that the run does not train on, the name includes the number of examples in
+        its prompts, as in "arc_challenge, 25 shots".
+      base: split -> accuracy of the model without an adapter; "test" is always present.
+      items: split -> number of items; None if the records do not say.
+      curves: trial -> (split, read-out) -> rank -> accuracy. Only complete curves are included.
+      failed: trial whose loss became infinite or NaN -> the trial's name.
+      truncated: split -> number of items whose prompt was cut to fit; splits without such items are left out.
+      not_compared: task of the config that could not be measured because its local data are missing -> the reason.
     """
 
     path: pathlib.Path
@@ -46,17 +48,21 @@ class RunRecords:
     not_compared: dict[str, str]
 
     @classmethod
-    def read(cls, path) -> list[RunRecords]:
-        """Reads a folder: the run's own task first.
+    def read(cls, path: str | os.PathLike[str]) -> list[RunRecords]:
+        """Reads a folder.
 
-        The curves of other tasks come with those of the run's own validation split, on which learning rates are chosen.
+        The curves of every other task include those of the run's own validation split, because learning rates are
+        chosen on it.
 
         Args:
           path: the folder of a run, finished or not.
 
+        Returns:
+          The records of each task; those of the task that the run trains on come first.
+
         Raises:
           FileNotFoundError: config.json or curves.jsonl is missing.
-          ValueError: unreadable records, or none of the base model on the test split.
+          ValueError: the records are unreadable, or there is no accuracy of the base model on the test split.
         """
         path = pathlib.Path(path)
         if not (path / "config.json").is_file():
@@ -117,12 +123,15 @@ class RunRecords:
 
     @property
     def sources(self) -> dict[str, pathlib.PurePath]:
-        """Dotted config key -> path of the base model and of own data, of the keys that are set."""
+        """Dotted config key -> path, for the base model and own data; keys that are not set are left out."""
         values = dict(_flat(self.config))
         return {name: pathlib.PurePath(values[name]) for name in SOURCES if values.get(name)}
 
     def is_like(self, other: RunRecords) -> bool:
-        """Whether both measured one task on one base: by their paths, or by names and the base's accuracy."""
+        """Returns whether both runs measured the same task on the same base.
+
+        Their sources are the same if the paths are equal, or if the names and the base's accuracy are equal.
+        """
         names = [{key: path.name for key, path in each.sources.items()} for each in (self, other)]
         bases = [(each.base["test"], each.items["test"]) for each in (self, other)]
         same = self.sources == other.sources or (names[0] == names[1] and bases[0] == bases[1])
@@ -130,7 +139,7 @@ class RunRecords:
 
     @property
     def planned(self) -> list[Trial]:
-        """The trials of the config; empty if it does not say."""
+        """The trials that the config plans; empty if the config has no trials."""
         if not self.config.get("trials"):
             return []
         return expand_trials(resolve_stored(self.config))
@@ -148,7 +157,7 @@ class RunRecords:
         return [trial for trial in self.planned if trial not in done]
 
     def told_values(self) -> dict[str, Any]:
-        """Dotted config keys and values, without those in which runs may differ without a word."""
+        """Returns dotted config key -> value, without the keys in `UNTOLD`."""
         told = {}
         for name, value in _flat(self.config):
             if not any(name == key or name.startswith(f"{key}.") for key in UNTOLD):
@@ -157,14 +166,14 @@ class RunRecords:
 
 
 def _task_of(record: CurveRecord, own: str) -> str:
-    """The run's own task, or a task of the harness with the number of examples in its prompts."""
+    """Returns the run's own task, or a task of the harness with the number of examples in its prompts."""
     if not record.harness:
         return own
     return f"{record.task}, {record.shots} shot{'' if record.shots == 1 else 's'}"
 
 
 def config_differences(folders: Iterable[RunRecords]) -> dict[str, list[str]]:
-    """Dotted config key -> its distinct values as text, of the keys in which folders differ."""
+    """Returns dotted config key -> its distinct values as text, for the keys in which the folders differ."""
     configs = [folder.told_values() for folder in folders]
     found = {}
     for name in dict.fromkeys(name for config in configs for name in config):

@@ -1,4 +1,4 @@
-"""A table of cells as Markdown and as LaTeX."""
+"""Tables of cells, written as Markdown or as LaTeX."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ class Table:
     """A table; the cells of its first column are text.
 
     Attributes:
-      header: [columns].
-      rows: [rows][columns].
+      header: [columns], the names of the columns.
+      rows: [rows][columns], the cells.
     """
 
-    header: list[str]
-    rows: list[list[Cell]]
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
 
 
 def to_markdown(table: Table) -> str:
-    """A Markdown table; the columns after the first are set to the right."""
+    """Returns a Markdown table; all columns but the first are aligned to the right."""
     lines = [[_MARKDOWN[type(cell)](cell) for cell in row] for row in (table.header, *table.rows)]
     lines.insert(1, ["---", *["---:"] * (len(table.header) - 1)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_latex(table: Table, caption: str) -> str:
-    r"""A LaTeX table, no wider than the text; needs \usepackage{booktabs,graphicx}."""
+    r"""Returns a LaTeX table that is no wider than the text; it needs \usepackage{booktabs,graphicx}."""
     return "\n".join(
         [
             r"\begin{table}[htbp]",
@@ -69,7 +69,7 @@ _LATEX_SPECIAL = str.maketrans(
 
 
 def escape_latex(text: str) -> str:
-    r"""Text with the characters that LaTeX reads as commands written out.
+    r"""Returns text in which the characters that LaTeX reads as commands are escaped.
 
     >>> escape_latex("dylora_frozen & 5%")
     'dylora\\_frozen \\& 5\\%'
@@ -89,7 +89,7 @@ def _latex_spread(spread: Spread) -> str:
     return f"${spread.mean:.3f}" + ("$" if spread.deviation is None else rf" \pm {spread.deviation:.3f}$")
 
 
-# Difference.clear -> how its value is set.
+# Difference.clear -> the format of its value.
 _MARKDOWN_CLEAR = {True: "**{:+.3f}**", False: "{:+.3f}", None: "({:+.3f})"}
 _LATEX_CLEAR = {True: r"$\mathbf{{{:+.3f}}}$", False: "${:+.3f}$", None: "$({:+.3f})$"}
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -18,7 +21,7 @@ from mlora_jax.report.formats import Table, to_markdown
 
 
 class IntervalEstimate(NamedTuple):
-    """A value and its confidence interval, low..high."""
+    """A value and the bounds of its confidence interval, low..high."""
 
     low: float
     high: float
@@ -26,7 +29,14 @@ class IntervalEstimate(NamedTuple):
 
 
 class RankRow(NamedTuple):
-    """A uniform rank: its adapter parameters, and its accuracy on the items chosen on and on those reported on."""
+    """A point of the rank-accuracy curve.
+
+    Attributes:
+      rank: the rank of every layer.
+      parameters: the number of adapter parameters at this rank.
+      chosen_on: accuracy in 0..1 on the items on which ranks are chosen.
+      test: accuracy in 0..1 on the items on which results are reported.
+    """
 
     rank: int
     parameters: int
@@ -35,16 +45,22 @@ class RankRow(NamedTuple):
 
 
 class BudgetRow(NamedTuple):
-    """A uniform rank beside the ranks per layer for no more parameters.
+    """The comparison of a uniform rank with ranks per layer that need no more parameters.
+
+    Accuracies are in 0..1, on the items on which results are reported.
 
     Attributes:
-      rank, parameters, uniform: of the uniform rank; accuracy in 0..1 on the items reported on.
-      allocated_parameters, allocated: of the ranks per layer.
-      difference: allocated less uniform, paired.
-      p_value: McNemar's.
-      uniform_score, score: what the search looked at.
-      evaluations: how often it looked.
-      ranks: path -> rank per layer.
+      rank: the uniform rank.
+      parameters: the number of adapter parameters at the uniform rank.
+      uniform: the accuracy at the uniform rank.
+      allocated_parameters: the number of adapter parameters at the ranks per layer.
+      allocated: the accuracy at the ranks per layer.
+      difference: the accuracy at the ranks per layer minus that at the uniform rank, paired over items.
+      p_value: the p-value of McNemar's exact test.
+      uniform_score: the search's score of the uniform rank.
+      score: the search's score of the ranks per layer.
+      evaluations: how many allocations the search evaluated.
+      ranks: path of a module -> its rank in each layer.
     """
 
     rank: int
@@ -62,19 +78,20 @@ class BudgetRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RankReport:
-    """What there is to say about the ranks of one adapter.
+    """The contents of the report on the ranks of one adapter.
 
     Attributes:
-      title: task, base model and trial.
+      title: the task, the base model and the trial.
       readout: a key of `mlora_jax.core.READOUTS`.
-      chosen_on, reported_on: which items, in words.
-      measure: what the search looked at, "likelihood" or "accuracy".
-      base: accuracy without an adapter, on the items reported on.
-      within: accuracy that the smallest rank may lack of the best.
-      smallest: that rank.
-      aurac: over log2 rank, on the items reported on.
-      rows: one per rank of S.
-      budgets: one per budget.
+      chosen_on: a description of the items on which ranks are chosen.
+      reported_on: a description of the items on which results are reported.
+      measure: the score that the search maximises, "likelihood" or "accuracy".
+      base: the accuracy without an adapter, on the items on which results are reported.
+      within: how far the accuracy of the smallest rank may be below the best one.
+      smallest: the smallest rank whose accuracy is within that distance.
+      aurac: the AURAC over log2 rank, on the items on which results are reported.
+      rows: one row per rank of S.
+      budgets: one row per budget of parameters.
     """
 
     title: str
@@ -90,11 +107,15 @@ class RankReport:
     budgets: list[BudgetRow]
 
 
-def write_ranks(report: RankReport, out) -> pathlib.Path:
+def write_ranks(report: RankReport, out: str | os.PathLike[str]) -> pathlib.Path:
     """Writes ranks.md, ranks.csv (full precision) and ranks.png into a folder.
 
+    Args:
+      report: the report to write.
+      out: the folder; it is made if it does not exist.
+
     Returns:
-      The Markdown file.
+      The path of the Markdown file.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +132,7 @@ def write_ranks(report: RankReport, out) -> pathlib.Path:
 
 
 def draw_ranks(report: RankReport) -> Figure:
-    """Accuracy on the items reported on over adapter parameters: uniform and allocated ranks, and the base."""
+    """Draws the reported accuracy over adapter parameters: uniform ranks, ranks per layer, and the base."""
     figure = Figure(figsize=(PANEL[0], PANEL[1] + 0.4), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     area = figure.subplots()
@@ -139,7 +160,7 @@ def draw_ranks(report: RankReport) -> Figure:
     return figure
 
 
-def _draw(area, x, estimates: list[IntervalEstimate], label: str, **style: Any) -> None:
+def _draw(area: Axes, x: Sequence[int], estimates: Sequence[IntervalEstimate], label: str, **style: Any) -> None:
     values = np.array([estimate.value for estimate in estimates])
     ends = np.array([(estimate.low, estimate.high) for estimate in estimates]).T
     spread = np.maximum([values - ends[0], ends[1] - values], 0)
@@ -207,7 +228,7 @@ def _cell(estimate: IntervalEstimate) -> str:
 
 
 def _csv_rows(report: RankReport) -> list[dict[str, Any]]:
-    """A record per rank of S, and two per budget; `budget` and `ranks` are empty where they do not apply."""
+    """Returns a record per rank of S and two per budget; columns that do not apply to a record are empty."""
     shared = {"trial": report.title, "readout": report.readout}
     found = []
     for row in report.rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,26 +17,32 @@ from mlora_jax.trials import Trial, describe_axes
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; the deviation of one seed is None."""
+    """The mean and the sample standard deviation over seeds.
+
+    Attributes:
+      mean: the mean.
+      deviation: the sample standard deviation; None for a single seed.
+    """
 
     mean: float
     deviation: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Returns the spread of one value per seed."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-# The axes of trials that tell the rows of one table apart, or over which a row is averaged.
+# The axes of trials in which the rows of one table differ, or over which a row is averaged.
 WITHIN_A_TABLE = ("method", "learning_rate", "seed")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Setting:
-    """What the rows of one table share.
+    """The values that all rows of one table share.
 
     Attributes:
-      axes: the names and values of the trials' axes but those of `WITHIN_A_TABLE`.
+      axes: the names and values of the trials' axes, except those of `WITHIN_A_TABLE`.
       ranks: the ranks S of the read-outs.
     """
 
@@ -44,16 +51,16 @@ class Setting:
 
     @classmethod
     def of(cls, trial: Trial, ranks: Iterable[int]) -> Setting:
-        """The setting of a trial that was read out at some ranks."""
+        """Returns the setting of a trial that was read out at some ranks."""
         return cls(trial.without(*WITHIN_A_TABLE), tuple(ranks))
 
     @property
     def values(self) -> dict[str, Any]:
-        """Axis -> value."""
+        """The name of each axis -> its value."""
         return dict(self.axes)
 
     def without(self, axis: str) -> Setting:
-        """What it has in common with settings that differ in one axis alone."""
+        """Returns the setting with one axis removed; settings that differ in that axis alone become equal."""
         return dataclasses.replace(self, axes=tuple(each for each in self.axes if each[0] != axis))
 
     def __str__(self) -> str:
@@ -66,8 +73,10 @@ class CurveOverSeeds:
 
     Attributes:
       accuracies: rank -> accuracy in 0..1.
-      linear, log2, mean: AURAC over either axis, and the plain mean.
-      areas: AURAC over log2 rank, of every seed.
+      linear: the AURAC over rank.
+      log2: the AURAC over log2 rank.
+      mean: the mean of the accuracies over the ranks.
+      areas: [seeds], the AURAC over log2 rank for every seed.
     """
 
     accuracies: dict[int, Spread]
@@ -78,29 +87,35 @@ class CurveOverSeeds:
 
     @classmethod
     def of(cls, curves: Sequence[dict[int, float]]) -> CurveOverSeeds:
-        """Of the curves [seeds], all over the same increasing ranks."""
+        """Returns the statistics of one curve per seed.
+
+        Args:
+          curves: [seeds], each rank -> accuracy; all curves have the same increasing ranks.
+        """
         ranks = list(curves[0])
         areas = [summarize(list(curve.values()), ranks) for curve in curves]
         return cls(
-            {rank: Spread.of([curve[rank] for curve in curves]) for rank in ranks},
-            *(Spread.of([getattr(area, name) for area in areas]) for name in ("linear", "log2", "mean")),
-            tuple(area.log2 for area in areas),
+            accuracies={rank: Spread.of([curve[rank] for curve in curves]) for rank in ranks},
+            linear=Spread.of([area.linear for area in areas]),
+            log2=Spread.of([area.log2 for area in areas]),
+            mean=Spread.of([area.mean for area in areas]),
+            areas=tuple(area.log2 for area in areas),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class CurveRow:
-    """One learning rate of one method and read-out, over seeds.
+    """The results of one method, read-out and learning rate, over seeds.
 
     Attributes:
-      setting: what the rows of one table share.
-      method: a key of `METHODS`.
+      setting: the values that all rows of the same table share.
+      method: the name of a method, of `METHODS` or of `config.methods`.
       readout: a key of `READOUTS`.
-      learning_rate: peak.
+      learning_rate: the peak learning rate.
       seeds: the seeds that finished.
       failed: the seeds whose loss became infinite or NaN.
-      unfinished: the other seeds that a run's config plans.
-      measured: split -> what was measured on it; "validation" only if every seed has it.
+      unfinished: the other seeds that the config of a run plans.
+      measured: split -> the curve on it; "validation" is present only if every seed has it.
     """
 
     setting: Setting
@@ -114,33 +129,34 @@ class CurveRow:
 
     @property
     def test(self) -> CurveOverSeeds:
+        """The curve on the test split."""
         return self.measured["test"]
 
     @property
     def absent(self) -> tuple[int, ...]:
-        """The seeds that there should be and are not."""
+        """The seeds that are planned but have no curve: those that failed and those that are not finished."""
         return *self.failed, *self.unfinished
 
     @property
     def label(self) -> str:
-        """How tables and figures call the row."""
+        """The name of the row in tables and figures."""
         return readout_label(self.method, self.readout)
 
     @property
     def group(self) -> tuple[Setting, str, str]:
-        """What the learning rates of one method and read-out share."""
+        """The setting, the method and the read-out: rows that differ in the learning rate alone have the same group."""
         return self.setting, self.method, self.readout
 
 
 @dataclasses.dataclass(frozen=True)
 class MergedRuns:
-    """What runs of one base model measured on one task, taken together.
+    """The merged measurements of one or more runs of the same base model on one task.
 
     Attributes:
-      folders: of the runs.
-      rows: one per (setting, method, read-out, learning rate), in the table's order.
-      failed: names of the trials whose loss became infinite or NaN.
-      number: tells it from others of the same title; 0 if there are none.
+      folders: the records of each run.
+      rows: one row per (setting, method, read-out, learning rate), in the order of the table.
+      failed: the names of the trials whose loss became infinite or NaN.
+      number: a number from 1 that distinguishes merged runs with the same title; 0 if no other has this title.
     """
 
     folders: tuple[RunRecords, ...]
@@ -150,32 +166,40 @@ class MergedRuns:
 
     @property
     def task(self) -> str:
+        """The name of the task."""
         return self.folders[0].task
 
     @property
     def base_model(self) -> str:
+        """The last part of the base model's path."""
         return self.folders[0].base_model
 
     @property
     def title(self) -> str:
+        """The task and the base model in words, with the number if there is one."""
         return f"{self.task} on {self.base_model}" + (f" ({self.number})" if self.number else "")
 
     @property
     def base(self) -> dict[str, float]:
-        """Split -> accuracy of the model without an adapter, of the first run that measured it."""
+        """Split -> accuracy of the model without an adapter, from the first run that measured it."""
         return {split: value for folder in reversed(self.folders) for split, value in folder.base.items()}
 
 
-def read_runs(folders: Iterable) -> list[MergedRuns]:
-    """Reads runs, and merges those of one task and base model; what they measured on other tasks follows.
+def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[MergedRuns]:
+    """Reads runs and merges those that share the task and the base model.
 
-    Runs of other paths that end in the same names are merged if the base has the same accuracy in them.
+    Models or data at different paths count as the same if the paths end in the same name and the base has the same
+    accuracy.
 
     Args:
-      folders: paths of run folders.
+      folders: the paths of the run folders.
+
+    Returns:
+      One entry per task and base model; for each run its own task comes before the other tasks.
 
     Raises:
-      FileNotFoundError, ValueError: a folder without records, unreadable ones, or a trial that two folders hold.
+      FileNotFoundError: a folder has no records.
+      ValueError: records are unreadable, or two folders hold the same trial.
     """
     groups: list[list[RunRecords]] = []
     for records in (records for path in folders for records in RunRecords.read(path)):
@@ -207,7 +231,7 @@ def _merge(folders: list[RunRecords]) -> MergedRuns:
     done = {trial for folder in folders for trial in folder.done}
     failed = _seeds(trial for folder in folders for trial in folder.failed)
     unfinished = _seeds(trial for folder in folders for trial in folder.planned if trial not in done)
-    # (setting, read-out, all of a trial but its seed) -> seed -> split -> curve
+    # (setting, read-out, the values of a trial except its seed) -> seed -> split -> curve
     curves: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
     for folder in folders:
         for trial, of_trial in folder.curves.items():
@@ -228,7 +252,7 @@ def _merge(folders: list[RunRecords]) -> MergedRuns:
 
 
 def _seeds(trials: Iterable[Trial]) -> dict[tuple, set[int]]:
-    """The seeds of the trials that have all else in common."""
+    """Returns the values of a trial except its seed -> the seeds of the trials with these values."""
     found: dict[tuple, set[int]] = collections.defaultdict(set)
     for trial in trials:
         found[trial.without("seed")].add(trial.seed)

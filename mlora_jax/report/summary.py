@@ -1,4 +1,4 @@
-"""Methods by scalings in one table: the layout of the paper."""
+"""Tables with a line per method and a column per scaling, the layout of the paper."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mlora_jax.report.rows import CurveRow, Setting
 
 
 class Summary(NamedTuple):
-    """A table of methods by scalings and its caption."""
+    """A table with a line per method and a column per scaling, and its caption."""
 
     caption: str
     table: Table
 
 
 def summarize_scalings(rows: Iterable[CurveRow], base: float) -> list[Summary]:
-    """AURAC (log2) on the test split, a line for each method and read-out, a column for each scaling.
+    """Returns tables of AURAC (log2) on the test split, a line per method and read-out, a column per scaling.
 
     Args:
-      rows: one per setting, method and read-out, in the table's order.
-      base: accuracy of the model without an adapter.
+      rows: one row per setting, method and read-out, in the order of the table.
+      base: the accuracy of the model without an adapter.
 
     Returns:
-      One table for each setting that came with several scalings.
+      One table for each setting that has several scalings.
     """
     kinds: dict[Setting, dict[str, dict[str, CurveRow]]] = {}
     for row in rows:

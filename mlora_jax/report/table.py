@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlora_jax.disk import write_aside
@@ -23,43 +24,47 @@ from mlora_jax.report.rows import CurveRow, MergedRuns, Setting, Spread, read_ru
 from mlora_jax.report.summary import Summary, summarize_scalings
 
 
-def write_report(workdir) -> None:
+def write_report(workdir: str | os.PathLike[str]) -> None:
     """Writes the report of one run into its folder, as the run's config says.
 
+    The files are table.md, table.csv (all learning rates, both splits, full precision) and table.tex; curves.png if a
+    trial has finished; differences.csv and differences.tex if there are rows to compare; and learning_rates.png if a
+    row has several learning rates. The names of the files for a further task end in "-TASK-SHOTS".
+
     `config.report.choose_on` names the split on which learning rates are chosen. Where that split was not measured,
-    every learning rate is listed and the caption says that none is chosen: a finished run always gets its report.
+    every learning rate is listed and the caption says that none is chosen, so that a finished run always gets a report.
 
     Args:
-      workdir: folder of a run. It gets table.md, table.csv (all learning rates, both splits, full precision),
-        table.tex; if there are trials that finished, also curves.png; if there are rows to compare, differences.csv
-        and differences.tex; if a row has several learning rates, also learning_rates.png. The names of those of a
-        further task that the run was evaluated on end in "-TASK-SHOTS".
+      workdir: the folder of a run.
 
     Raises:
-      FileNotFoundError, ValueError: there are no records, or unreadable ones.
+      FileNotFoundError: there are no records.
+      ValueError: records are unreadable.
     """
     for number, merged in enumerate(read_runs([workdir])):
         choice = choose_rows(merged.rows, _configured_split(merged))
         _write(merged, choice, pathlib.Path(workdir), f"-{_file_name(merged.task)}" if number else "")
 
 
-def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[pathlib.Path]:
-    """Writes one report for many runs; one for each pair of task and base model if they are not all the same.
+def write_tables(
+    folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], choose_on: str | None = None
+) -> list[pathlib.Path]:
+    """Writes one report for many runs, or one for each pair of task and base model if there are several pairs.
 
     Args:
-      folders: of runs.
-      out: folder for the files of `write_report`; with several pairs their names end in "-TASK-MODEL", and in
-        "-TASK-MODEL-NUMBER" where models or data of one name differ.
-      choose_on: the split on which learning rates are chosen, "validation" or "test"; None is what the runs' configs
-        say, and "validation" where they do not agree.
+      folders: the folders of the runs.
+      out: the folder for the files that `write_report` describes. With several pairs their names end in "-TASK-MODEL",
+        and in "-TASK-MODEL-NUMBER" where different models or data have the same name.
+      choose_on: the split on which learning rates are chosen, "validation" or "test". None takes the split that the
+        runs' configs name, and "validation" where they do not agree.
 
     Returns:
-      The Markdown files.
+      The paths of the Markdown files.
 
     Raises:
-      FileNotFoundError: a folder without a run.
-      ValueError: unreadable records; a trial that two folders hold; a row of several learning rates that were not
-        measured on the split to choose on.
+      FileNotFoundError: a folder does not hold a run.
+      ValueError: records are unreadable; two folders hold the same trial; or a row has several learning rates that were
+        not measured on the split to choose on.
     """
     if choose_on is not None and choose_on not in SPLITS:
         raise ValueError(f"choose_on must be one of {', '.join(SPLITS)}, got {choose_on!r}")
@@ -84,7 +89,7 @@ def write_tables(folders: Sequence, out, choose_on: str | None = None) -> list[p
 
 
 def _file_name(task: str) -> str:
-    """ "arc_challenge-25" of "arc_challenge, 25 shots"."""
+    """Returns a task's part of a file name: "arc_challenge, 25 shots" becomes "arc_challenge-25"."""
     name, _, shots = task.partition(", ")
     return f"{name}-{shots.split()[0]}" if shots else name
 
@@ -106,7 +111,7 @@ def _write(merged: MergedRuns, choice: Choice, out: pathlib.Path, suffix: str) -
         texts["differences.tex"] = _latex_differences(merged, choice, comparable)
     records = {"table.csv": _csv_rows(merged, choice), "differences.csv": _csv_differences(comparable)}
     figures = {"curves.png": bool(choice.shown), "learning_rates.png": bool(choice.chosen or choice.undecided)}
-    # An earlier report may have had a file that this one has not.
+    # An earlier report may have left a file that this one does not write.
     for name in ("differences.tex", *records, *figures):
         _path(out, name, suffix).unlink(missing_ok=True)
     for name, text in texts.items():
@@ -138,14 +143,20 @@ def _settings(rows: Iterable[CurveRow]) -> list[Setting]:
 
 
 def _comparable(choice: Choice) -> dict[Setting, list[CurveRow]]:
-    """Per setting the rows to compare, where two or more have a spread: those that stand alone for their method."""
+    """Returns setting -> its rows but the undecided ones, for settings in which two or more rows have a spread."""
     rows = [row for row in choice.shown if row not in choice.undecided]
     found = {setting: [row for row in rows if row.setting == setting] for setting in _settings(rows)}
     spread = {setting: [row for row in rows if row.test.log2.deviation is not None] for setting, rows in found.items()}
     return {setting: members for setting, members in found.items() if len(spread[setting]) > 1}
 
 
-def _markdown(merged: MergedRuns, choice: Choice, notes, captions, comparable) -> str:
+def _markdown(
+    merged: MergedRuns,
+    choice: Choice,
+    notes: Sequence[str],
+    captions: Mapping[Setting, str],
+    comparable: Mapping[Setting, list[CurveRow]],
+) -> str:
     runs = [name_runs(merged)] if len(merged.folders) > 1 or merged.number else []
     parts = [f"# {merged.title}\n", *(f"{note}\n" for note in (*runs, *notes))]
     base = merged.base["test"]
@@ -165,12 +176,12 @@ def _markdown(merged: MergedRuns, choice: Choice, notes, captions, comparable) -
 
 
 def scaling_summaries(merged: MergedRuns, choice: Choice) -> list[Summary]:
-    """Of the rows that stand alone for their method."""
+    """Returns the tables by scaling of the shown rows without the undecided ones."""
     return summarize_scalings([row for row in choice.shown if row not in choice.undecided], merged.base["test"])
 
 
 def _curve_table(base: float, rows: list[CurveRow], ranks: Sequence[int], extra: str = "") -> Table:
-    """Rows of one setting under the columns of `ranks`; `extra` names a split whose AURAC makes a last column."""
+    """Returns a table of rows of one setting; `extra` names a split whose AURAC fills one more column."""
     header = ["method", "learning rate", "base", *map(str, ranks), "AURAC linear", "AURAC log2", "mean"]
     lines = []
     for row in rows:
@@ -190,7 +201,7 @@ def _difference_table(rows: list[CurveRow]) -> Table:
     return Table(header, lines)
 
 
-def _latex(merged: MergedRuns, choice: Choice, notes, captions) -> str:
+def _latex(merged: MergedRuns, choice: Choice, notes: Sequence[str], captions: Mapping[Setting, str]) -> str:
     if not choice.shown:
         return _latex_file(merged, [f"% {note}\n" for note in notes])
     tables = [
@@ -220,7 +231,7 @@ def _latex_file(merged: MergedRuns, tables: Sequence[str]) -> str:
 
 
 def _csv_rows(merged: MergedRuns, choice: Choice) -> list[dict[str, Any]]:
-    """A record per row; `best` is empty where no learning rate could be chosen."""
+    """Returns a record per row; `best` is empty where no learning rate could be chosen."""
     several = {row.group for row in choice.chosen}
     ranks = sorted({rank for row in merged.rows for rank in row.setting.ranks})
     splits = [split for split in ("test", "validation") if any(split in row.measured for row in merged.rows)]
@@ -244,7 +255,7 @@ def _csv_rows(merged: MergedRuns, choice: Choice) -> list[dict[str, Any]]:
 
 
 def _csv_differences(comparable: dict[Setting, list[CurveRow]]) -> list[dict[str, Any]]:
-    """A record per pair of rows of one setting; `clear` is empty where a row has no spread."""
+    """Returns a record per pair of rows of the same setting; `clear` is empty where a row has no spread."""
     found = []
     for rows in comparable.values():
         for index, first in enumerate(rows):
@@ -278,5 +289,6 @@ def _cell(value: Any) -> Any:
 
 
 def _numbers(name: str, spread: Spread | None) -> dict[str, Any]:
-    missing = spread is None or spread.deviation is None
-    return {name: "" if spread is None else spread.mean, f"{name}_std": "" if missing else spread.deviation}
+    if spread is None:
+        return {name: "", f"{name}_std": ""}
+    return {name: spread.mean, f"{name}_std": "" if spread.deviation is None else spread.deviation}

@@ -1,1 +1,1 @@
-"""The comparison of nested methods over several models and tasks: what is compared, in what order, and the tables."""
+"""The study, a comparison of nested methods over several models and tasks: rivals, queue, statistics and tables."""

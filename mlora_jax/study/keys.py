@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
+
 from mlora_jax.config import MAX_SEED, Group, Key, resolve
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.study import rivals
@@ -62,17 +64,17 @@ STUDY = Group(
 
 
 def resolve_cell(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
-    """The config of a cell with every key present and checked, those of the study among them.
+    """Returns the config of a cell with every key present and checked, including those of the study.
 
     Args:
-      config: nested mapping that sets some of the keys of `mlora_jax.config.DEFAULTS` and of `STUDY`.
+      config: a nested mapping that sets some of the keys of `mlora_jax.config.DEFAULTS` and of `STUDY`.
 
     Raises:
-      ValueError: as for `mlora_jax.config.resolve`.
+      ValueError: the same cases as for `mlora_jax.config.resolve`.
     """
     return resolve(config, {NAME: STUDY})
 
 
 def without_study(config: ConfigDict) -> ConfigDict:
-    """The experiment of a cell's config, as every command but `experiments.study` reads it."""
-    return ConfigDict({name: values for name, values in config.to_dict().items() if name != NAME}).lock()
+    """Returns a cell's config without the keys of the study, as every command except `experiments.study` reads it."""
+    return ml_collections.ConfigDict({name: values for name, values in config.to_dict().items() if name != NAME}).lock()

@@ -1,8 +1,9 @@
-"""A cell of the study: which trials to train next, until the best learning rate of every rival has its seeds."""
+"""The queue of a cell of the study: which trials to train until the best learning rate of every rival has its seeds."""
 
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,16 @@ from mlora_jax.trials import Trial
 
 
 def score(curves: CurvesOnRecord, rival: Rival, trial: Trial) -> float | None:
-    """What a learning rate is chosen by, on the validation rows: AURAC over log2 rank, or accuracy at the only rank.
+    """Returns the score by which a learning rate is chosen, measured on the validation rows.
 
-    None if it is not measured yet, -inf if the trial failed.
+    Args:
+      curves: the curves on record.
+      rival: the rival that the trial belongs to.
+      trial: a trial of this rival.
+
+    Returns:
+      The AURAC over log2 rank, or the accuracy at the only rank of a rival that is trained at a rank by itself. None if
+      the trial is not measured yet, and -inf if it failed.
     """
     if trial.name in curves.failed:
         return -math.inf
@@ -30,16 +38,16 @@ def score(curves: CurvesOnRecord, rival: Rival, trial: Trial) -> float | None:
 
 
 def wanted(curves: CurvesOnRecord, rival: Rival, rank: int, options: Mapping[str, Any]) -> list[Trial]:
-    """The trials that a rival needs next: none if it is done.
+    """Returns the trials that a rival needs next, none if it is finished.
 
-    Learning rates are screened with one seed until the best is not at the edge of those tried; then the others seeds
-    follow at the best.
+    Learning rates are screened with the first seed until the best one is not at the edge of those tried. Then the other
+    seeds follow at the best learning rate.
 
     Args:
-      curves: what is on record so far.
-      rival: one of the study.
-      rank: R of the study.
-      options: `config.study`.
+      curves: the curves on record so far.
+      rival: a rival of the study.
+      rank: the rank R of the study.
+      options: the values of `config.study`.
     """
     ladder, seed = options["rates"], options["seeds"][0]
     tried = scores(curves, rival, rank, options)
@@ -52,13 +60,13 @@ def wanted(curves: CurvesOnRecord, rival: Rival, rank: int, options: Mapping[str
     if missing:
         return [rival.trial(rank, rate, seed) for rate in missing]
     if tried[best] == -math.inf:
-        return []  # all have failed
+        return []  # Every learning rate has failed.
     trials = [rival.trial(rank, best, seed) for seed in options["seeds"][1:]]
     return [trial for trial in trials if score(curves, rival, trial) is None]
 
 
 def scores(curves: CurvesOnRecord, rival: Rival, rank: int, options: Mapping[str, Any]) -> dict[float, float | None]:
-    """The score of every learning rate by the first seed; -inf where any seed failed."""
+    """Returns learning rate -> its score with the first seed, or -inf where any seed failed."""
     first, *others = options["seeds"]
     found = {rate: score(curves, rival, rival.trial(rank, rate, first)) for rate in options["rates"]}
     for rate in found:
@@ -68,23 +76,28 @@ def scores(curves: CurvesOnRecord, rival: Rival, rank: int, options: Mapping[str
 
 
 def best_rate(tried: Mapping[float, float | None]) -> float:
-    """The learning rate of the best score; of equal ones the smallest."""
-    return max((rate for rate in tried if tried[rate] is not None), key=lambda rate: (tried[rate], -rate))
+    """Returns the learning rate with the best score; among equal scores the smallest learning rate."""
+    measured = [(value, -rate) for rate, value in tried.items() if value is not None]
+    return -max(measured)[1]
 
 
 def run_cell(
-    config: ConfigDict, workdir, *, groups: Sequence[str], before_each: Callable[[], None] = lambda: None
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    groups: Sequence[str],
+    before_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains a cell to its end; what an earlier call has finished is kept.
+    """Trains all trials of a cell; it does not train again what an earlier call has finished.
 
     Args:
-      config: of the experiment, whose `study` says what is compared; its trials are replaced.
-      workdir: of the cell.
-      groups: those of `config.study.groups` to train.
-      before_each: called before each round of trials; may raise to leave.
+      config: the config of the cell. `config.study` says what is compared, and its trials replace `config.trials`.
+      workdir: the folder of the cell.
+      groups: the groups of `config.study.groups` to train.
+      before_each: a function that is called before each round of trials. It may raise an exception to stop.
 
     Raises:
-      Interrupted: a signal came; all is saved, and another call goes on.
+      Interrupted: a signal asked to stop. Everything is saved, and another call continues.
     """
     rivals = rivals_of(groups, rank := config.study.rank)
     readouts: dict[str, list[str]] = {}
@@ -104,5 +117,5 @@ def run_cell(
 
 
 def as_entry(trial: Trial) -> dict[str, Any]:
-    """A trial as an entry of `config.trials.list`."""
+    """Returns a trial as an entry of `config.trials.list`."""
     return {axis: (value,) for axis, value in trial.to_json().items()}

@@ -1,11 +1,13 @@
-"""The study's tables and figure."""
+"""The tables and the figure of the study."""
 
 from __future__ import annotations
 
 import csv
 import itertools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,17 +23,17 @@ from mlora_jax.study.rivals import GROUPS, Rival
 
 MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
 CHAMPIONS = Rival("renest"), Rival("renest_30_rotated")
-PANEL = (4.4, 3.3)  # inches
+PANEL = (4.4, 3.3)  # The size of a panel in inches.
 _DRAWN = (*GROUPS["leading"], *GROUPS["dearer"])
 _COMPARED = (*_DRAWN, *GROUPS["variants"])
 
 
-def write_study(workdir, configs: Mapping[str, ConfigDict]) -> str:
-    """Writes study.md, study.csv and study.png of the cells in a study's folder.
+def write_study(workdir: str | os.PathLike[str], configs: Mapping[str, ConfigDict]) -> str:
+    """Writes study.md, study.csv and study.png into the folder of the study.
 
     Args:
-      workdir: of the study.
-      configs: cell -> its config.
+      workdir: the folder of the study, which holds a folder for each cell.
+      configs: name of a cell -> its config.
 
     Returns:
       The text of study.md.
@@ -99,7 +101,7 @@ def _edge(found: MeasuredRival) -> str:
 
 
 def _differences(cells: Sequence[Cell], champion: Rival) -> str:
-    """One rival against each other in each cell."""
+    """Returns the differences of one rival and every other rival in each cell."""
     rivals = [rival for rival in dict.fromkeys(r for cell in cells for r in cell.measured) if rival.rank is None]
     rows = []
     for rival in rivals:
@@ -125,13 +127,15 @@ def _signed(found: Interval) -> str:
 
 
 def _outcome(cell: Cell, first: Rival, second: Rival) -> Interval | None:
-    """The difference in a cell where both are finished."""
-    pair = [cell.measured.get(rival) for rival in (first, second)]
-    return None if None in pair or not all(found.complete for found in pair) else difference(*pair)
+    """Returns the difference of two rivals in a cell, or None if one of them is not finished."""
+    one, other = cell.measured.get(first), cell.measured.get(second)
+    if one is None or other is None or not (one.complete and other.complete):
+        return None
+    return difference(one, other)
 
 
 def _pairs(cells: Sequence[Cell]) -> str:
-    """Wins, ties and losses over the cells of every two leading rivals or variants."""
+    """Returns the wins, ties and losses over the cells for every pair of the compared rivals."""
     leading = [rival for rival in _COMPARED if any(rival in cell.measured for cell in cells)]
     counts = {}
     for first, second in itertools.permutations(leading, 2):
@@ -146,7 +150,7 @@ def _pairs(cells: Sequence[Cell]) -> str:
 
 
 def _regrets(cells: Sequence[Cell]) -> str:
-    """How far LoRA trained at each rank by itself is above a nested adapter."""
+    """Returns by how much LoRA trained at each rank by itself exceeds the nested adapters."""
     rows, ranks = [], sorted({rank for cell in cells for rank in cell.separate()})
     for cell in cells:
         separate = cell.separate()
@@ -192,7 +196,7 @@ def _unfinished(cells: Sequence[Cell]) -> str:
     return "### Unfinished\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _write_csv(file, cells: Sequence[Cell]) -> None:
+def _write_csv(file: TextIO, cells: Sequence[Cell]) -> None:
     writer = csv.writer(file)
     writer.writerow(("cell", "rival", "cost", "learning_rate", "seed", "rank", "accuracy", "items", "complete"))
     for cell in cells:
@@ -212,7 +216,7 @@ def _write_csv(file, cells: Sequence[Cell]) -> None:
 
 
 def draw_study(cells: Sequence[Cell]) -> Figure:
-    """Accuracy over the rank of the finished leading rivals: a panel per cell, a band of a standard deviation."""
+    """Draws accuracy over rank for the finished leading and dearer rivals: a panel per cell, a band over seeds."""
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.9), layout="constrained")

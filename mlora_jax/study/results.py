@@ -1,37 +1,39 @@
-"""What a cell of the study has found so far, and how sure its differences are."""
+"""The results of a cell of the study so far, and confidence intervals of its differences."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.special import stdtrit
 
 from mlora_jax.config import further_methods
 from mlora_jax.config_type import ConfigDict
-from mlora_jax.core import aurac, get_method
+from mlora_jax.core import Method, aurac, get_method
 from mlora_jax.evaluate import Interval
 from mlora_jax.run.folder import load_verdicts
 from mlora_jax.study.queue import best_rate, scores, wanted
 from mlora_jax.study.rivals import Rival, rivals_of
-from mlora_jax.training.curve_records import CURVES, CurveKey, read_curves
+from mlora_jax.training.curve_records import CURVES, CurveKey, CurvesOnRecord, read_curves
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRival:
-    """A rival at its chosen learning rate.
+    """The measurements of a rival at its chosen learning rate.
 
     Attributes:
-      rival: which.
-      learning_rate: the best on the validation rows.
-      at_edge: whether it is the smallest or the largest there is, so that a better one may lie beyond.
-      ranks: of the curve.
-      verdicts: seed -> [ranks, items] bool on the test rows.
-      cost: forward and backward passes relative to one LoRA's.
-      complete: whether nothing of it is left to train.
+      rival: the rival.
+      learning_rate: the best learning rate on the validation rows.
+      at_edge: whether this is the smallest or the largest learning rate of the study, so that a better one may lie
+        outside of the range.
+      ranks: the ranks of the curve.
+      verdicts: seed -> [ranks, items] bool, whether each test item is answered correctly.
+      cost: the number of forward and backward passes relative to LoRA.
+      complete: whether all its trials are finished.
     """
 
     rival: Rival
@@ -43,47 +45,47 @@ class MeasuredRival:
     complete: bool
 
     def accuracies(self) -> np.ndarray:
-        """[seeds, ranks]."""
+        """Returns the accuracy for every seed and rank, [seeds, ranks]."""
         return np.stack([verdicts.mean(axis=1) for verdicts in self.verdicts.values()])
 
     def areas(self) -> np.ndarray:
-        """AURAC over log2 rank [seeds]."""
+        """Returns the AURAC over log2 rank for every seed, [seeds]."""
         return np.array([aurac(row, self.ranks) for row in self.accuracies()])
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One model and one task.
+    """The results of one cell: one model on one task.
 
     Attributes:
-      name: of its config.
-      base: accuracy without an adapter on the test rows; NaN before it is measured.
-      items: test rows.
-      rank: R.
+      name: the name of the cell's config without the leading "study_".
+      base: the accuracy without an adapter on the test rows; NaN before it is measured.
+      items: the number of test rows; 0 before the base is measured, and None if the records do not say.
+      rank: the rank R of the nested adapters.
       measured: the rivals that have at least one test curve at their chosen learning rate, in the order of the study.
-      unfinished: the others.
+      unfinished: the rivals that have trials left to train, in the order of the study.
     """
 
     name: str
     base: float
-    items: int
+    items: int | None
     rank: int
     measured: dict[Rival, MeasuredRival]
     unfinished: tuple[Rival, ...]
 
     def separate(self) -> dict[int, MeasuredRival]:
-        """Rank -> LoRA trained at that rank by itself, where that is finished."""
-        finished = [found for found in self.measured.values() if found.complete and found.rival.rank is not None]
-        return {found.rival.rank: found for found in finished}
+        """Returns rank -> LoRA trained at that rank by itself, for the ranks that are finished."""
+        finished = [found for found in self.measured.values() if found.complete]
+        return {found.rival.rank: found for found in finished if found.rival.rank is not None}
 
 
-def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
-    """A cell as far as it has come.
+def read_cell(name: str, config: ConfigDict, workdir: str | os.PathLike[str]) -> Cell:
+    """Reads the results that a cell has so far.
 
     Args:
-      name: of the cell.
-      config: of it.
-      workdir: of the cell; it may not exist yet.
+      name: the name of the cell.
+      config: the config of the cell.
+      workdir: the folder of the cell; it may not exist yet.
     """
     folder, rank = pathlib.Path(workdir), config.study.rank
     curves = read_curves(folder / CURVES)
@@ -99,7 +101,14 @@ def read_cell(name: str, config: ConfigDict, workdir) -> Cell:
     return Cell(name, accuracy, items, rank, measured, tuple(unfinished))
 
 
-def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> MeasuredRival | None:
+def _measured(
+    folder: pathlib.Path,
+    curves: CurvesOnRecord,
+    rival: Rival,
+    rank: int,
+    options: ConfigDict,
+    methods: Mapping[str, Method],
+) -> MeasuredRival | None:
     tried = scores(curves, rival, rank, options)
     if all(value in (None, -math.inf) for value in tried.values()):
         return None
@@ -124,16 +133,16 @@ def _measured(folder, curves, rival: Rival, rank: int, options, methods) -> Meas
 
 
 def interval(z: np.ndarray, *, confidence: float = 0.95) -> Interval:
-    """The mean of values over seeds and items, and its interval for other seeds and other items.
+    """Returns the mean of values over seeds and items, and its confidence interval over new seeds and new items.
 
-    Two-way random effects: the variance of the mean is that of the seeds' means and that of the items' means less what
-    both share, and Student's t has as many degrees of freedom as that sum of mean squares. With three seeds it covers
-    its share to within .025 (tested), where a percentile bootstrap over seeds and items covers .77 to .93. Of one seed
-    it is over the items alone.
+    The model has two-way random effects. The variance of the mean is the variance of the seeds' means plus that of the
+    items' means minus the part that both contain. Student's t has as many degrees of freedom as this sum of mean
+    squares. With three seeds the coverage is within .025 of `confidence` (tested); a percentile bootstrap over seeds
+    and items covers only .77 to .93. With one seed the interval is over the items alone.
 
     Args:
-      z: [seeds, items].
-      confidence: share of such intervals that hold the true mean.
+      z: [seeds, items], the values.
+      confidence: the share of such intervals that contain the true mean.
 
     Source: Hillis (2007), Statistics in Medicine 26, equation 17, for readers and cases.
     """
@@ -151,15 +160,15 @@ def interval(z: np.ndarray, *, confidence: float = 0.95) -> Interval:
 
 
 def area_interval(measured: MeasuredRival) -> Interval:
-    """AURAC over log2 rank, its interval over items and seeds."""
+    """Returns the AURAC over log2 rank with its confidence interval over items and seeds."""
     return interval(_areas(measured, tuple(measured.verdicts)))
 
 
 def difference(first: MeasuredRival, second: MeasuredRival) -> Interval:
-    """AURAC of the first less that of the second, on the same items and seeds.
+    """Returns the AURAC of the first rival minus that of the second, paired on items and seeds.
 
     Raises:
-      ValueError: they share no seed, or were measured at other ranks.
+      ValueError: the rivals share no seed, or were measured at different ranks.
     """
     seeds = _shared_seeds(first, second)
     if first.ranks != second.ranks:
@@ -168,7 +177,7 @@ def difference(first: MeasuredRival, second: MeasuredRival) -> Interval:
 
 
 def regret(measured: MeasuredRival, ceiling: MeasuredRival) -> Interval:
-    """How far the accuracy at the only rank of `ceiling` is above that of a curve at this rank."""
+    """Returns the accuracy at the only rank of `ceiling` minus that of `measured` at the same rank, paired."""
     seeds, (rank,) = _shared_seeds(measured, ceiling), ceiling.ranks[-1:]
     at, own = measured.ranks.index(rank), ceiling.ranks.index(rank)
     z = [ceiling.verdicts[seed][own].astype(float) - measured.verdicts[seed][at] for seed in seeds]
@@ -183,6 +192,6 @@ def _shared_seeds(first: MeasuredRival, second: MeasuredRival) -> tuple[int, ...
 
 
 def _areas(measured: MeasuredRival, seeds: Sequence[int]) -> np.ndarray:
-    """AURAC is linear in the accuracies: the share of every item in it, [seeds, items]."""
-    weights = np.array([aurac(unit, measured.ranks) for unit in np.eye(len(measured.ranks))])
+    """Returns the contribution of every item to the AURAC, [seeds, items]; the AURAC is linear in the accuracies."""
+    weights = np.array([aurac(unit, measured.ranks) for unit in np.eye(len(measured.ranks)).tolist()])
     return np.stack([weights @ measured.verdicts[seed] for seed in seeds])

@@ -1,4 +1,4 @@
-"""What the study compares."""
+"""The rivals that the study compares, and the groups in which they are trained."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mlora_jax.trials import Trial
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """A row of the study's tables: how an adapter is trained and how it is read out.
+    """A rival, which is a row of the study's tables: a way to train an adapter and to read it out.
 
     Attributes:
-      method: of `mlora_jax.core.METHODS` or of `config.methods`.
-      readout: of the curve.
-      scaling: s_r.
-      weights: "uniform" (1 each), "mean" (1 / |S| each), "inverse" (1 / s_r) or "ends" (a third for the smallest rank,
-        a third for the largest, the rest among those between: the sandwich rule as shares).
-      rank: the rank it is trained at; None is R. A rival of another rank is measured at that one only: with the others
-        of its kind it is LoRA trained at each rank by itself.
+      method: the name of a method, of `mlora_jax.core.METHODS` or of `config.methods`.
+      readout: the read-out of the curve, a key of `mlora_jax.core.READOUTS`.
+      scaling: the rule for s_r, a key of `mlora_jax.core.SCALINGS`.
+      weights: the rule for w_r: "uniform" (1 each), "mean" (1 / |S| each), "inverse" (1 / s_r) or "ends" (a third for
+        the smallest rank, a third for the largest, and the rest for those between: the sandwich rule as shares).
+      rank: the rank at which the adapter is trained; None means R. A rival with a rank is measured at this rank only.
+        The rivals of `separate` are of this kind: together they are LoRA trained at each rank by itself.
     """
 
     method: str
@@ -31,7 +31,7 @@ class Rival:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The name of the rival in tables."""
         readout = "" if self.readout == "prefix" else f" + {self.readout}"
         details = [] if self.scaling == "none" else [f"s = {self.scaling}"]
         details += [] if self.weights == "uniform" else [f"w = {self.weights}"]
@@ -39,7 +39,13 @@ class Rival:
         return f"{self.method}{readout}{f' ({chr(44).join(details)})' if details else ''}".replace(",", ", ")
 
     def trial(self, rank: int, learning_rate: float, seed: int) -> Trial:
-        """One training run of this rival in a study of rank R."""
+        """Returns one trial of this rival.
+
+        Args:
+          rank: the rank R of the study.
+          learning_rate: the peak learning rate.
+          seed: the seed.
+        """
         own = self.rank or rank
         ranks = powers_of_two(own)
         scale = SCALINGS[self.scaling]
@@ -53,7 +59,11 @@ class Rival:
 
 
 def separate(rank: int) -> tuple[Rival, ...]:
-    """LoRA trained at each rank of S by itself, with a learning rate of its own: the ceiling."""
+    """Returns LoRA trained at each rank of S by itself, each with its own learning rate: the ceiling of the study.
+
+    Args:
+      rank: the rank R of the study.
+    """
     return tuple(Rival("lora", rank=r) for r in powers_of_two(rank))
 
 
@@ -62,13 +72,13 @@ def _matryoshka(*settings: tuple[str, str]) -> tuple[Rival, ...]:
     return tuple(Rival("matryoshka", readout, *setting) for setting in settings for readout in readouts)
 
 
-_SETTINGS = [  # of P
+_SETTINGS = [  # The scalings and weights that define P.
     (scaling, weights)
     for scaling in SCALINGS
     for weights in ("uniform", "mean", "inverse")
-    if (scaling, weights) != ("none", "inverse")  # s_r is 1: that is "uniform"
+    if (scaling, weights) != ("none", "inverse")  # s_r is 1, so this equals "uniform".
 ]
-# In the order in which the queue takes them.
+# Name -> rivals, in the order in which the queue trains them.
 GROUPS: dict[str, tuple[Rival, ...]] = {
     "leading": (
         Rival("lora"),
@@ -78,11 +88,11 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
         Rival("renest"),
         Rival("renest_30_rotated"),
     ),
-    "dearer": (  # more than one forward and backward pass a step
+    "dearer": (  # These take more than one forward and backward pass per step.
         Rival("renest_sandwich"),
         Rival("sandwich"),
     ),
-    "variants": (  # methods of the cells' configs
+    "variants": (  # The configs of the cells define these methods.
         Rival("renest_50"),
         Rival("renest_30"),
         Rival("renest_rotated"),
@@ -106,10 +116,14 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
 
 
 def rivals_of(groups: Sequence[str], rank: int) -> tuple[Rival, ...]:
-    """The rivals of some groups in their order, each once; "separate" is `separate(rank)`.
+    """Returns the rivals of some groups in their order, each once.
+
+    Args:
+      groups: keys of `GROUPS`, or "separate" for the rivals of `separate`.
+      rank: the rank R of the study.
 
     Raises:
-      ValueError: an unknown group.
+      ValueError: a group is unknown.
     """
     found: list[Rival] = []
     for group in groups:
