@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,8 @@ def _adapted(layer: nnx.Module, names: tuple[str, ...], rank: int, key: jax.Arra
     first, *others = names
     layer_key = jax.random.fold_in(key, path_hash(first))
     try:
-        return layer_kind(layer)(layer, rank, key=layer_key, names=names if others else (), **options)
+        kind = cast("type[AdaptedLayer]", layer_kind(layer))  # `_layer_paths` yields only layers of a known kind
+        return kind(layer, rank, key=layer_key, names=names if others else (), **options)
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from None
 
@@ -196,7 +197,7 @@ def _layer_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterato
 
 def _refuse_tied_kernels(model: nnx.Module, layers: Sequence[nnx.Module]) -> None:
     """Raises if a kernel hangs under anything but its own layer; a layer that is shared as a whole is no such case."""
-    own = {id(getattr(layer, layer_kind(layer).frozen)): layer for layer in reversed(layers)}
+    own = {id(getattr(layer, kind.frozen)): layer for layer in reversed(layers) if (kind := layer_kind(layer))}
     found: dict[int, dict[int, str]] = {}  # kernel: {what holds it: the first path there}
     for path, holder, variable in _variable_paths(model):
         if id(variable) in own:
@@ -241,7 +242,7 @@ def _replace_children(node, wrapped: Mapping[int, AdaptedLayer]) -> None:
             node[name] = new
 
 
-def _replaced(child, wrapped: Mapping[int, AdaptedLayer]):
+def _replaced(child: Any, wrapped: Mapping[int, AdaptedLayer]) -> Any:
     if not isinstance(child, tuple):
         return wrapped.get(id(child), child)
     items = [_replaced(item, wrapped) for item in child]

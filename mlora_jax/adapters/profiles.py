@@ -14,8 +14,10 @@ from mlora_jax.core.product import path_hash
 from mlora_jax.core.rank_axes import path_names
 
 
-def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array], *, per_example: bool = False):
-    """Every layer's profile replaced by `p`. Traceable: a profile is data.
+def set_profile(
+    profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array], *, per_example: bool = False
+) -> nnx.State:
+    """Replaces every layer's profile by `p`. It is traceable, since a profile is data.
 
     Args:
       profile_tree: what `split` returned.
@@ -41,7 +43,9 @@ def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array],
     if table is not None and not table:
         raise ValueError(f"an empty mapping sets no profile; layers here: {', '.join(sorted(paths))}")
     shared = {name: ".".join(path_names(path)[:-1]) for path, node in leaves if is_profile(node) for name in node.names}
-    chosen = {path: pattern for pattern in reversed(table or ()) for path in matching(paths, (pattern,), shared=shared)}
+    chosen = {
+        path: pattern for pattern in reversed(list(table or ())) for path in matching(paths, (pattern,), shared=shared)
+    }
 
     def replace(path, node):
         if not is_profile(node):

@@ -20,7 +20,7 @@ def matching(
     """The paths that some pattern matches, in their own order; every pattern must match at least one.
 
     Args:
-      paths: of the layers there are.
+      paths: the paths of all layers that an adapter fits.
       patterns: regular expressions for whole paths or whole tails that begin after a dot.
       shared: further names of shared layers, under which they are not found, and their paths: for the message.
       others: paths of modules that are no such layers, and their kinds: for the message.

@@ -100,8 +100,8 @@ def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
     for parent, leaves in by_parent(given.adapter).items():
         a, b = (leaves[name] for name in FACTORS)
         key = jax.random.fold_in(given.key, path_hash(".".join(parent)))
-        options = dict(leading=leading_axes(leaves), init=init, dtype=a.dtype)
-        fresh = initialize_factors(key, a.shape[-2], b.shape[-1], a.shape[-1], **options)
+        leading, sizes = leading_axes(leaves), (a.shape[-2], b.shape[-1], a.shape[-1])
+        fresh = initialize_factors(key, *sizes, leading=leading, init=init, dtype=a.dtype)
         drawn[parent] = dict(zip(FACTORS, fresh, strict=True))
 
     def replace(path, leaf):
@@ -122,7 +122,7 @@ def _without_scale(hierarchy: RankHierarchy) -> RankHierarchy:
     return dataclasses.replace(hierarchy, scaling="none")
 
 
-_SQUEEZE = dict(places=("later", "end"), hierarchy=_without_scale)
+_SQUEEZE: dict[str, Any] = dict(places=("later", "end"), hierarchy=_without_scale)
 
 # Sources: the start of A, arXiv 2605.07850 (fan_rank) and PEFT (fan_in); the truncated SVD, Eckart and Young (1936);
 # its form that is weighted by the inputs, DRONE (NeurIPS 2021).

@@ -11,6 +11,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,12 @@ def powers_of_two(max_rank: int) -> tuple[int, ...]:
     return powers if powers[-1] == max_rank else (*powers, max_rank)
 
 
-def check_rank(rank, name: str, *, low: int, high: int | None = None) -> int:
+def check_rank(rank: Any, name: str, *, low: int, high: int | None = None) -> int:
     """Returns `rank` as an int, or raises a ValueError that names it and the allowed range."""
-    integral = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
-    if not integral or rank < low or (high is not None and rank > high):
+    number = int(rank) if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) else None
+    if number is None or number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be an integer in {low}..{'' if high is None else high}, got {rank!r}")
-    return int(rank)
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class RankHierarchy:
     ranks: Sequence[int]
     scaling: str = "none"
     weights: Sequence[float] | None = None
-    max_rank: int | None = None
+    max_rank: int = cast("int", None)  # __post_init__ replaces None
 
     def __post_init__(self):
         try:
@@ -145,7 +146,7 @@ class RankHierarchy:
           key: a `jax.random.key`.
         """
         # Equal weights draw the same ranks as none; jax.random.choice draws others where it is given probabilities.
-        shares = None if self._even() else jnp.array(self.weights) / math.fsum(self.weights)
+        shares = None if self.weights is None or self._even() else jnp.array(self.weights) / math.fsum(self.weights)
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
 
     def stratified_ranks(self, key: jax.Array, count: int) -> jax.Array:
@@ -162,7 +163,7 @@ class RankHierarchy:
         [1, 1, 2, 2, 4, 4]
         """
         start, order = jax.random.split(key)
-        if self._even():
+        if self.weights is None or self._even():
             index = (jax.random.randint(start, (), 0, len(self.ranks)) + jnp.arange(count)) % len(self.ranks)
         else:  # systematic sampling
             edges = np.cumsum(np.array(self.weights) / math.fsum(self.weights))[:-1]

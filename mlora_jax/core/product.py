@@ -12,7 +12,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Arr
 }
 
 
-def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision=None) -> jax.Array:
+def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision: Any = None) -> jax.Array:
     """The adapter's contribution ``((x A) * p) B``.
 
     Computed in the dtype of `x`: the fp32 master factors are cast to it, and the profile is applied to the float32
@@ -62,7 +62,7 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
       b: [R, F] second factor.
       p: rank profile; [R], or with leading axes that are the leading axes of `x`: [B, R] is one profile per example
         of x [B, T, D] and [B, T, R] one per token. Inner axes that `p` lacks are inserted here.
-      precision: of both products, as in `jax.numpy.matmul`.
+      precision: the precision of both products, as in `jax.numpy.matmul`.
 
     Returns:
       [..., F] in the dtype of `x`. Differentiable in reverse mode only (`jax.grad`, `jax.vjp`).
@@ -76,7 +76,8 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
     if p.shape[-1] != a.shape[-1] or p.ndim > x.ndim or p.shape[:-1] != x.shape[: p.ndim - 1]:
         raise ValueError(f"profile of shape {p.shape} does not fit x {x.shape} and A {a.shape}")
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = _matmul(x, a.astype(x.dtype), accumulate, precision)  # [..., R]
+    # The stubs of jax.custom_vjp lose the type of what the function returns.
+    hidden = cast("jax.Array", _matmul(x, a.astype(x.dtype), accumulate, precision))  # [..., R]
     return _matmul(apply_profile(hidden, p).astype(x.dtype), b.astype(x.dtype), x.dtype, precision)  # [..., F]
 
 
@@ -127,9 +128,9 @@ def initialize_factors(
     *,
     leading: tuple[int, ...] = (),
     init: str = "fan_rank",
-    dtype=float,
+    dtype: Any = float,
 ) -> tuple[jax.Array, jax.Array]:
-    """A uniform in +-bound, B zero, so that the adapted model starts as the base model.
+    """Draws A uniformly from +-bound and sets B to zero, so that the adapted model starts as the base model.
 
     Args:
       key: `jax.random.key`.
@@ -138,7 +139,7 @@ def initialize_factors(
       rank: R, at least 1.
       leading: axes in front, such as (L,) for stacked layers.
       init: "fan_rank" for a bound of 1/sqrt(R), "fan_in" for 1/sqrt(D).
-      dtype: of both factors; the default is jax's default float.
+      dtype: the dtype of both factors; the default is jax's default float.
 
     Returns:
       A [*leading, D, R] and B [*leading, R, F].
@@ -154,14 +155,14 @@ def initialize_factors(
     return a, jnp.zeros((*leading, rank, features_out), dtype)
 
 
-def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones", dtype=float) -> jax.Array:
+def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones", dtype: Any = float) -> jax.Array:
     """The start of a trained vector that multiplies the profile.
 
     Args:
       key: `jax.random.key` of the layer; the gate's draw is independent of that of its factors.
       shape: [..., R], the leading axes being those of the factors.
       init: a key of `GATE_INITIALIZERS`.
-      dtype: of the gate; the default is jax's default float.
+      dtype: the gate's dtype; the default is jax's default float.
 
     Returns:
       The gate [..., R].
@@ -316,7 +317,7 @@ def factors_and_scales(
     return a, b, times_gate(p, leaves)
 
 
-def times_gate(p, leaves: Mapping[str, Any]):
+def times_gate(p: Any, leaves: Mapping[str, Any]) -> Any:
     """A profile [R] or [..., R], times the gate [..., R] of a layer if there is one among the layer's leaves."""
     return p * leaves["gate"] if "gate" in leaves else p
 
