@@ -1,4 +1,4 @@
-"""The einsum of an adapter: a kernel's letters sorted into those of A, those of B and those of both."""
+"""The einsum of an adapter: the kernel's letters are sorted into letters of A, letters of B and letters of both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EinsumAxes:
     """A product ``x,kernel->output`` of one letter per axis.
 
     Attributes:
-      x, kernel, output: letters; x and output may hold an ellipsis.
+      x, kernel, output: the letters of the three arrays; x and output may hold an ellipsis.
       groups: the kernel's letters that x and output have too: one pair of factors for each of their values.
       contracted: the kernel's letters that only x has too. D is their product.
       kept: the kernel's letters that only output has too. F is their product.
@@ -42,17 +42,17 @@ class EinsumAxes:
         return "".join(c for c in self.kernel if c not in self.x)
 
     def expanded(self, ndim: int) -> EinsumAxes:
-        """The same product of an x with so many axes, with letters in the ellipsis' place."""
+        """Returns the product for an x with `ndim` axes, with letters in place of the ellipsis."""
         count = ndim - len(self.x.replace(ELLIPSIS, ""))
         fresh = "".join(c for c in string.ascii_letters if c not in self.x + self.kernel + self.output)[:count]
         return EinsumAxes(self.x.replace(ELLIPSIS, fresh), self.kernel, self.output.replace(ELLIPSIS, fresh))
 
 
 def parse_einsum(equation: str) -> EinsumAxes:
-    """The letters of an einsum between an input and a kernel.
+    """Returns the letters of an einsum between an input and a kernel.
 
     Args:
-      equation: such as "btd,dnh->btnh".
+      equation: the einsum, such as "btd,dnh->btnh".
 
     Raises:
       ValueError: an equation in which the kernel is not a matrix per group between x and output.
@@ -92,7 +92,7 @@ def einsum_product(
     p: jax.Array,
     precision: Any,
 ) -> jax.Array:
-    """The adapter's contribution ``((x A) * p) B`` in the letters of an einsum.
+    """Returns the adapter's contribution ``((x A) * p) B`` for a layer that computes an einsum.
 
     Args:
       letters: the letters of the einsum, without an ellipsis.
@@ -104,7 +104,7 @@ def einsum_product(
       precision: the precision of both products.
 
     Returns:
-      The output's axes in the dtype of `x`.
+      An array with the axes of the output, in the dtype of `x`.
 
     Raises:
       ValueError: a profile per example whose axes are not the first of x, or are contracted.
@@ -137,7 +137,7 @@ def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tup
       shape: the shape of ``x A``.
 
     Returns:
-      As many axes as `hidden` has, of size one where `p` has none.
+      An array with as many axes as `hidden` has; an axis that `p` lacks has size one.
 
     Raises:
       ValueError: axes of `p` that ``x A`` does not have, or has in another size.

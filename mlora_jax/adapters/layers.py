@@ -1,7 +1,8 @@
 """Flax's linear layers with an adapter beside them: one class per kind of layer, and the table of them.
 
-Axes: D is the product of the axes that a kernel contracts, F that of the axes it puts in their place, G a group: an
-axis that input, kernel and output share, so that each of its values has a matrix, and a pair of factors, of its own.
+Axes: D is the product of the axes that a kernel contracts. F is the product of the axes that replace them in the
+output. G is a group: an axis that input, kernel and output share, so that each of its values has a matrix and a pair of
+factors of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mlora_jax.core.product import apply_profile, initialize_factors, initialize
 
 
 class Factoring(NamedTuple):
-    """How a kernel is a stack of matrices.
+    """The description of a kernel as a stack of matrices.
 
     Attributes:
       axes: the number of the kernel's axes, not counting those of a stack.
@@ -53,8 +54,8 @@ class AdaptedLayer(nnx.Module):
       b: AdapterParam [..., R, F].
       gate: AdapterParam [..., R], or None if the adapter has no gate.
       p: RankProfile [..., R].
-      dropout: rate in [0, 1) on the adapter's input, while `deterministic` is False (`model.train()`).
-      frozen: name of the base's matrix.
+      dropout: the rate in [0, 1) of dropout on the adapter's input, while `deterministic` is False (`model.train()`).
+      frozen: the name of the base layer's matrix.
     """
 
     frozen: ClassVar[str] = "kernel"
@@ -93,7 +94,7 @@ class AdaptedLayer(nnx.Module):
         """Returns how the layer's matrix is factored.
 
         Raises:
-          ValueError: a layer of this kind whose options leave no room for an adapter.
+          ValueError: an adapter cannot represent the layer with the options that it has.
         """
         raise NotImplementedError
 
@@ -101,7 +102,7 @@ class AdaptedLayer(nnx.Module):
         return initialize_factors(key, factoring.features_in, factoring.features_out, rank, leading=leading, init=init)
 
     def _product(self, x: jax.Array) -> jax.Array:
-        """The adapter's contribution to the output, in the dtype of `x`."""
+        """Returns the adapter's contribution to the output, in the dtype of `x`."""
         raise NotImplementedError
 
     def _rank_scales(self) -> jax.Array:
@@ -165,7 +166,7 @@ class AdaptedLinear(AdaptedLayer):
 
     Attributes:
       gram: InputGram if `watch_inputs` was called, else None.
-      watches_inputs: whether the gram is that of the inputs rather than of what B is given.
+      watches_inputs: whether the gram sums up the layer's inputs instead of the inputs of B.
       folds: whether `fold_where_cheaper` was called.
     """
 
@@ -246,8 +247,8 @@ class AdaptedLinearGeneral(AdaptedLayer):
 class AdaptedEinsum(AdaptedLayer):
     """An `nnx.Einsum` and its adapter, in the einsum's own axes.
 
-    Of the kernel's axes A has the contracted ones, flattened to D, and B those that are new in the output,
-    flattened to F. Axes that input, kernel and output share are groups G: A is [..., *G, D, R].
+    A has the contracted axes of the kernel, flattened to D; B has the axes that are new in the output, flattened to F.
+    Axes that input, kernel and output share are groups G: A is [..., *G, D, R].
     """
 
     @staticmethod
@@ -288,7 +289,7 @@ class AdaptedConv(AdaptedLayer):
 
     @staticmethod
     def factoring(base: nnx.Conv) -> Factoring:
-        """D is the window times the input channels of a group."""
+        """Takes D as the window times the input channels of a group."""
         if base.mask is not None:
             raise ValueError("a masked convolution has no adapter: a product A B cannot be kept to a mask")
         window, groups = base.kernel_size, base.feature_group_count
@@ -347,7 +348,7 @@ class AdaptedEmbed(AdaptedLayer):
         return (jnp.zeros_like(a), jax.random.normal(key, b.shape, b.dtype)) if init == "fan_in" else (a, b)
 
     def __call__(self, ids: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Rows of the adapted table: ids [...] to [..., D]."""
+        """Returns rows of the adapted table: ids [...] to [..., D]."""
         y = self.base(ids, **_sharded(out_sharding))
         # A vocabulary of one is not indexed: Flax gives its row whatever the ids.
         rows = jnp.take(self.a[...], ids if self.num_embeddings > 1 else jnp.zeros_like(ids), axis=0)  # [..., R]
@@ -356,7 +357,7 @@ class AdaptedEmbed(AdaptedLayer):
         return _add(y, hidden @ self.b[...].astype(y.dtype), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Products with every row of the adapted table: [..., D] to [..., V]."""
+        """Returns the products with every row of the adapted table: [..., D] to [..., V]."""
         y = self.base.attend(query, **_sharded(out_sharding))
         query = self._input(query, y.dtype)
         return _add(y, p_scaled_product(query, self.b[...].T, self.a[...].T, self._rank_scales()), out_sharding)
@@ -400,7 +401,7 @@ def _general_axes(ndim: int, groups: int, contracted: tuple[int, ...], kept: int
 
 
 def _roles(axes: EinsumAxes) -> list[str]:
-    """What becomes of each axis of the kernel."""
+    """Returns the role of each axis of the kernel: group, contracted or kept."""
     parts = {"group": axes.groups, "contracted": axes.contracted, "kept": axes.kept}
     return [next(role for role, part in parts.items() if c in part) for c in axes.kernel]
 

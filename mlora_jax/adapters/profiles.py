@@ -20,12 +20,12 @@ def set_profile(
     """Replaces every layer's profile by `p`. It is traceable, since a profile is data.
 
     Args:
-      profile_tree: what `split` returned.
+      profile_tree: the profile tree that `split` returned.
       p: [R] for all layers; the leading axes of a stacked kernel and R, such as [L, R], for one profile per layer;
         with `per_example` [B, R], or per token [B, T, R], for all layers; or {path pattern: p} with p in
         any of these forms. Patterns are those of `adapt`, the first that matches wins, a layer that none matches keeps
         its profile.
-      per_example: whether the axes of `p` before R are those of the batch. Never guessed from a shape.
+      per_example: whether the axes of `p` before R are those of the batch. It is never guessed from a shape.
 
     Returns:
       A new profile tree.
@@ -63,7 +63,7 @@ def set_dropout_key(profile_tree: nnx.State, key: jax.Array) -> nnx.State:
     """Gives every adapter's dropout its own random key; a tree without dropout comes back as it was. Traceable.
 
     Args:
-      profile_tree: what `split` returned.
+      profile_tree: the profile tree that `split` returned.
       key: a `jax.random.key`, another one at every step.
     """
     is_key = lambda node: isinstance(node, DropoutKey)  # noqa: E731

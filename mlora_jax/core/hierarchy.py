@@ -1,4 +1,4 @@
-"""Which weight every column of A and row of B carries, while training and while reading out.
+"""Rank profiles: the weight of every column of A and row of B, in training and when the adapter is read out.
 
 A *rank profile* is a vector ``p`` of length R; an adapted layer computes ``y = x W + ((x A) * p) B``. Everything that
 tells LoRA, DyLoRA and MatryoshkaLoRA apart is the choice of ``p``.
@@ -109,11 +109,11 @@ class RankHierarchy:
             object.__setattr__(self, name, value)
 
     def scale(self, r: int) -> float:
-        """s_r for r in 1..R."""
+        """Returns the scale s_r of a rank r in 1..R."""
         return SCALINGS[self.scaling](check_rank(r, "rank", low=1, high=self.max_rank))
 
     def lora(self) -> jax.Array:
-        """LoRA's training profile [R]: s_R everywhere."""
+        """Returns LoRA's training profile [R]: s_R everywhere."""
         return self.prefix(self.max_rank)
 
     def matryoshka(self) -> jax.Array:
@@ -126,7 +126,7 @@ class RankHierarchy:
         return _profile(np.where(self._index() <= r, self.scale(r) if r else 0.0, 0.0))
 
     def nested(self, r: int) -> jax.Array:
-        """What the training sum becomes with only r columns, [R]: sum of w_q s_q over q in S with i <= q <= r."""
+        """Returns the training sum of only r columns, [R]: the sum of w_q s_q over q in S with i <= q <= r."""
         return _profile(self._weighted_prefix_sum(self._read_out_rank(r)))
 
     def masked(self, r: int) -> jax.Array:
@@ -135,12 +135,14 @@ class RankHierarchy:
         return _profile(np.where(self._index() <= r, self._weighted_prefix_sum(self.max_rank), 0.0))
 
     def prefix_at(self, r: jax.Array) -> jax.Array:
-        """`prefix` for a traced rank, [R]; r is an int32 scalar in 1..R and is not checked."""
+        """Returns `prefix` [R] for a traced rank; r is an int32 scalar in 1..R and is not checked."""
         scales = _profile(np.array([self.scale(q) for q in range(1, self.max_rank + 1)]))
         return jnp.where(self._index() <= r, scales[r - 1], 0.0)
 
     def sample_prefix(self, key: jax.Array) -> jax.Array:
-        """DyLoRA's draw, [R]: `prefix(b)` with b of S, as likely as its weight; uniform over S by default. Traceable.
+        """Draws a profile as DyLoRA does, [R]: `prefix(b)` with a random b of S. Traceable.
+
+        The probability of b is proportional to its weight; without weights it is uniform over S.
 
         Args:
           key: a `jax.random.key`.
@@ -150,14 +152,14 @@ class RankHierarchy:
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
 
     def stratified_ranks(self, key: jax.Array, count: int) -> jax.Array:
-        """Ranks of S for `count` examples, int32 [count]: spread as evenly as whole numbers allow, then shuffled.
+        """Draws a rank of S for each of `count` examples, int32 [count], spread as evenly as possible and shuffled.
 
         Every rank comes up as often as its share of the weights, rounded down or up; which are rounded up is random, so
         that over many draws the shares are exact. Traceable.
 
         Args:
           key: a `jax.random.key`.
-          count: how many ranks, at least 1.
+          count: the number of ranks, at least 1.
 
         >>> sorted(RankHierarchy((1, 2, 4)).stratified_ranks(jax.random.key(0), 6).tolist())
         [1, 1, 2, 2, 4, 4]
@@ -172,7 +174,7 @@ class RankHierarchy:
         return jax.random.permutation(order, jnp.array(self.ranks, jnp.int32)[index])
 
     def truncate(self, r: int) -> RankHierarchy:
-        """The hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
+        """Returns the hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
 
         S becomes its ranks up to r, and r itself. A scale depends on its own rank only, so `prefix(q)` stays the same
         function for every q <= r; so does `nested(q)` for q < r, and for q = r if r was in S. `masked` and `matryoshka`

@@ -1,4 +1,4 @@
-"""Which leaf of an adapter has its rank axis where, and what follows from that alone.
+"""The position of the rank axis in every kind of leaf of an adapter, and functions that need nothing else.
 
 Trees are `jax` pytrees such as `mlora_jax.split` returns, or plain nested dicts. The leaves of one layer's adapter
 share a parent, the layer's path: the factors ``a`` [..., D, R] and ``b`` [..., R, F], and ``gate`` [..., R] if the
@@ -38,7 +38,7 @@ def key_names(path: Sequence[Any]) -> list[str]:
 
 
 def layer_name(parent: Iterable[str]) -> str:
-    """What messages call the layer at a path of names."""
+    """Returns the name that messages use for the layer at a path of names."""
     return ".".join(parent) or "the adapter"
 
 
@@ -71,7 +71,7 @@ def cut_to_rank(name: str, leaf: Any, rank: int) -> jax.Array:
 
 
 def along_rank(name: str, vector: Any) -> Any:
-    """A vector [R] in the shape in which it broadcasts along the rank axis of a leaf.
+    """Returns a vector [R] in the shape in which it broadcasts along the rank axis of a leaf.
 
     >>> along_rank("b", jax.numpy.ones(3)).shape
     (3, 1)
@@ -132,12 +132,12 @@ def _leading(name: str, leaf) -> tuple[int, ...]:
 
 
 def leading_axes(leaves: Mapping[str, Any]) -> tuple[int, ...]:
-    """Sizes of the axes in front of a layer's matrices, those of a stack and those of groups."""
+    """Returns the sizes of the axes before a layer's matrices: the axes of a stack, then the axes of groups."""
     return _leading(FACTORS[0], leaves[FACTORS[0]])
 
 
 def parameters_per_rank(leaves: Mapping[str, Any]) -> int:
-    """Trained numbers that one rank of one matrix of a layer has: D + F, and one more with a gate."""
+    """Returns how many trained numbers one rank of one matrix of a layer has: D + F, and one more with a gate."""
     matrices = math.prod(leading_axes(leaves))
     return sum(math.prod(leaf.shape) // (matrices * rank_of(name, leaf)) for name, leaf in leaves.items())
 

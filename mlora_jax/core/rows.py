@@ -10,11 +10,11 @@ Row = TypeVar("Row")
 
 
 def find_row(table: Mapping[str, Row], name: str, kind: str) -> Row:
-    """The row of that name.
+    """Returns the row that has the given name.
 
     Args:
       table: name -> row.
-      name: the name that is looked for.
+      name: the name of the wanted row.
       kind: what the rows are, in the singular, for the message.
 
     Raises:
