@@ -86,7 +86,7 @@ def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
 
     Args:
       hidden: ``x A`` [..., R].
-      p: as in `p_scaled_product`, with the leading axes of `hidden`.
+      p: the profile as in `p_scaled_product`, with the leading axes of `hidden`.
 
     Raises:
       ValueError: `p` has another R than `hidden`, or other leading axes.

@@ -15,7 +15,7 @@ def find_row(table: Mapping[str, Row], name: str, kind: str) -> Row:
     Args:
       table: name -> row.
       name: the name of the wanted row.
-      kind: what the rows are, in the singular, for the message.
+      kind: the noun for a row, in the singular, for the message.
 
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.
