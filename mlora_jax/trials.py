@@ -1,4 +1,4 @@
-"""Trials: what a run trains, one for each combination of the axes of `config.trials`.
+"""Trials: a run trains one for each combination of the values in `config.trials`.
 
 A new axis is a field of `Trial` with a default, a row of `AXES`, and a key of `config.trials`.
 """
@@ -17,7 +17,7 @@ from mlora_jax.core import RankHierarchy, powers_of_two
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """How a value of one axis of trials is written.
+    """The ways in which a value of one axis of trials is written.
 
     Attributes:
       in_name: value -> its part of the name of a trial's folder.
@@ -56,9 +56,9 @@ class Trial:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Trial:
-        """The trial of a mapping that `to_json` made; its other keys are ignored.
+        """Returns the trial that a mapping from `to_json` describes; other keys of the mapping are ignored.
 
-        An axis that the mapping lacks, since it was written before there was such an axis, has its default value.
+        An axis that did not exist when the mapping was written is missing in it and gets its default value.
 
         Raises:
           ValueError: the mapping lacks an axis that has no default value.
@@ -74,7 +74,7 @@ class Trial:
         return dataclasses.asdict(self)
 
     def without(self, *axes: str) -> tuple[tuple[str, Any], ...]:
-        """The names and values of the axes but those: what it has in common with trials that differ in them alone."""
+        """Returns the names and values of all other axes, which trials that differ only in `axes` have in common."""
         return tuple((name, value) for name, value in vars(self).items() if name not in axes)
 
     @property
@@ -84,11 +84,11 @@ class Trial:
 
     @property
     def in_words(self) -> str:
-        """Its axes for a sentence."""
+        """The values of its axes in words, for a caption or an error message."""
         return describe_axes(vars(self))
 
     def hierarchy(self, ranks: tuple[int, ...] = ()) -> RankHierarchy:
-        """S (by default the powers of two up to the rank), scaling and weights of this trial."""
+        """Returns the hierarchy of this trial; S is by default the powers of two up to the rank."""
         return RankHierarchy(ranks or powers_of_two(self.rank), self.scaling, self.weights or None, max_rank=self.rank)
 
 
@@ -97,7 +97,7 @@ REQUIRED_AXES = tuple(name for name, field in _FIELDS.items() if field.default i
 
 
 def describe_axes(values: Mapping[str, Any]) -> str:
-    """Some axes of a trial in words, for captions and errors.
+    """Returns the values of some axes of a trial in words, for captions and errors.
 
     Args:
       values: axis -> value.
@@ -109,12 +109,12 @@ def describe_axes(values: Mapping[str, Any]) -> str:
 
 
 def _told(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The axes, in the order of `AXES`, whose values are not their defaults."""
+    """Returns the axes and values that are not the defaults, in the order of `AXES`."""
     return [(axis, values[axis]) for axis in AXES if axis in values and values[axis] != _FIELDS[axis].default]
 
 
 def _as_kind(value: Any, kind: Any) -> Any:
-    """A value as it was before it went through JSON, which has no tuples and writes whole floats as it likes."""
+    """Returns a value as it was before it went through JSON, which has no tuples and may turn 1.0 into 1."""
     if typing.get_origin(kind) is tuple:
         return tuple(value)
     return float(value) if kind is float else value
@@ -126,7 +126,7 @@ def _number(value: float) -> str:
 
 
 def expand_trials(config: ConfigDict) -> list[Trial]:
-    """The product of `config.trials` in the order of its keys, or those of its list one after the other."""
+    """Returns the product of `config.trials` in the order of its keys, for every entry of its list if it has one."""
     axes = {name: config.trials[name] for name in _FIELDS}
     trials = [
         Trial(**dict(zip(axes, values, strict=True)))
@@ -137,5 +137,5 @@ def expand_trials(config: ConfigDict) -> list[Trial]:
 
 
 def readouts_of(config: ConfigDict, trial: Trial) -> tuple[str, ...]:
-    """The read-outs of a trial's method; one that the config does not name is read out by prefix."""
+    """Returns the read-outs of a trial's method; a method that the config does not name is read out by prefix."""
     return config.evaluation.readouts.get(trial.method, ("prefix",))

@@ -1,10 +1,12 @@
-"""The einsum of an adapter: a kernel's letters sorted into those of A, those of B and those of both."""
+"""The einsum of an adapter: the kernel's letters are sorted into letters of A, letters of B and letters of both."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import string
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ class EinsumAxes:
     """A product ``x,kernel->output`` of one letter per axis.
 
     Attributes:
-      x, kernel, output: letters; x and output may hold an ellipsis.
+      x, kernel, output: the letters of the three arrays; x and output may hold an ellipsis.
       groups: the kernel's letters that x and output have too: one pair of factors for each of their values.
       contracted: the kernel's letters that only x has too. D is their product.
       kept: the kernel's letters that only output has too. F is their product.
@@ -40,17 +42,17 @@ class EinsumAxes:
         return "".join(c for c in self.kernel if c not in self.x)
 
     def expanded(self, ndim: int) -> EinsumAxes:
-        """The same product of an x with so many axes, with letters in the ellipsis' place."""
+        """Returns the product for an x with `ndim` axes, with letters in place of the ellipsis."""
         count = ndim - len(self.x.replace(ELLIPSIS, ""))
         fresh = "".join(c for c in string.ascii_letters if c not in self.x + self.kernel + self.output)[:count]
         return EinsumAxes(self.x.replace(ELLIPSIS, fresh), self.kernel, self.output.replace(ELLIPSIS, fresh))
 
 
 def parse_einsum(equation: str) -> EinsumAxes:
-    """The letters of an einsum between an input and a kernel.
+    """Returns the letters of an einsum between an input and a kernel.
 
     Args:
-      equation: such as "btd,dnh->btnh".
+      equation: the einsum, such as "btd,dnh->btnh".
 
     Raises:
       ValueError: an equation in which the kernel is not a matrix per group between x and output.
@@ -60,7 +62,8 @@ def parse_einsum(equation: str) -> EinsumAxes:
     ('', 'd', 'nh')
     """
     operands, _, output = equation.replace(" ", "").partition("->")
-    letters = EinsumAxes(*operands.split(","), output)
+    x, kernel = operands.split(",")
+    letters = EinsumAxes(x, kernel, output)
     complaint = _complaint(letters)
     if complaint:
         raise ValueError(f"the einsum {equation!r} has no adapter: {complaint}")
@@ -80,20 +83,28 @@ def _complaint(letters: EinsumAxes) -> str:
     return next((complaint for complaint, found in complaints.items() if found), "")
 
 
-def einsum_product(letters: EinsumAxes, sizes, x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, precision):
-    """The adapter's contribution ``((x A) * p) B`` in the letters of an einsum.
+def einsum_product(
+    letters: EinsumAxes,
+    sizes: Sequence[int],
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    p: jax.Array,
+    precision: Any,
+) -> jax.Array:
+    """Returns the adapter's contribution ``((x A) * p) B`` for a layer that computes an einsum.
 
     Args:
-      letters: without an ellipsis.
-      sizes: of the kernel's axes.
+      letters: the letters of the einsum, without an ellipsis.
+      sizes: the sizes of the kernel's axes.
       x: the input.
       a: [*groups, D, R].
       b: [*groups, R, F].
       p: [*groups, R]; or [*groups, B, R], [*groups, B, T, R] where B, T are the first axes of x that are no groups.
-      precision: of both products.
+      precision: the precision of both products.
 
     Returns:
-      The output's axes in the dtype of `x`.
+      An array with the axes of the output, in the dtype of `x`.
 
     Raises:
       ValueError: a profile per example whose axes are not the first of x, or are contracted.
@@ -115,17 +126,18 @@ def einsum_product(letters: EinsumAxes, sizes, x: jax.Array, a: jax.Array, b: ja
 
 
 def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tuple[int, ...]) -> jax.Array:
-    """A profile with its axes where those of ``x A`` are.
+    """Returns a profile whose axes stand where the same axes of ``x A`` stand.
 
     Args:
       p: [*groups, ..., R], with the first axes of `batch` between the two.
-      groups: letters.
-      batch: letters of which a profile per example may have the first ones; groups among them are passed over.
-      hidden: letters of ``x A``, the last one R's.
-      shape: of ``x A``.
+      groups: the letters of the groups.
+      batch: the letters of the axes that a profile per example may have, from the first on; groups among them are
+        passed over.
+      hidden: the letters of ``x A``; the last one is the letter of R.
+      shape: the shape of ``x A``.
 
     Returns:
-      As many axes as `hidden` has, of size one where `p` has none.
+      An array with as many axes as `hidden` has; an axis that `p` lacks has size one.
 
     Raises:
       ValueError: axes of `p` that ``x A`` does not have, or has in another size.
@@ -142,8 +154,8 @@ def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tup
     return p.transpose(order).reshape([sizes[c] if c in own else 1 for c in hidden])
 
 
-def kernel_layout(letters: EinsumAxes, sizes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(sizes, order): the axes of ``A B``, and where the kernel's axes are among them; None if they are in order."""
+def kernel_layout(letters: EinsumAxes, sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the sizes of the axes of ``A B`` and where the kernel's axes are among them; None if in order."""
     own = letters.groups + letters.contracted + letters.kept
     if own == letters.kernel:
         return None
@@ -151,8 +163,8 @@ def kernel_layout(letters: EinsumAxes, sizes) -> tuple[tuple[int, ...], tuple[in
     return tuple(size[c] for c in own), tuple(own.index(c) for c in letters.kernel)
 
 
-def group_shape(letters: EinsumAxes, sizes) -> tuple[tuple[int, ...], int, int]:
-    """(group sizes, D, F) of a kernel."""
+def group_shape(letters: EinsumAxes, sizes: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+    """Returns (group sizes, D, F) of a kernel."""
     size = dict(zip(letters.kernel, sizes, strict=True))
-    features = [math.prod(size[c] for c in part) for part in (letters.contracted, letters.kept)]
-    return tuple(size[c] for c in letters.groups), *features
+    features_in, features_out = (math.prod(size[c] for c in part) for part in (letters.contracted, letters.kept))
+    return tuple(size[c] for c in letters.groups), features_in, features_out

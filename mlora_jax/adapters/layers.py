@@ -1,7 +1,8 @@
 """Flax's linear layers with an adapter beside them: one class per kind of layer, and the table of them.
 
-Axes: D is the product of the axes that a kernel contracts, F that of the axes it puts in their place, G a group: an
-axis that input, kernel and output share, so that each of its values has a matrix, and a pair of factors, of its own.
+Axes: D is the product of the axes that a kernel contracts. F is the product of the axes that replace them in the
+output. G is a group: an axis that input, kernel and output share, so that each of its values has a matrix and a pair of
+factors of its own.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from mlora_jax.core.product import apply_profile, initialize_factors, initialize
 
 
 class Factoring(NamedTuple):
-    """How a kernel is a stack of matrices.
+    """The description of a kernel as a stack of matrices.
 
     Attributes:
-      axes: of the kernel without those of a stack.
-      groups: sizes of the axes that have a matrix each.
+      axes: the number of the kernel's axes, not counting those of a stack.
+      groups: the sizes of the axes G, each of whose values has a matrix of its own.
       features_in, features_out: D and F.
-      layout: of `mlora_jax.core.fold`, None if ``A B`` has the kernel's axes in their order.
+      layout: the `kernel_layout` that `mlora_jax.core.fold` reads; None if ``A B`` has the axes in the kernel's order.
     """
 
     axes: int
     groups: tuple[int, ...]
     features_in: int
     features_out: int
-    layout: tuple | None = None
+    layout: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 class AdaptedLayer(nnx.Module):
@@ -53,8 +54,8 @@ class AdaptedLayer(nnx.Module):
       b: AdapterParam [..., R, F].
       gate: AdapterParam [..., R], or None if the adapter has no gate.
       p: RankProfile [..., R].
-      dropout: rate in [0, 1) on the adapter's input, while `deterministic` is False (`model.train()`).
-      frozen: name of the base's matrix.
+      dropout: the rate in [0, 1) of dropout on the adapter's input, while `deterministic` is False (`model.train()`).
+      frozen: the name of the base layer's matrix.
     """
 
     frozen: ClassVar[str] = "kernel"
@@ -75,8 +76,8 @@ class AdaptedLayer(nnx.Module):
         shape = getattr(base, self.frozen).shape
         stack = shape[: len(shape) - factoring.axes]
         a, b = self._initial_factors(key, factoring, rank, (*stack, *factoring.groups), init)
-        layout = {} if factoring.layout is None else {"kernel_layout": factoring.layout}
-        self.base = base
+        layout: dict[str, Any] = {} if factoring.layout is None else {"kernel_layout": factoring.layout}
+        self.base: Any = base
         self.a, self.b = AdapterParam(a, **layout), AdapterParam(b)
         leading, groups = a.ndim - 2, len(factoring.groups)
         vector = (*a.shape[:-2], rank)
@@ -89,11 +90,11 @@ class AdaptedLayer(nnx.Module):
             self.dropout_key = DropoutKey(jnp.zeros(stack))
 
     @staticmethod
-    def factoring(base) -> Factoring:
-        """How the layer's matrix is factored.
+    def factoring(base: Any) -> Factoring:
+        """Returns how the layer's matrix is factored.
 
         Raises:
-          ValueError: a layer of this kind whose options leave no room for an adapter.
+          ValueError: an adapter cannot represent the layer with the options that it has.
         """
         raise NotImplementedError
 
@@ -101,11 +102,11 @@ class AdaptedLayer(nnx.Module):
         return initialize_factors(key, factoring.features_in, factoring.features_out, rank, leading=leading, init=init)
 
     def _product(self, x: jax.Array) -> jax.Array:
-        """The adapter's contribution to the output, in the dtype of `x`."""
+        """Returns the adapter's contribution to the output, in the dtype of `x`."""
         raise NotImplementedError
 
     def _rank_scales(self) -> jax.Array:
-        """What ``x A`` is multiplied by: the profile, times the gate if there is one.
+        """Returns the factor on ``x A``: the profile, times the gate if there is one.
 
         Returns:
           An array of the profile's shape: [..., R], or [..., B, R] or [..., B, T, R] if it differs between examples.
@@ -116,29 +117,29 @@ class AdaptedLayer(nnx.Module):
         gate = self.gate[...]
         return p * jnp.expand_dims(gate, range(gate.ndim - 1, p.ndim - 1))  # the batch's axes stand before R
 
-    def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
-        """What the base layer's call computes, and the adapter's contribution."""
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Computes what the base layer's call computes, plus the adapter's contribution."""
         y = self.base(x, **_sharded(out_sharding))
         return _add(y, self._product(self._input(x, y.dtype)), out_sharding)
 
     @property
-    def bias(self):
-        """The base layer's, or None; no adapter changes it."""
+    def bias(self) -> Any:
+        """The base layer's bias, or None if it has none; no adapter changes it."""
         return getattr(self.base, "bias", None)
 
     @property
-    def in_features(self):
-        """As the base layer has it."""
+    def in_features(self) -> Any:
+        """The base layer's `in_features`, an int or a tuple of ints."""
         return self.base.in_features
 
     @property
-    def out_features(self):
-        """As the base layer has it."""
+    def out_features(self) -> Any:
+        """The base layer's `out_features`, an int or a tuple of ints."""
         return self.base.out_features
 
     @property
-    def kernel(self):
-        """Refused: whoever multiplies by the frozen kernel leaves the adapter out without a word."""
+    def kernel(self) -> Any:
+        """Raises an AttributeError: a product with the frozen kernel alone would silently leave the adapter out."""
         raise AttributeError(
             f"an adapted layer has no single {self.frozen}: call the layer, read the frozen one at "
             f"layer.base.{self.frozen}, or get the sum from fold(base, adapter, profile). A model that multiplies by "
@@ -165,7 +166,7 @@ class AdaptedLinear(AdaptedLayer):
 
     Attributes:
       gram: InputGram if `watch_inputs` was called, else None.
-      watches_inputs: whether the gram is that of the inputs rather than of what B is given.
+      watches_inputs: whether the gram sums up the layer's inputs instead of the inputs of B.
       folds: whether `fold_where_cheaper` was called.
     """
 
@@ -175,23 +176,24 @@ class AdaptedLinear(AdaptedLayer):
 
     @staticmethod
     def factoring(base: nnx.Linear) -> Factoring:
-        """A matrix as it is."""
-        return Factoring(2, (), *base.kernel.shape[-2:])
+        """Takes the layer's matrix as it is."""
+        features_in, features_out = base.kernel.shape[-2:]
+        return Factoring(2, (), features_in, features_out)
 
     def _product(self, x):
         if self.gram is not None:
-            self._watch(x)
+            self._watch(x, self.gram)
         return p_scaled_product(x, self.a[...], self.b[...], self._rank_scales(), precision=self.base.precision)
 
-    def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
-        """What the base layer's call computes, and the adapter's contribution."""
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Computes what the base layer's call computes, plus the adapter's contribution."""
         if not self._folds(x):
             return super().__call__(x, out_sharding)
         graphdef, state = nnx.split(self.base)
         beside = super().__call__
 
         def folded(x):
-            kernel = state["kernel"]
+            kernel: Any = state["kernel"]
             product = jnp.matmul(self.a[...] * self._rank_scales()[None], self.b[...], precision=self.base.precision)
             state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
             return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
@@ -210,15 +212,15 @@ class AdaptedLinear(AdaptedLayer):
         exact = jnp.finfo(self.base.kernel.dtype).bits >= 32 and self.base.dtype in (None, self.base.kernel.dtype)
         return exact and beside > features_in * features_out * (rank + 1)
 
-    def _watch(self, x: jax.Array) -> None:
+    def _watch(self, x: jax.Array, gram: InputGram) -> None:
         if self.watches_inputs:
             counts = jnp.any(self.p[...] != 0, axis=-1)  # a token whose profile is zero is left out
             counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
             hidden = x * counts.astype(x.dtype)  # [..., D]
         else:
             hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self._rank_scales())  # [..., R]
-        hidden = hidden.reshape(-1, hidden.shape[-1]).astype(self.gram[...].dtype)
-        self.gram[...] += jnp.matmul(hidden.T, hidden, precision="highest")
+        hidden = hidden.reshape(-1, hidden.shape[-1]).astype(gram[...].dtype)
+        gram[...] += jnp.matmul(hidden.T, hidden, precision="highest")
 
 
 class AdaptedLinearGeneral(AdaptedLayer):
@@ -229,9 +231,10 @@ class AdaptedLinearGeneral(AdaptedLayer):
 
     @staticmethod
     def factoring(base: nnx.LinearGeneral) -> Factoring:
-        """D and F are products of features."""
-        groups, features = tuple(base.batch_axis.values()), (base.in_features, base.out_features)
-        return Factoring(sum(map(len, (groups, *features))), groups, *map(math.prod, features))
+        """Takes D and F as the products of the input and the output features."""
+        groups, axes_in, axes_out = tuple(base.batch_axis.values()), base.in_features, base.out_features
+        count = len(groups) + len(axes_in) + len(axes_out)
+        return Factoring(count, groups, math.prod(axes_in), math.prod(axes_out))
 
     def _product(self, x):
         base = self.base
@@ -244,19 +247,21 @@ class AdaptedLinearGeneral(AdaptedLayer):
 class AdaptedEinsum(AdaptedLayer):
     """An `nnx.Einsum` and its adapter, in the einsum's own axes.
 
-    Of the kernel's axes A has the contracted ones, flattened to D, and B those that are new in the output,
-    flattened to F. EinsumAxes that input, kernel and output share are groups G: A is [..., *G, D, R].
+    A has the contracted axes of the kernel, flattened to D; B has the axes that are new in the output, flattened to F.
+    Axes that input, kernel and output share are groups G: A is [..., *G, D, R].
     """
 
     @staticmethod
     def factoring(base: nnx.Einsum) -> Factoring:
-        """D and F are products of axes' sizes."""
+        """Takes D and F as the products of the sizes of the contracted and of the kept axes."""
         axes = parse_einsum(base.einsum_str)
         sizes = base.kernel.shape[-len(axes.kernel) :]
         return Factoring(len(axes.kernel), *group_shape(axes, sizes), kernel_layout(axes, sizes))
 
-    def __call__(self, x: jax.Array, einsum_str: str | None = None, out_sharding=None) -> jax.Array:
-        """As the base layer's call; another einsum may name other axes of x, but must use the kernel as the first one.
+    def __call__(self, x: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
+        """Computes what the base layer's call computes, plus the adapter's contribution.
+
+        Another einsum may name other axes of x, but must use the kernel as the layer's own einsum does.
 
         Raises:
           ValueError: an einsum that contracts, keeps or groups other axes of the kernel.
@@ -284,7 +289,7 @@ class AdaptedConv(AdaptedLayer):
 
     @staticmethod
     def factoring(base: nnx.Conv) -> Factoring:
-        """D is the window times the input channels of a group."""
+        """Takes D as the window times the input channels of a group."""
         if base.mask is not None:
             raise ValueError("a masked convolution has no adapter: a product A B cannot be kept to a mask")
         window, groups = base.kernel_size, base.feature_group_count
@@ -334,15 +339,16 @@ class AdaptedEmbed(AdaptedLayer):
 
     @staticmethod
     def factoring(base: nnx.Embed) -> Factoring:
-        """A matrix as it is."""
-        return Factoring(2, (), *base.embedding.shape[-2:])
+        """Takes the layer's matrix as it is."""
+        entries, features = base.embedding.shape[-2:]
+        return Factoring(2, (), entries, features)
 
     def _initial_factors(self, key, factoring, rank, leading, init):
         a, b = super()._initial_factors(key, factoring, rank, leading, init)
         return (jnp.zeros_like(a), jax.random.normal(key, b.shape, b.dtype)) if init == "fan_in" else (a, b)
 
-    def __call__(self, ids: jax.Array, out_sharding=None) -> jax.Array:
-        """Rows of the adapted table: ids [...] to [..., D]."""
+    def __call__(self, ids: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Returns rows of the adapted table: ids [...] to [..., D]."""
         y = self.base(ids, **_sharded(out_sharding))
         # A vocabulary of one is not indexed: Flax gives its row whatever the ids.
         rows = jnp.take(self.a[...], ids if self.num_embeddings > 1 else jnp.zeros_like(ids), axis=0)  # [..., R]
@@ -350,25 +356,25 @@ class AdaptedEmbed(AdaptedLayer):
         hidden = apply_profile(rows.astype(y.dtype).astype(wide), self._rank_scales()).astype(y.dtype)
         return _add(y, hidden @ self.b[...].astype(y.dtype), out_sharding)
 
-    def attend(self, query: jax.Array, out_sharding=None) -> jax.Array:
-        """Products with every row of the adapted table: [..., D] to [..., V]."""
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Returns the products with every row of the adapted table: [..., D] to [..., V]."""
         y = self.base.attend(query, **_sharded(out_sharding))
         query = self._input(query, y.dtype)
         return _add(y, p_scaled_product(query, self.b[...].T, self.a[...].T, self._rank_scales()), out_sharding)
 
     @property
     def num_embeddings(self) -> int:
-        """V."""
+        """V, the number of entries of the table."""
         return self.base.num_embeddings
 
     @property
     def features(self) -> int:
-        """D."""
+        """D, the length of an embedding."""
         return self.base.features
 
     @property
-    def embedding(self):
-        """Refused, as `kernel` is."""
+    def embedding(self) -> Any:
+        """Raises an AttributeError, as `kernel` does."""
         return self.kernel
 
 
@@ -383,7 +389,7 @@ LAYERS: dict[type[nnx.Module], type[AdaptedLayer]] = {
 
 
 def layer_kind(node: Any) -> type[AdaptedLayer] | None:
-    """The class that adapts a layer, None if there is none."""
+    """Returns the class that adapts a layer, or None if there is none."""
     return next((adapted for kind, adapted in LAYERS.items() if isinstance(node, kind)), None)
 
 
@@ -395,7 +401,7 @@ def _general_axes(ndim: int, groups: int, contracted: tuple[int, ...], kept: int
 
 
 def _roles(axes: EinsumAxes) -> list[str]:
-    """What becomes of each axis of the kernel."""
+    """Returns the role of each axis of the kernel: group, contracted or kept."""
     parts = {"group": axes.groups, "contracted": axes.contracted, "kept": axes.kept}
     return [next(role for role, part in parts.items() if c in part) for c in axes.kernel]
 

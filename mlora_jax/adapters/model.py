@@ -1,9 +1,9 @@
-"""Putting adapters into a model, and splitting it into the pytrees that pure functions work on."""
+"""Functions that put adapters into a model and split it into the pytrees that pure functions work on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def adapt(
       key: `jax.random.key`; a layer's draw depends on the key and its own path only (the first of a shared layer).
       init: "fan_rank" or "fan_in", see `mlora_jax.core.initialize_factors`; D is the product of the axes that a kernel
         contracts, a convolution's window among them. An embedding with "fan_in" starts as PEFT's: A zero, B normal.
-      dropout: rate of dropout on the adapters' inputs, in [0, 1).
+      dropout: the rate of dropout on the adapters' inputs, in [0, 1).
       gate: whether every adapter also has a trained vector ``gate`` [..., R], by which its profile is multiplied:
         ``y = x W + ((x A) * (p * gate)) B``. True starts it at ones; a key of `mlora_jax.core.GATE_INITIALIZERS` names
         another start.
@@ -105,14 +105,14 @@ def fold_where_cheaper(model: nnx.Module) -> nnx.Module:
 
 
 def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
-    """Lets every adapted `nnx.Linear` sum up ``H^T H`` of what its B is given, ``H = (x A) * p``, in an `InputGram`.
+    """Lets every adapted `nnx.Linear` sum up ``H^T H`` of the inputs of its B, ``H = (x A) * p``, in an `InputGram`.
 
     `split(model, mutable=InputGram)` then gives a fifth tree, which `mlora_jax.core.squeeze` takes as its `grams`. A
     profile per token that is zero leaves the token out.
 
     Args:
       model: an adapted model; changed in place.
-      inputs: whether it is ``X^T X`` [..., D, D] of the layer's inputs that is summed up instead.
+      inputs: whether ``X^T X`` [..., D, D] of the layer's inputs is summed up instead.
 
     Returns:
       The model.
@@ -126,7 +126,9 @@ def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
 
 
 def split(model: nnx.Module, *, mutable: Any = None) -> tuple:
-    """The pytrees that pure functions work on; `nnx.merge(graphdef, base, adapter, profile)` undoes it.
+    """Splits a model into the pytrees that pure functions work on.
+
+    `nnx.merge(graphdef, base, adapter, profile)` puts them together again.
 
     Differentiate with respect to `adapter` only and the rest is frozen. What a call of the merged model writes to
     its variables is lost, so variables that a call would write (random-number counts, batch statistics) are refused
@@ -167,7 +169,7 @@ def _has_adapters(model: nnx.Module) -> bool:
 
 
 def _gate_initializer(gate: bool | str) -> str | None:
-    """The key of `GATE_INITIALIZERS` that an argument means; None for no gate."""
+    """Returns the key of `GATE_INITIALIZERS` that the argument stands for; None for no gate."""
     if isinstance(gate, bool):
         return "ones" if gate else None
     if gate not in GATE_INITIALIZERS:
@@ -176,17 +178,18 @@ def _gate_initializer(gate: bool | str) -> str | None:
 
 
 def _adapted(layer: nnx.Module, names: tuple[str, ...], rank: int, key: jax.Array, **options) -> AdaptedLayer:
-    """A layer with its adapter; `names` are all of its paths."""
+    """Returns a layer with its adapter; `names` are all of its paths."""
     first, *others = names
     layer_key = jax.random.fold_in(key, path_hash(first))
     try:
-        return layer_kind(layer)(layer, rank, key=layer_key, names=names if others else (), **options)
+        kind = cast("type[AdaptedLayer]", layer_kind(layer))  # `_layer_paths` yields only layers of a known kind
+        return kind(layer, rank, key=layer_key, names=names if others else (), **options)
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from None
 
 
 def _layer_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, nnx.Module]]:
-    """Every path at which a layer hangs that an adapter fits; a shared layer has several."""
+    """Yields every path to a layer that an adapter fits, with the layer; a shared layer has several paths."""
     if layer_kind(node):
         yield ".".join(path) or "model", node
     elif not any(node is parent for parent in above):
@@ -195,8 +198,8 @@ def _layer_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterato
 
 
 def _refuse_tied_kernels(model: nnx.Module, layers: Sequence[nnx.Module]) -> None:
-    """Raises if a kernel hangs under anything but its own layer; a layer that is shared as a whole is no such case."""
-    own = {id(getattr(layer, layer_kind(layer).frozen)): layer for layer in reversed(layers)}
+    """Raises if anything but a kernel's own layer holds the kernel; a layer may be shared as a whole."""
+    own = {id(getattr(layer, kind.frozen)): layer for layer in reversed(layers) if (kind := layer_kind(layer))}
     found: dict[int, dict[int, str]] = {}  # kernel: {what holds it: the first path there}
     for path, holder, variable in _variable_paths(model):
         if id(variable) in own:
@@ -211,7 +214,7 @@ def _refuse_tied_kernels(model: nnx.Module, layers: Sequence[nnx.Module]) -> Non
 
 
 def _variable_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, Any, nnx.Variable]]:
-    """Every path at which a variable hangs, and what holds it there."""
+    """Yields every path to a variable, the object that holds it there, and the variable."""
     if any(node is parent for parent in above):
         return
     for name, child in _children(node):
@@ -222,7 +225,7 @@ def _variable_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iter
 
 
 def _children(node) -> list[tuple[Any, Any]]:
-    """What a module or a plain container in it (`nnx.data([...])`) holds, in the order of `nnx.state`."""
+    """Returns the children of a module, or of a container in it (`nnx.data([...])`), in the order of `nnx.state`."""
     if isinstance(node, nnx.Pytree):
         return sorted((name, child) for name, child in vars(node).items() if not name.startswith("_pytree__"))
     if isinstance(node, dict):
@@ -241,7 +244,7 @@ def _replace_children(node, wrapped: Mapping[int, AdaptedLayer]) -> None:
             node[name] = new
 
 
-def _replaced(child, wrapped: Mapping[int, AdaptedLayer]):
+def _replaced(child: Any, wrapped: Mapping[int, AdaptedLayer]) -> Any:
     if not isinstance(child, tuple):
         return wrapped.get(id(child), child)
     items = [_replaced(item, wrapped) for item in child]

@@ -14,16 +14,18 @@ from mlora_jax.core.product import path_hash
 from mlora_jax.core.rank_axes import path_names
 
 
-def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array], *, per_example: bool = False):
-    """Every layer's profile replaced by `p`. Traceable: a profile is data.
+def set_profile(
+    profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array], *, per_example: bool = False
+) -> nnx.State:
+    """Replaces every layer's profile by `p`. It is traceable, since a profile is data.
 
     Args:
-      profile_tree: what `split` returned.
+      profile_tree: the profile tree that `split` returned.
       p: [R] for all layers; the leading axes of a stacked kernel and R, such as [L, R], for one profile per layer;
         with `per_example` [B, R], or per token [B, T, R], for all layers; or {path pattern: p} with p in
         any of these forms. Patterns are those of `adapt`, the first that matches wins, a layer that none matches keeps
         its profile.
-      per_example: whether the axes of `p` before R are those of the batch. Never guessed from a shape.
+      per_example: whether the axes of `p` before R are those of the batch. It is never guessed from a shape.
 
     Returns:
       A new profile tree.
@@ -41,7 +43,9 @@ def set_profile(profile_tree: nnx.State, p: jax.Array | Mapping[str, jax.Array],
     if table is not None and not table:
         raise ValueError(f"an empty mapping sets no profile; layers here: {', '.join(sorted(paths))}")
     shared = {name: ".".join(path_names(path)[:-1]) for path, node in leaves if is_profile(node) for name in node.names}
-    chosen = {path: pattern for pattern in reversed(table or ()) for path in matching(paths, (pattern,), shared=shared)}
+    chosen = {
+        path: pattern for pattern in reversed(list(table or ())) for path in matching(paths, (pattern,), shared=shared)
+    }
 
     def replace(path, node):
         if not is_profile(node):
@@ -59,7 +63,7 @@ def set_dropout_key(profile_tree: nnx.State, key: jax.Array) -> nnx.State:
     """Gives every adapter's dropout its own random key; a tree without dropout comes back as it was. Traceable.
 
     Args:
-      profile_tree: what `split` returned.
+      profile_tree: the profile tree that `split` returned.
       key: a `jax.random.key`, another one at every step.
     """
     is_key = lambda node: isinstance(node, DropoutKey)  # noqa: E731

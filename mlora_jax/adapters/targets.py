@@ -17,13 +17,14 @@ def matching(
     shared: Mapping[str, str] | None = None,
     others: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """The paths that some pattern matches, in their own order; every pattern must match at least one.
+    """Returns the paths that some pattern matches, in their given order; every pattern must match at least one.
 
     Args:
-      paths: of the layers there are.
+      paths: the paths of all layers that an adapter fits.
       patterns: regular expressions for whole paths or whole tails that begin after a dot.
-      shared: further names of shared layers, under which they are not found, and their paths: for the message.
-      others: paths of modules that are no such layers, and their kinds: for the message.
+      shared: a dictionary: a further path of a shared layer -> its first path. Patterns match first paths only; the
+        error message needs the others.
+      others: a dictionary: the path of a module that no adapter fits -> its kind, for the error message.
 
     Raises:
       ValueError: a pattern that is no regular expression or matches nothing, no patterns, or a string in their place.

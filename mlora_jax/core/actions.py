@@ -1,7 +1,7 @@
 """What may happen to an adapter before a phase of training begins, or before it is read out: one table of actions.
 
-An action is a pure function of arrays. What it needs besides the adapter, such as second moments of the inputs, it
-declares by name; `mlora_jax.run.needs` collects it. Adding an action is adding a row to `ACTIONS`.
+An action is a pure function of arrays. It declares by name what it needs besides the adapter, such as second moments
+of the inputs, and `mlora_jax.run.needs` collects that. Adding an action is adding a row to `ACTIONS`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MOMENTS = ("kept", "reset", "mapped")
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActionInput:
-    """What an action is given. All arrays may have one more axis in front, for K trials at once.
+    """The input of an action. All arrays may have one more axis in front, for K trials at once.
 
     Attributes:
       adapter: the tree of factors.
       trained_profile: [R], the profile of the function that the adapter computes and that an action may keep.
       key: a `jax.random.key`, or [K] of them.
-      needed: the name of every need of the action -> what was collected for it.
+      needed: a dictionary: the name of every need of the action -> the value that was collected for it.
       init: a key of `INITIALIZERS`, from which fresh columns are drawn.
     """
 
@@ -52,7 +52,7 @@ class ActionInput:
 
 
 class ActionOutput(NamedTuple):
-    """What an action makes.
+    """The output of an action.
 
     Attributes:
       adapter: the new tree of factors.
@@ -74,10 +74,10 @@ class Action:
       apply: (ActionInput) -> ActionOutput; traceable.
       summary: one line for tables and errors.
       needs: the names of what it needs besides the adapter, keys of `mlora_jax.run.needs.NEEDS`.
-      places: where it may stand, of `PLACES`.
-      moments: what becomes of the optimizer's state, of `MOMENTS`.
-      hierarchy: the ranks, scales and weights of the new adapter from those of the old one. It is a function of the
-        hierarchy alone, so that plans and reports know it without arrays.
+      places: the places where it may stand, some of `PLACES`.
+      moments: what becomes of the optimizer's state, one of `MOMENTS`.
+      hierarchy: computes the ranks, scales and weights of the new adapter from those of the old one. It is a function
+        of the hierarchy alone, so that plans and reports know it without arrays.
       eager: whether `apply` only draws or picks arrays, and is not compiled.
     """
 
@@ -95,13 +95,13 @@ def _keep(given: ActionInput) -> ActionOutput:
 
 
 def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
-    """A drawn anew from the key and the path of its layer, B zero; a gate stays what it is."""
+    """Draws A anew from the key and the path of its layer and sets B to zero; a gate stays as it is."""
     drawn = {}
     for parent, leaves in by_parent(given.adapter).items():
         a, b = (leaves[name] for name in FACTORS)
         key = jax.random.fold_in(given.key, path_hash(".".join(parent)))
-        options = dict(leading=leading_axes(leaves), init=init, dtype=a.dtype)
-        fresh = initialize_factors(key, a.shape[-2], b.shape[-1], a.shape[-1], **options)
+        leading, sizes = leading_axes(leaves), (a.shape[-2], b.shape[-1], a.shape[-1])
+        fresh = initialize_factors(key, *sizes, leading=leading, init=init, dtype=a.dtype)
         drawn[parent] = dict(zip(FACTORS, fresh, strict=True))
 
     def replace(path, leaf):
@@ -122,7 +122,7 @@ def _without_scale(hierarchy: RankHierarchy) -> RankHierarchy:
     return dataclasses.replace(hierarchy, scaling="none")
 
 
-_SQUEEZE = dict(places=("later", "end"), hierarchy=_without_scale)
+_SQUEEZE: dict[str, Any] = dict(places=("later", "end"), hierarchy=_without_scale)
 
 # Sources: the start of A, arXiv 2605.07850 (fan_rank) and PEFT (fan_in); the truncated SVD, Eckart and Young (1936);
 # its form that is weighted by the inputs, DRONE (NeurIPS 2021).
@@ -171,11 +171,11 @@ ACTIONS: dict[str, Action] = {
 
 
 def get_action(name: str, place: str | None = None) -> Action:
-    """The action of that name.
+    """Returns the action that has the given name.
 
     Args:
       name: a key of `ACTIONS`.
-      place: where it is to stand, of `PLACES`; None does not ask.
+      place: the place where it is to stand, one of `PLACES`; None skips this check.
 
     Raises:
       ValueError: there is no such action, or it may not stand there.
@@ -188,7 +188,7 @@ def get_action(name: str, place: str | None = None) -> Action:
 
 
 def run_action(action: Action, given: ActionInput) -> ActionOutput:
-    """The action's output, compiled unless the action only draws or picks arrays."""
+    """Runs an action and returns its output. The action is compiled unless it only draws or picks arrays."""
     return action.apply(given) if action.eager else jax.block_until_ready(_compiled(action, given))
 
 

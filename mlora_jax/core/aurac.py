@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# How a rank is laid on the x axis. "linear" is the reference code's v1, "log2" its v2.
+# The position of a rank on the x axis. "linear" is the reference code's v1, "log2" its v2.
 AXES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda ranks: ranks.astype(float),
     "log2": lambda ranks: np.log2(ranks),
@@ -16,9 +16,9 @@ AXES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: str = "log2") -> float:
-    """Area under the rank-accuracy curve, divided by the length of the rank axis.
+    """Returns the area under the rank-accuracy curve, divided by the length of the rank axis.
 
-    Trapezoids over x = r (`axis="linear"`) or x = log2 r (`axis="log2"`). A curve of one rank has the area a_1.
+    It sums trapezoids over x = r (`axis="linear"`) or x = log2 r (`axis="log2"`). A curve of one rank has the area a_1.
 
     Args:
       accuracies: [n] finite numbers in the unit of the result (here 0..1).
@@ -75,7 +75,7 @@ class CurveSummary:
 
 
 def summarize(accuracies: Sequence[float], ranks: Sequence[int]) -> CurveSummary:
-    """Both AURACs and the plain mean of one curve; arguments and errors as `aurac`.
+    """Returns both AURACs and the plain mean of one curve; arguments and errors are those of `aurac`.
 
     >>> summarize([0.5, 1.0], [1, 2])
     CurveSummary(linear=0.75, log2=0.75, mean=0.75)

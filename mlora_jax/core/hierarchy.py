@@ -1,4 +1,4 @@
-"""Which weight every column of A and row of B carries, while training and while reading out.
+"""Rank profiles: the weight of every column of A and row of B, in training and when the adapter is read out.
 
 A *rank profile* is a vector ``p`` of length R; an adapted layer computes ``y = x W + ((x A) * p) B``. Everything that
 tells LoRA, DyLoRA and MatryoshkaLoRA apart is the choice of ``p``.
@@ -11,6 +11,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,12 @@ def powers_of_two(max_rank: int) -> tuple[int, ...]:
     return powers if powers[-1] == max_rank else (*powers, max_rank)
 
 
-def check_rank(rank, name: str, *, low: int, high: int | None = None) -> int:
+def check_rank(rank: Any, name: str, *, low: int, high: int | None = None) -> int:
     """Returns `rank` as an int, or raises a ValueError that names it and the allowed range."""
-    integral = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
-    if not integral or rank < low or (high is not None and rank > high):
+    number = int(rank) if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) else None
+    if number is None or number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be an integer in {low}..{'' if high is None else high}, got {rank!r}")
-    return int(rank)
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class RankHierarchy:
     ranks: Sequence[int]
     scaling: str = "none"
     weights: Sequence[float] | None = None
-    max_rank: int | None = None
+    max_rank: int = cast("int", None)  # __post_init__ replaces None
 
     def __post_init__(self):
         try:
@@ -108,11 +109,11 @@ class RankHierarchy:
             object.__setattr__(self, name, value)
 
     def scale(self, r: int) -> float:
-        """s_r for r in 1..R."""
+        """Returns the scale s_r of a rank r in 1..R."""
         return SCALINGS[self.scaling](check_rank(r, "rank", low=1, high=self.max_rank))
 
     def lora(self) -> jax.Array:
-        """LoRA's training profile [R]: s_R everywhere."""
+        """Returns LoRA's training profile [R]: s_R everywhere."""
         return self.prefix(self.max_rank)
 
     def matryoshka(self) -> jax.Array:
@@ -125,7 +126,7 @@ class RankHierarchy:
         return _profile(np.where(self._index() <= r, self.scale(r) if r else 0.0, 0.0))
 
     def nested(self, r: int) -> jax.Array:
-        """What the training sum becomes with only r columns, [R]: sum of w_q s_q over q in S with i <= q <= r."""
+        """Returns the training sum of only r columns, [R]: the sum of w_q s_q over q in S with i <= q <= r."""
         return _profile(self._weighted_prefix_sum(self._read_out_rank(r)))
 
     def masked(self, r: int) -> jax.Array:
@@ -134,35 +135,37 @@ class RankHierarchy:
         return _profile(np.where(self._index() <= r, self._weighted_prefix_sum(self.max_rank), 0.0))
 
     def prefix_at(self, r: jax.Array) -> jax.Array:
-        """`prefix` for a traced rank, [R]; r is an int32 scalar in 1..R and is not checked."""
+        """Returns `prefix` [R] for a traced rank; r is an int32 scalar in 1..R and is not checked."""
         scales = _profile(np.array([self.scale(q) for q in range(1, self.max_rank + 1)]))
         return jnp.where(self._index() <= r, scales[r - 1], 0.0)
 
     def sample_prefix(self, key: jax.Array) -> jax.Array:
-        """DyLoRA's draw, [R]: `prefix(b)` with b of S, as likely as its weight; uniform over S by default. Traceable.
+        """Draws a profile as DyLoRA does, [R]: `prefix(b)` with a random b of S. Traceable.
+
+        The probability of b is proportional to its weight; without weights it is uniform over S.
 
         Args:
           key: a `jax.random.key`.
         """
         # Equal weights draw the same ranks as none; jax.random.choice draws others where it is given probabilities.
-        shares = None if self._even() else jnp.array(self.weights) / math.fsum(self.weights)
+        shares = None if self.weights is None or self._even() else jnp.array(self.weights) / math.fsum(self.weights)
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
 
     def stratified_ranks(self, key: jax.Array, count: int) -> jax.Array:
-        """Ranks of S for `count` examples, int32 [count]: spread as evenly as whole numbers allow, then shuffled.
+        """Draws a rank of S for each of `count` examples, int32 [count], spread as evenly as possible and shuffled.
 
         Every rank comes up as often as its share of the weights, rounded down or up; which are rounded up is random, so
         that over many draws the shares are exact. Traceable.
 
         Args:
           key: a `jax.random.key`.
-          count: how many ranks, at least 1.
+          count: the number of ranks, at least 1.
 
         >>> sorted(RankHierarchy((1, 2, 4)).stratified_ranks(jax.random.key(0), 6).tolist())
         [1, 1, 2, 2, 4, 4]
         """
         start, order = jax.random.split(key)
-        if self._even():
+        if self.weights is None or self._even():
             index = (jax.random.randint(start, (), 0, len(self.ranks)) + jnp.arange(count)) % len(self.ranks)
         else:  # systematic sampling
             edges = np.cumsum(np.array(self.weights) / math.fsum(self.weights))[:-1]
@@ -171,7 +174,7 @@ class RankHierarchy:
         return jax.random.permutation(order, jnp.array(self.ranks, jnp.int32)[index])
 
     def truncate(self, r: int) -> RankHierarchy:
-        """The hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
+        """Returns the hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
 
         S becomes its ranks up to r, and r itself. A scale depends on its own rank only, so `prefix(q)` stays the same
         function for every q <= r; so does `nested(q)` for q < r, and for q = r if r was in S. `masked` and `matryoshka`

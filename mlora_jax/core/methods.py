@@ -1,4 +1,4 @@
-"""Training methods: phases, each a policy with what happens before it and behind its optimizer."""
+"""Training methods. A method is a sequence of phases; a phase has a policy, a start action and an update rule."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from mlora_jax.core.policies import POLICIES, Policy, get_policy
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.updates import Update, get_update
 
-# Over what the learning rate decays: once over the whole run, or anew over every phase (warm restarts, arXiv
-# 1608.03983).
+# The learning rate decays once over the whole run, or anew over every phase (warm restarts, arXiv 1608.03983).
 SCHEDULES = ("run", "phase")
 
 
@@ -25,11 +24,11 @@ class Phase:
     """A part of a training run.
 
     Attributes:
-      policy: which profiles its steps train with, a key of `POLICIES`.
+      policy: the rule that draws the profiles of its steps, a key of `POLICIES`.
       fraction: its share of the steps, above 0.
-      start: what happens to the adapter before its first step, a key of `ACTIONS`. Empty means for the first phase what
-        the experiment's config says (`adapter.init`, `adapter.start_from`), and for a later one nothing.
-      update: what happens to Adam's update, a key of `UPDATES`.
+      start: the action on the adapter before its first step, a key of `ACTIONS`. If it is empty, the first phase starts
+        as the experiment's config says (`adapter.init`, `adapter.start_from`), and a later phase has no action.
+      update: the rule that changes Adam's update, a key of `UPDATES`.
     """
 
     policy: str
@@ -45,7 +44,7 @@ class Method:
     Attributes:
       phases: at least one; their fractions sum to 1.
       summary: one line for tables and errors.
-      schedule: over what the learning rate decays, of `SCHEDULES`.
+      schedule: the span over which the learning rate decays, one of `SCHEDULES`.
       gate: whether every adapted layer has a gate, a trained vector that multiplies its profile.
 
     Raises:
@@ -95,7 +94,7 @@ class Method:
         """The profile [R] of the function that a phase trains at full rank, by default the last one.
 
         Args:
-          hierarchy: that of the phase, see `hierarchy`.
+          hierarchy: the hierarchy of the phase, as the method `hierarchy` returns it.
           phase: the index of the phase.
         """
         return self.policies[phase].trained_profile(hierarchy)
@@ -128,13 +127,13 @@ class Method:
         return self.starts(steps) if self.schedule == "phase" else (0,)
 
     def hierarchy(self, hierarchy: RankHierarchy, phase: int = -1) -> RankHierarchy:
-        """The ranks, scales and weights in a phase, by default the last, of a trial that starts with `hierarchy`."""
+        """Returns the hierarchy of a phase, by default the last, of a trial that starts with `hierarchy`."""
         for each in self.phases[: phase % len(self.phases) + 1]:
             hierarchy = get_action(each.start or "none").hierarchy(hierarchy)
         return hierarchy
 
     def cost(self, hierarchy: RankHierarchy) -> float:
-        """Forward and backward passes relative to LoRA over the whole run; actions are not counted."""
+        """Returns the forward and backward passes of a whole run relative to LoRA's; actions are not counted."""
         counts = [policy.count(self.hierarchy(hierarchy, at)) for at, policy in enumerate(self.policies)]
         return sum(phase.fraction * count for phase, count in zip(self.phases, counts, strict=True))
 
@@ -164,7 +163,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 def get_method(name: str, further: Mapping[str, Method] = MappingProxyType({})) -> Method:
-    """The method of that name.
+    """Returns the method that has the given name.
 
     Args:
       name: a key of `METHODS` or of `further`.

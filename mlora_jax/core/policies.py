@@ -1,4 +1,4 @@
-"""Which profiles a training step uses: one table of policies.
+"""Policies: a policy chooses the profiles that a training step uses. `POLICIES` is the table of them.
 
 A policy only draws arrays, so every policy with the same number of profiles runs in the same executable.
 
@@ -28,7 +28,9 @@ from mlora_jax.core.updates import UPDATES, Update
 )
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What one step trains with. The step's loss is the weighted mean of its losses under the N profiles.
+    """The profiles and weights of one training step.
+
+    The step's loss is the weighted mean of its losses under the N profiles.
 
     Attributes:
       profiles: [N, E, R] rank profiles; [M, N, E, R] from `draw_step`, one row per micro-batch.
@@ -74,7 +76,7 @@ def _largest_prefix(hierarchy: RankHierarchy) -> jax.Array:
 
 
 def _all_columns(hierarchy: RankHierarchy, profiles: jax.Array) -> Draw:
-    """Profiles [N, R] for all examples alike, of equal weight."""
+    """Returns the draw in which all examples share the profiles [N, R], with equal weights."""
     count, ones = len(profiles), jnp.ones_like(profiles[0])
     return Draw(profiles[:, None], ones, ones, jnp.full(count, 1.0 / count, profiles.dtype))
 
@@ -170,7 +172,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name.
+    """Returns the policy that has the given name.
 
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.
@@ -188,7 +190,7 @@ def draw_step(
     examples: int = 1,
     update: Update = UPDATES["none"],
 ) -> Draw:
-    """The draw of one optimizer step.
+    """Returns the draw of one optimizer step.
 
     Args:
       policy: a row of `POLICIES`.
@@ -196,7 +198,7 @@ def draw_step(
       key: the trial's `jax.random.key` for draws; the same key and step always give the same draw.
       step: int32 scalar, may be traced.
       accumulation: M, the number of micro-batches in the step.
-      examples: B, the examples of a micro-batch; only a policy that draws for every example needs it.
+      examples: B, the number of examples in a micro-batch; only a policy that draws for every example needs it.
       update: the rule whose rates of columns the draw carries, a row of `UPDATES`.
 
     Returns:

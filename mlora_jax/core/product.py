@@ -12,7 +12,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from mlora_jax.core.rank_axes import (
 
 Tree = Any
 
-# What a frozen layer may call its matrix.
+# The names that a frozen layer may give to its matrix.
 FROZEN = ("kernel", "embedding")
 
 # The half-width of the uniform distribution that A starts from. "fan_rank" is the paper's, "fan_in" PEFT's.
@@ -43,18 +43,18 @@ INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_in": lambda features_in, rank: 1.0 / math.sqrt(features_in),
 }
 
-# What a gate [..., R] starts from: (key, shape, dtype) -> array. "normal" is the start of SoRA (arXiv 2311.11696).
+# The initial values of a gate [..., R]: (key, shape, dtype) -> array. "normal" is the start of SoRA (arXiv 2311.11696).
 GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Array]] = {
     "ones": lambda key, shape, dtype: jnp.ones(shape, dtype),
     "normal": jax.random.normal,
 }
 
 
-def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision=None) -> jax.Array:
-    """The adapter's contribution ``((x A) * p) B``.
+def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision: Any = None) -> jax.Array:
+    """Returns the adapter's contribution ``((x A) * p) B``.
 
-    Computed in the dtype of `x`: the fp32 master factors are cast to it, and the profile is applied to the float32
-    accumulator of ``x A`` before it is rounded.
+    It is computed in the dtype of `x`: the fp32 master factors are cast to it, and the profile is applied to the
+    float32 accumulator of ``x A`` before it is rounded.
 
     Args:
       x: [..., D] inputs.
@@ -62,7 +62,7 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
       b: [R, F] second factor.
       p: rank profile; [R], or with leading axes that are the leading axes of `x`: [B, R] is one profile per example
         of x [B, T, D] and [B, T, R] one per token. Inner axes that `p` lacks are inserted here.
-      precision: of both products, as in `jax.numpy.matmul`.
+      precision: the precision of both products, as in `jax.numpy.matmul`.
 
     Returns:
       [..., F] in the dtype of `x`. Differentiable in reverse mode only (`jax.grad`, `jax.vjp`).
@@ -76,16 +76,17 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
     if p.shape[-1] != a.shape[-1] or p.ndim > x.ndim or p.shape[:-1] != x.shape[: p.ndim - 1]:
         raise ValueError(f"profile of shape {p.shape} does not fit x {x.shape} and A {a.shape}")
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = _matmul(x, a.astype(x.dtype), accumulate, precision)  # [..., R]
+    # The stubs of jax.custom_vjp lose the type of what the function returns.
+    hidden = cast("jax.Array", _matmul(x, a.astype(x.dtype), accumulate, precision))  # [..., R]
     return _matmul(apply_profile(hidden, p).astype(x.dtype), b.astype(x.dtype), x.dtype, precision)  # [..., F]
 
 
 def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
-    """The middle of the product, ``(x A) * p``, in the dtype of ``x A``.
+    """Returns ``(x A) * p``, the middle of the product, in the dtype of ``x A``.
 
     Args:
       hidden: ``x A`` [..., R].
-      p: as in `p_scaled_product`, with the leading axes of `hidden`.
+      p: the profile as in `p_scaled_product`, with the leading axes of `hidden`.
 
     Raises:
       ValueError: `p` has another R than `hidden`, or other leading axes.
@@ -97,7 +98,7 @@ def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x: jax.Array, w: jax.Array, dtype, precision) -> jax.Array:
-    """x [..., D] times w [D, F] as `dtype`; differentiable in reverse mode only.
+    """Returns x [..., D] times w [D, F] as `dtype`. It is differentiable in reverse mode only.
 
     The gradient of w is one product of two matrices: left to itself a CPU's compiler transposes the large cotangent in
     memory first, which takes longer than the product.
@@ -127,9 +128,9 @@ def initialize_factors(
     *,
     leading: tuple[int, ...] = (),
     init: str = "fan_rank",
-    dtype=float,
+    dtype: Any = float,
 ) -> tuple[jax.Array, jax.Array]:
-    """A uniform in +-bound, B zero, so that the adapted model starts as the base model.
+    """Draws A uniformly from +-bound and sets B to zero, so that the adapted model starts as the base model.
 
     Args:
       key: `jax.random.key`.
@@ -138,7 +139,7 @@ def initialize_factors(
       rank: R, at least 1.
       leading: axes in front, such as (L,) for stacked layers.
       init: "fan_rank" for a bound of 1/sqrt(R), "fan_in" for 1/sqrt(D).
-      dtype: of both factors; the default is jax's default float.
+      dtype: the dtype of both factors; the default is jax's default float.
 
     Returns:
       A [*leading, D, R] and B [*leading, R, F].
@@ -154,14 +155,14 @@ def initialize_factors(
     return a, jnp.zeros((*leading, rank, features_out), dtype)
 
 
-def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones", dtype=float) -> jax.Array:
-    """The start of a trained vector that multiplies the profile.
+def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones", dtype: Any = float) -> jax.Array:
+    """Draws the initial gate, a trained vector that multiplies the profile.
 
     Args:
       key: `jax.random.key` of the layer; the gate's draw is independent of that of its factors.
       shape: [..., R], the leading axes being those of the factors.
       init: a key of `GATE_INITIALIZERS`.
-      dtype: of the gate; the default is jax's default float.
+      dtype: the gate's dtype; the default is jax's default float.
 
     Returns:
       The gate [..., R].
@@ -273,7 +274,7 @@ def _no_kernel(base: Tree, parents: set[tuple[str, ...]]) -> str:
 
 
 def _kernel_layouts(adapter: Tree) -> dict[tuple[str, ...], tuple]:
-    """The `kernel_layout` of the variables that have one, by the parent of the pair."""
+    """Returns a dictionary: the parent of a pair -> the `kernel_layout` of its A, for all pairs that have one."""
     has_layout = lambda node: isinstance(getattr(node, "kernel_layout", None), tuple)  # noqa: E731
     nodes = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=has_layout)
     return {tuple(key_names(path)[:-1]): node.kernel_layout for path, node in nodes if has_layout(node)}
@@ -287,11 +288,11 @@ def path_hash(path: str) -> int:
 def factors_and_scales(
     parent: tuple[str, ...], factors: Mapping, profiles: Mapping
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer's factors and what lies between them.
+    """Returns one layer's factors and the scales of its ranks.
 
     Args:
       parent: the names along the layer's path.
-      factors, profiles: what `by_parent` makes of an adapter and of its profile tree.
+      factors, profiles: the dictionaries that `by_parent` returns for an adapter and for its profile tree.
 
     Returns:
       A [..., D, R], B [..., R, F] and the profile times the gate, if there is one, [..., R].
@@ -316,13 +317,13 @@ def factors_and_scales(
     return a, b, times_gate(p, leaves)
 
 
-def times_gate(p, leaves: Mapping[str, Any]):
-    """A profile [R] or [..., R], times the gate [..., R] of a layer if there is one among the layer's leaves."""
+def times_gate(p: Any, leaves: Mapping[str, Any]) -> Any:
+    """Returns a profile [R] or [..., R], times the gate [..., R] if there is one among a layer's leaves."""
     return p * leaves["gate"] if "gate" in leaves else p
 
 
 def without_gate(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """One layer's factors with the gate, if there is one, multiplied into B: ``A diag(p) (diag(gate) B)``.
+    """Returns one layer's factors with the gate, if there is one, multiplied into B: ``A diag(p) (diag(gate) B)``.
 
     Args:
       leaves: the layer's leaves by name, of jax or NumPy.

@@ -1,4 +1,4 @@
-"""Ranges of numbers that a user gives, with the errors that name what is allowed."""
+"""Ranges of the numbers that a user gives. An error message names the allowed range."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Range:
     """The numbers from `low` to `high`, both included; NaN is in no range.
 
     Attributes:
-      low, high: bounds.
+      low, high: the bounds.
       open_low: whether `low` itself is left out.
     """
 
@@ -48,7 +48,7 @@ SEEDS = Range(low=0, high=LARGEST_SEED)
 
 
 def check_number(name: str, value: float) -> None:
-    """Checks that a number can become one of an array: an int32 or a float32.
+    """Checks that a number fits an array's int32 or float32.
 
     Raises:
       ValueError: an integer beyond 2**31 - 1, or a number that is infinite or NaN in float32.

@@ -1,4 +1,4 @@
-"""Which leaf of an adapter has its rank axis where, and what follows from that alone.
+"""The position of the rank axis in every kind of leaf of an adapter, and functions that need nothing else.
 
 Trees are `jax` pytrees such as `mlora_jax.split` returns, or plain nested dicts. The leaves of one layer's adapter
 share a parent, the layer's path: the factors ``a`` [..., D, R] and ``b`` [..., R, F], and ``gate`` [..., R] if the
@@ -9,7 +9,7 @@ before those count stacked layers and groups. A new kind of leaf is a new row of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,23 +26,23 @@ ADAPTER_LEAVES = tuple(name for name in RANK_AXES if name != PROFILE)
 WITHOUT_RANK_AXIS = ("dropout_key",)
 
 
-def path_names(path) -> tuple[str, ...]:
+def path_names(path: Sequence[Any]) -> tuple[str, ...]:
     """The names along a tree path, without the attribute by which a Variable holds its array."""
     names = key_names(path)
     return tuple(names[:-1] if len(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) else names)
 
 
-def key_names(path) -> list[str]:
+def key_names(path: Sequence[Any]) -> list[str]:
     """The names of all keys of a tree path."""
     return [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
 
 
-def layer_name(parent: tuple[str, ...]) -> str:
-    """What messages call the layer at a path of names."""
+def layer_name(parent: Iterable[str]) -> str:
+    """Returns the name that messages use for the layer at a path of names."""
     return ".".join(parent) or "the adapter"
 
 
-def leaf_name(path) -> str:
+def leaf_name(path: Sequence[Any]) -> str:
     """The key of `RANK_AXES` that a tree path ends in.
 
     Raises:
@@ -55,8 +55,8 @@ def leaf_name(path) -> str:
     return name
 
 
-def rank_of(name: str, leaf) -> int:
-    """R of a leaf with the name `name`, a key of `RANK_AXES`."""
+def rank_of(name: str, leaf: Any) -> int:
+    """Returns R of a leaf that has the name `name`, a key of `RANK_AXES`."""
     return leaf.shape[RANK_AXES[name]]
 
 
@@ -65,13 +65,13 @@ def has_gate(names: Iterable[str]) -> bool:
     return GATE in names
 
 
-def cut_to_rank(name: str, leaf, rank: int) -> jax.Array:
+def cut_to_rank(name: str, leaf: Any, rank: int) -> jax.Array:
     """The first `rank` entries of a leaf along its rank axis."""
     return jax.lax.slice_in_dim(leaf, 0, rank, axis=RANK_AXES[name])
 
 
-def along_rank(name: str, vector):
-    """A vector [R] in the shape in which it broadcasts along the rank axis of a leaf.
+def along_rank(name: str, vector: Any) -> Any:
+    """Returns a vector [R] in the shape in which it broadcasts along the rank axis of a leaf.
 
     >>> along_rank("b", jax.numpy.ones(3)).shape
     (3, 1)
@@ -81,7 +81,7 @@ def along_rank(name: str, vector):
 
 
 def by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The names along a layer's path -> {name of a leaf: leaf}."""
+    """Returns a dictionary: the names along a layer's path -> {name of a leaf: leaf}."""
     grouped: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         *parent, name = path_names(path)
@@ -90,7 +90,7 @@ def by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def adapter_layers(adapter: Tree) -> dict[str, dict[str, Any]]:
-    """Dotted path of a layer -> its leaves by name, after a check that the tree is an adapter.
+    """Returns the leaves of every layer by the layer's dotted path, after a check that the tree is an adapter.
 
     Args:
       adapter: tree of an adapter's leaves, arrays or `jax.ShapeDtypeStruct`s.
@@ -132,18 +132,18 @@ def _leading(name: str, leaf) -> tuple[int, ...]:
 
 
 def leading_axes(leaves: Mapping[str, Any]) -> tuple[int, ...]:
-    """Sizes of the axes in front of a layer's matrices, those of a stack and those of groups."""
+    """Returns the sizes of the axes before a layer's matrices: the axes of a stack, then the axes of groups."""
     return _leading(FACTORS[0], leaves[FACTORS[0]])
 
 
 def parameters_per_rank(leaves: Mapping[str, Any]) -> int:
-    """Trained numbers that one rank of one matrix of a layer has: D + F, and one more with a gate."""
+    """Returns how many trained numbers one rank of one matrix of a layer has: D + F, and one more with a gate."""
     matrices = math.prod(leading_axes(leaves))
     return sum(math.prod(leaf.shape) // (matrices * rank_of(name, leaf)) for name, leaf in leaves.items())
 
 
 def leaf_ranks(adapter: Tree) -> dict[str, int]:
-    """Dotted path of a leaf -> its R.
+    """Returns a dictionary: the dotted path of a leaf -> its R.
 
     Raises:
       ValueError: a leaf whose name is no key of `RANK_AXES`.
@@ -153,7 +153,7 @@ def leaf_ranks(adapter: Tree) -> dict[str, int]:
 
 
 def adapter_rank(adapter: Tree) -> int:
-    """R of an adapter.
+    """Returns R, the rank of an adapter.
 
     Raises:
       ValueError: its leaves do not have one R.

@@ -15,7 +15,7 @@ from mlora_jax.core.rows import find_row
 
 Tree = Any
 
-# What a read-out leaves beside the adapter that it is made from: nothing, another adapter, or profiles.
+# A read-out stores nothing, another adapter, or profiles beside the adapter that it is made from.
 STORED = ("", "adapter", "profiles")
 
 
@@ -25,10 +25,11 @@ class ReadOut:
 
     Attributes:
       summary: one line for tables and errors.
-      profile: (hierarchy, rank) -> [R], of the adapter itself; an adapter that an action makes is read out by prefix.
+      profile: (hierarchy, rank) -> [R], the profile that reads out the adapter itself; an adapter that an action makes
+        is read out by prefix.
       action: a key of `mlora_jax.core.actions.ACTIONS`.
-      stored: what is kept beside the trained adapter, of `STORED`; the file or folder has the name of the read-out.
-      label: how tables and figures call a method under this read-out.
+      stored: what is stored beside the trained adapter, one of `STORED`; the file or folder has the read-out's name.
+      label: the name of a method under this read-out in tables and figures.
     """
 
     summary: str
@@ -39,7 +40,7 @@ class ReadOut:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it takes besides the adapter: the needs of its action."""
+        """The names of what it needs besides the adapter: the needs of its action."""
         return get_action(self.action).needs
 
 
@@ -65,13 +66,13 @@ READOUTS: dict[str, ReadOut] = {
 
 
 class Reading(NamedTuple):
-    """What a trained adapter is measured or exported as.
+    """The form in which a trained adapter is measured or exported: an adapter and its profiles.
 
     Attributes:
       adapter: the tree of factors; another one than was trained if the read-out's action makes one.
       hierarchy: the ranks, scales and weights of that adapter.
       name: the read-out of that adapter, a key of `READOUTS`: "prefix" where an action has made it.
-      profiles: rank of S -> [R], where the action gives the profiles; else None.
+      profiles: a dictionary: rank of S -> [R], if the action gives the profiles; else None.
     """
 
     adapter: Tree
@@ -90,12 +91,12 @@ class Reading(NamedTuple):
         return fitted_profile(self.profiles, rank)
 
     def curve(self) -> dict[int, jax.Array]:
-        """Rank of S -> the profile [R] that serves it."""
+        """Returns a dictionary: rank of S -> the profile [R] that serves it."""
         return {rank: self.profile(rank) for rank in self.hierarchy.ranks}
 
 
 def get_readout(name: str) -> ReadOut:
-    """The read-out of that name.
+    """Returns the read-out that has the given name.
 
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.
@@ -104,7 +105,7 @@ def get_readout(name: str) -> ReadOut:
 
 
 def readout_label(method: str, readout: str) -> str:
-    """How tables and figures call a method under a read-out; an unknown one stands in brackets.
+    """Returns the name of a method under a read-out in tables and figures; an unknown read-out stands in brackets.
 
     >>> readout_label("lora", "squeeze"), readout_label("lora", "masked")
     ('lora + squeeze', 'lora (masked)')
@@ -133,7 +134,7 @@ def read_out(
       hierarchy: its ranks, scales and weights.
       readout: a key of `READOUTS`.
       trained_profile: [R], the profile of the trained function, which some actions keep; None is `hierarchy.lora()`.
-      needed: what the read-out needs, by name.
+      needed: a dictionary: the name of every need of the read-out -> its value.
 
     Raises:
       ValueError: an unknown read-out, or one whose needs are not given.
@@ -158,7 +159,7 @@ def read_out(
 
 
 def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Array:
-    """The profile [R] of a read-out of the adapter itself, at a rank in 0..R.
+    """Returns the profile [R] at a rank in 0..R of a read-out that changes no adapter.
 
     Raises:
       ValueError: an unknown read-out, one that makes another adapter or fits profiles, or a rank outside 0..R.
@@ -174,7 +175,7 @@ def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Ar
 
 
 def fitted_profile(profiles: Mapping[int, jax.Array], rank: int) -> jax.Array:
-    """The profile [R] that was fitted to a rank; zeros at rank 0.
+    """Returns the profile [R] that was fitted to a rank; zeros at rank 0.
 
     Raises:
       ValueError: none was fitted to it.

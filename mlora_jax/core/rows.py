@@ -10,12 +10,12 @@ Row = TypeVar("Row")
 
 
 def find_row(table: Mapping[str, Row], name: str, kind: str) -> Row:
-    """The row of that name.
+    """Returns the row that has the given name.
 
     Args:
       table: name -> row.
-      name: the name that is looked for.
-      kind: what the rows are, in the singular, for the message.
+      name: the name of the wanted row.
+      kind: the noun for a row, in the singular, for the message.
 
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.

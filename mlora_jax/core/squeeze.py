@@ -1,4 +1,4 @@
-"""Factors ordered by what each is worth, the function unchanged.
+"""Squeezing: ordering the ranks of an adapter by their importance without changing its function.
 
 The trees are those of `mlora_jax.core.product`.
 """
@@ -36,25 +36,25 @@ def squeeze(
     key: jax.Array | None = None,
     grams: Tree | None = None,
 ) -> tuple[Tree, RankHierarchy]:
-    """The truncated SVD of ``A B``: the same function with its factors ordered by singular value.
+    """Replaces the factors by the truncated SVD of ``A B``: the same function, its ranks ordered by singular value.
 
     For every pair ``A diag(p) B = U diag(s) V^T`` becomes ``A' = U sqrt(s)``, ``B' = sqrt(s) V^T``, so each prefix of
-    the new adapter is the best approximation of its rank (Eckart-Young). A D x F product is never formed: QR of ``A``
-    and of ``B^T``, then the SVD of an R x R matrix. Where the product has a lower rank than R, the left-over columns of
-    A are drawn afresh and the rows of B are zero; rounding noise is never kept as a direction. A gate is part of the
-    function, ``A diag(p * gate) B``, and comes back as ones.
+    the new adapter is the best approximation of its rank (Eckart-Young). A D x F product is never formed: the
+    function takes the QR of ``A`` and of ``B^T``, then the SVD of an R x R matrix. Where the product has a lower rank
+    than R, the left-over columns of A are drawn afresh and the rows of B are zero; rounding noise is never kept as a
+    direction. A gate is part of the function, ``A diag(p * gate) B``, and comes back as ones.
 
-    With `grams` it is each layer's output on the inputs X behind them that every prefix approximates best: the SVD is
-    that of ``X A diag(p) B``. Columns of A' are then as long as the rows of B', but no longer orthogonal.
+    With `grams` every prefix is the best approximation of each layer's output on the inputs X of the grams: the SVD is
+    taken of ``X A diag(p) B``. The columns of A' are then as long as the rows of B', but no longer orthogonal.
 
     Args:
       adapter: tree of an adapter's leaves.
-      profile: tree of profiles [..., R]; the function to keep. The scale ends up inside the factors.
+      profile: tree of profiles [..., R] of the function to keep. The scale ends up inside the factors.
       ranks: S of the new hierarchy; None means the powers of two up to R.
       key: `jax.random.key` for the fresh columns; None means `jax.random.key(0)`.
       grams: tree with ``H^T H`` under the key ``gram`` [..., R, R] beside every pair. ``H = X A diag(p)``, or
-        ``X A diag(p * gate)``, is what B is given. The scale of a gram does not matter. None weights all directions of
-        the input alike, and so does a gram of zeros.
+        ``X A diag(p * gate)``, is what B is given. The scale of a gram does not matter. With None, or a gram of
+        zeros, all directions of the input count alike.
 
     Returns:
       The new adapter (dtypes and shapes as before) and its hierarchy, whose scaling is "none".
@@ -89,7 +89,7 @@ def squeeze_factors(
     """Does what `squeeze` does and also returns what an optimizer's state needs to follow; traceable.
 
     Args:
-      adapter, profile, grams: as `squeeze`; one axis more in front holds several adapters.
+      adapter, profile, grams: as in `squeeze`; one more axis in front holds several adapters.
       key: a `jax.random.key`, or [K] of them, one for each entry of the first axis of every leaf.
       init: the start of the fresh columns, as in `initialize_factors`.
     """
@@ -122,7 +122,7 @@ def squeeze_factors(
 
 
 def profile_like(adapter: Tree, p: jax.Array) -> Tree:
-    """One profile for all layers, as a tree of profiles beside the leaves of an adapter.
+    """Returns a tree that has the same profile for all layers of an adapter.
 
     Args:
       adapter: tree of an adapter's leaves.
@@ -149,11 +149,11 @@ _MAPPED = {
 
 
 def map_gradients(tree: Tree, gradient_maps: Tree, *, squared: bool = False) -> Tree:
-    """Gradients of the old leaves, or averages of them, as gradients of the new ones; those of a gate become zero.
+    """Turns gradients of the old leaves, or averages of them, into those of the new leaves; a gate's become zero.
 
     Args:
       tree: like the adapter.
-      gradient_maps: of `Squeezed`.
+      gradient_maps: the tree `Squeezed.gradient_maps`.
       squared: whether `tree` holds averages of squares. Those follow exactly only if the gradients of different columns
         are uncorrelated.
     """
@@ -185,7 +185,7 @@ def _squeeze_pair(a, b, p, gram, key, init: str) -> tuple[jax.Array, ...]:
 
 
 def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
-    """A' [D, R], B' [R, F], and the gradient maps [R, R]."""
+    """Returns A' [D, R], B' [R, F], and the two gradient maps [R, R]."""
     features_in, rank = a.shape
     wide = jnp.promote_types(a.dtype, jnp.float32)
     a, b, p = a.astype(wide), b.astype(wide), p.astype(wide)
@@ -221,7 +221,7 @@ def _reorder(left, right, map_a, map_b, root, real, gram):
     A' = U diag(root) and B' = diag(root) V^T. Directions that are not real stay last.
     """
     gram = jnp.where(jnp.outer(real, real), gram, 0.0)
-    # No real direction is without worth: one that the inputs never took would mix with those that do not exist.
+    # Every real direction gets a value above zero; otherwise one that the inputs never took would mix with unreal ones.
     floor = jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     values, vectors = jnp.linalg.eigh(gram + jnp.diag(jnp.where(real, jnp.where(floor > 0, floor, 1.0), 0.0)))
     half = jnp.sqrt(jnp.maximum(values, 0.0))[:, None] * vectors.T  # half^T half = gram

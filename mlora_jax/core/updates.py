@@ -1,6 +1,6 @@
-"""What happens to Adam's update before it is added to an adapter: one table of update rules.
+"""Update rules: a rule changes Adam's update before it is added to an adapter. `UPDATES` is the table of them.
 
-The rates of columns are data: rules that differ in them only share an executable. Adding a rule is adding a row.
+The rates of columns are data, so rules that differ only in them share an executable. Adding a rule is adding a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Update:
       summary: one line for tables and errors.
       column_rates: (hierarchy) -> [R], a factor on the update of column i of A, of row i of B and of entry i of a gate;
         0 freezes them.
-      proximal: (adapter) -> adapter, the proximal step behind the update; None for none.
+      proximal: (adapter) -> adapter, the proximal step after the update; None if there is none.
       needs_gate: whether the rule acts on gates, so that the method must have them.
     """
 
@@ -48,11 +48,11 @@ def _first_faster(hierarchy: RankHierarchy, *, rate: float) -> jax.Array:
 
 
 def soft_threshold_gates(adapter: Tree, *, threshold: float) -> Tree:
-    """``g <- sign(g) max(|g| - threshold, 0)`` on every gate; factors stay as they are.
+    """Applies ``g <- sign(g) max(|g| - threshold, 0)`` to every gate; factors stay as they are.
 
     Args:
       adapter: the tree of factors and gates.
-      threshold: how much nearer to zero every entry comes.
+      threshold: the amount by which every entry comes nearer to zero.
 
     Source: SoRA, arXiv 2311.11696, equation 8.
     """
@@ -82,7 +82,7 @@ UPDATES: dict[str, Update] = {
 
 
 def get_update(name: str) -> Update:
-    """The update rule of that name.
+    """Returns the update rule that has the given name.
 
     Raises:
       ValueError: there is none; the message names the nearest and all known ones.
