@@ -29,7 +29,7 @@ os.environ["XLA_FLAGS"] = f"{DEVICES} {FLAGS}"
 # Counts the devices, of which runs take the first one. Programs that tests start have one device.
 jax.config.update("jax_default_device", jax.devices()[0])
 os.environ["XLA_FLAGS"] = FLAGS
-# Shapes that broadcast only because one has fewer axes are errors. The same for dtypes is not possible: optax's bias
+# Shapes that broadcast only because one has fewer axes are errors. Dtypes are strict in the core only: optax's bias
 # correction raises a number to a power of another dtype.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -169,7 +169,7 @@ class RankHierarchy:
             index = (jax.random.randint(start, (), 0, len(self.ranks)) + jnp.arange(count)) % len(self.ranks)
         else:  # systematic sampling
             edges = np.cumsum(np.array(self.weights) / math.fsum(self.weights))[:-1]
-            points = (jax.random.uniform(start, dtype=float) + jnp.arange(count)) / count
+            points = (jax.random.uniform(start, dtype=float) + jnp.arange(count, dtype=float)) / count
             index = jnp.searchsorted(jnp.asarray(edges, points.dtype), points, side="right")
         return jax.random.permutation(order, jnp.array(self.ranks, jnp.int32)[index])
 

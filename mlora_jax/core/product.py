@@ -50,6 +50,15 @@ GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Arr
 }
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which numbers of a floating dtype are summed: float64 for float64, else float32.
+
+    >>> wide_dtype(jnp.bfloat16) == jnp.float32
+    True
+    """
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, precision: Any = None) -> jax.Array:
     """Returns the adapter's contribution ``((x A) * p) B``.
 
@@ -75,7 +84,7 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
     """
     if p.shape[-1] != a.shape[-1] or p.ndim > x.ndim or p.shape[:-1] != x.shape[: p.ndim - 1]:
         raise ValueError(f"profile of shape {p.shape} does not fit x {x.shape} and A {a.shape}")
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    accumulate = wide_dtype(x.dtype)
     # The stubs of jax.custom_vjp lose the type of what the function returns.
     hidden = cast("jax.Array", _matmul(x, a.astype(x.dtype), accumulate, precision))  # [..., R]
     return _matmul(apply_profile(hidden, p).astype(x.dtype), b.astype(x.dtype), x.dtype, precision)  # [..., F]
@@ -248,7 +257,7 @@ def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
             return leaf
         pending.discard(parent)
         a, b, scales = factors_and_scales(parent, factors, profiles)
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        wide = wide_dtype(leaf.dtype)
         delta = jnp.matmul(a.astype(wide) * scales[..., None, :], b.astype(wide), precision="highest")
         if delta.size != leaf.size:
             raise ValueError(f"{'.'.join(keys)} has shape {leaf.shape}, but A B has shape {delta.shape}")

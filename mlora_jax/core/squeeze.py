@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.core.hierarchy import RankHierarchy, powers_of_two
-from mlora_jax.core.product import factors_and_scales, initialize_factors, path_hash
+from mlora_jax.core.product import factors_and_scales, initialize_factors, path_hash, wide_dtype
 from mlora_jax.core.rank_axes import (
     FACTORS,
     PROFILE,
@@ -187,7 +187,7 @@ def _squeeze_pair(a, b, p, gram, key, init: str) -> tuple[jax.Array, ...]:
 def _squeeze_one(init: str, a, b, p, key, gram=None) -> tuple[jax.Array, ...]:
     """Returns A' [D, R], B' [R, F], and the two gradient maps [R, R]."""
     features_in, rank = a.shape
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = wide_dtype(a.dtype)
     a, b, p = a.astype(wide), b.astype(wide), p.astype(wide)
     with jax.default_matmul_precision("highest"):
         q_left, r_left = jnp.linalg.qr(a)  # [D, min(D, R)], [min(D, R), R]

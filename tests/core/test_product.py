@@ -65,7 +65,7 @@ def test_the_product_equals_the_loops_and_keeps_the_dtype(x_shape, p_shape, dtyp
         # Rounded first: the reference sees the same numbers.
         x, a, b = (jnp.asarray(draw(*shape), dtype) for shape in (x_shape, (D, R), (R, F)))
         p = jnp.asarray(draw(*p_shape), dtype)
-        product = p_scaled_product(x, a.astype(jnp.promote_types(dtype, jnp.float32)), b.astype(float), p.astype(float))
+        product = p_scaled_product(x, a.astype(jnp.float64 if x64 else jnp.float32), b.astype(float), p.astype(float))
         assert product.dtype == dtype and product.shape == (*x_shape[:-1], F)
         close(product, looped_product(*(np.asarray(v, np.float64) for v in (x, a, b, p))), dtype)
 
