@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import pathlib
@@ -10,6 +9,7 @@ import sys
 import types
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -80,6 +80,8 @@ def _load(file: pathlib.Path) -> types.ModuleType:
     package.__path__ = [str(file.parent)]
     sys.modules[package.__name__] = package
     spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -139,7 +141,9 @@ def _make_room(config: ConfigDict, names: list[str]) -> None:
     for name in names:
         group, _, key = name.rpartition(".")
         if group in NAMED:
-            at = functools.reduce(lambda found, part: found[part], group.split(".")[1:], config)
+            at: Any = config
+            for part in group.split(".")[1:]:
+                at = at[part]
             if key not in at:
                 with at.unlocked():
                     at[key] = ()

@@ -129,8 +129,8 @@ class Key:
         if self.choices:
             more = ", ".join(f'"{choice}"' for choice in self.choices)
             one = f"a tuple of some of {more}" if several else f"one of {more}"
-        parts = [self.form or one, self.bounds and f"{'each ' * several}{self.bounds}"]
-        parts += [self.filled and "at least one entry", self.distinct and "no entry twice"]
+        parts = [self.form or one, f"{'each ' * several}{self.bounds}" if self.bounds else ""]
+        parts += ["at least one entry" if self.filled else "", "no entry twice" if self.distinct else ""]
         return ", ".join(part for part in parts if part)
 
 

@@ -81,19 +81,19 @@ class Estimate:
     Attributes:
       trials: how many there are.
       steps: optimizer steps of each; rows that are dropped for their length are not known and count.
-      rows: to train on.
-      tokens: that are trained on, over all trials and epochs; roughly.
+      rows: the number of rows to train on.
+      tokens: the approximate number of tokens that are trained on, over all trials and epochs.
       passes: the mean cost of a step in LoRA steps.
-      parameters: of the base.
-      base_bytes: of it in `config.model.dtype`.
-      adapter_parameters: of one trial at each rank of the grid.
-      adapter_bytes: of all trained adapters in float32.
+      parameters: the number of parameters of the base.
+      base_bytes: the bytes of the base in `config.model.dtype`.
+      adapter_parameters: the number of adapter parameters of one trial at each rank of the grid.
+      adapter_bytes: the bytes of all trained adapters in float32.
       trial_bytes: one trial's adapter, gradients and optimizer at the largest rank, in float32.
       training_operations: floating-point operations of all training, roughly.
       curves: on the experiment's own rows.
-      own_operations: of those curves.
+      own_operations: the operations that measure those curves.
       tasks: what `config.evaluation.tasks` asks for.
-      task_operations: of it.
+      task_operations: the operations that measure those tasks.
     """
 
     trials: int
@@ -185,8 +185,8 @@ def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
     """What `config.evaluation.tasks` asks for.
 
     Args:
-      config: resolved.
-      trials: of it.
+      config: the resolved config.
+      trials: the trials of the config.
     """
     curves = sum(len(readouts_of(config, trial)) for trial in trials)
     points = _points(config, trials) + 1  # and the base
