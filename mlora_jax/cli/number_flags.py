@@ -35,6 +35,9 @@ RANGES = {
 class _InRange:
     """Makes a parser of absl keep to a `Range`; absl's own bounds let NaN pass."""
 
+    number_article: str
+    number_name: str
+
     def __init__(self, within: Range):
         super().__init__()
         self.within = within

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from mlora_jax.config.keys_of_trials import TRIALS
 from mlora_jax.config.methods import further_methods
 from mlora_jax.config.schema import Group
-from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import METHODS, get_method
 from mlora_jax.trials import expand_trials
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mlora_jax.config_type import ConfigDict
+from ml_collections import ConfigDict
 
 # Type of a value -> how the page and --help call one such value, and several.
 KINDS = {

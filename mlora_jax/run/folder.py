@@ -280,13 +280,14 @@ class RunFolder:
 
 def _machine() -> dict[str, Any]:
     """Returns the versions and settings that the last bits of a run's results depend on, besides its config."""
+    # jaxlib and jax.config have these attributes, but no types for them.
     return {
         "threads": threads(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.__version__,  # pyright: ignore[reportPrivateImportUsage]
         "device": jax.devices()[0].device_kind,
-        "x64": jax.config.jax_enable_x64,
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "x64": jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
     }
 
 
