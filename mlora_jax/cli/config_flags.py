@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from mlora_jax.cli.help import HELP_FLAGS, print_help
 from mlora_jax.config import NAMED, check_key, resolve
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.study.keys import resolve_cell, without_study
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -224,7 +224,7 @@ class Group:
             inner = given.get(key, {})
             if not isinstance(inner, (Mapping, ConfigDict)):
                 raise ValueError(f"{name} must be a group of keys, got {inner!r}")
-            values[key] = item.read(inner, name)
+            values[key] = item.read(cast(Mapping[str, Any], inner), name)
         return values
 
     def validate(self, values: Mapping[str, Any], path: str) -> None:
