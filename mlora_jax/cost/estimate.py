@@ -90,7 +90,7 @@ class Estimate:
       adapter_bytes: the bytes of all trained adapters in float32.
       trial_bytes: one trial's adapter, gradients and optimizer at the largest rank, in float32.
       training_operations: floating-point operations of all training, roughly.
-      curves: on the experiment's own rows.
+      curves: the number of curves on the experiment's own rows.
       own_operations: the operations that measure those curves.
       tasks: what `config.evaluation.tasks` asks for.
       task_operations: the operations that measure those tasks.
@@ -182,7 +182,7 @@ def estimate(config: ConfigDict | dict) -> Estimate:
 
 
 def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
-    """What `config.evaluation.tasks` asks for.
+    """Counts the requests and tokens that `config.evaluation.tasks` asks for.
 
     Args:
       config: the resolved config.
@@ -207,7 +207,7 @@ def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
 
 
 def _points(config: ConfigDict, trials: Iterable[Trial]) -> int:
-    """Ranks of all curves on one set of rows."""
+    """Returns the number of ranks of all curves on one set of rows."""
     ranks = config.adapter.ranks
     return sum(len(readouts_of(config, trial)) * len(trial.hierarchy(ranks).ranks) for trial in trials)
 
@@ -234,7 +234,7 @@ def _text_size(config: ConfigDict) -> TextSize:
 
 
 def _rows(config: ConfigDict, size: TextSize) -> tuple[int, list[int]]:
-    """Rows to train on, and those of every split to evaluate on."""
+    """Returns the number of rows to train on, and the number of rows of every split to evaluate on."""
     options, train, test = config.validation, size.train, size.test
     if not test:
         test = max(1, round(train * config.data.holdout))

@@ -218,7 +218,7 @@ def time_loss(experiment: Experiment, rank: int) -> float:
 
 
 def _time_second(run: Callable[[], Any]) -> float:
-    """Seconds of a second call; the first one compiles."""
+    """Returns the seconds of a second call, since the first call compiles."""
     run()
     start = time.monotonic()
     run()
