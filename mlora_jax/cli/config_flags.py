@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import pathlib
@@ -10,13 +9,15 @@ import sys
 import types
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from mlora_jax.cli.help import HELP_FLAGS, print_help
 from mlora_jax.config import NAMED, check_key, resolve
+from mlora_jax.config_type import ConfigDict
 from mlora_jax.study.keys import resolve_cell, without_study
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
@@ -80,6 +81,8 @@ def _load(file: pathlib.Path) -> types.ModuleType:
     package.__path__ = [str(file.parent)]
     sys.modules[package.__name__] = package
     spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -139,7 +142,9 @@ def _make_room(config: ConfigDict, names: list[str]) -> None:
     for name in names:
         group, _, key = name.rpartition(".")
         if group in NAMED:
-            at = functools.reduce(lambda found, part: found[part], group.split(".")[1:], config)
+            at: Any = config
+            for part in group.split(".")[1:]:
+                at = at[part]
             if key not in at:
                 with at.unlocked():
                     at[key] = ()

@@ -14,7 +14,7 @@ RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.
 
 def chosen_ranks(values: Sequence[str]) -> list[int]:
     """The ranks of --rank, each once."""
-    return list(dict.fromkeys(integers("rank", values or [""])))
+    return list(dict.fromkeys(int(rank) for rank in integers("rank", values or [""])))
 
 
 def find_adapter(run: str, trial: str | None) -> pathlib.Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import cast
 
 from absl import flags
 
-from mlora_jax.config import KEYS, help_text
+from mlora_jax.config import KEYS, Group, help_text
 from mlora_jax.config_type import ConfigDict
 
 HELP_FLAGS = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
@@ -23,4 +25,4 @@ def print_help(config: ConfigDict | None = None) -> None:
     if config is None:
         print("With --config NAME as well, --help also shows the values of that config.")
     print('The keys of a config, each a flag like --config.train.epochs=5 or --config.trials.seed="(1, 2)":\n')
-    print(help_text(KEYS.keys, values))
+    print(help_text(cast(Mapping[str, Group], KEYS.keys), values))

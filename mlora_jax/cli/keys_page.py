@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
+from typing import cast
 
 from mlora_jax.config import KEYS, Group, keys_page
 from mlora_jax.study.keys import NAME, STUDY
 
-GROUPS: dict[str, Group] = {**KEYS.keys, NAME: STUDY}
+# The top level of the table holds groups alone.
+GROUPS: dict[str, Group] = {**cast(Mapping[str, Group], KEYS.keys), NAME: STUDY}
 HEAD = """\
 # Keys of a config
 

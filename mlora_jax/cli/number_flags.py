@@ -35,6 +35,9 @@ RANGES = {
 class _InRange:
     """Makes a parser of absl keep to a `Range`; absl's own bounds let NaN pass."""
 
+    number_article: str
+    number_name: str
+
     def __init__(self, within: Range):
         super().__init__()
         self.within = within
@@ -66,7 +69,7 @@ def integers(name: str, values: Sequence[str], *, low: int | None = None, words:
     """The values of a list flag of `RANGES`.
 
     Args:
-      name: of the flag.
+      name: the flag's name.
       values: what stands between its commas.
       low: the least that is allowed, in place of the table's.
       words: values that are allowed besides integers, and stay as they are.

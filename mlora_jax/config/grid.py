@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
+
+from ml_collections import ConfigDict
 
 from mlora_jax.config.keys_of_trials import TRIALS
 from mlora_jax.config.methods import further_methods
-from mlora_jax.config.schema import Group
-from mlora_jax.config_type import ConfigDict
+from mlora_jax.config.schema import Group, Key
 from mlora_jax.core import METHODS, get_method
 from mlora_jax.trials import expand_trials
 
@@ -31,11 +32,11 @@ def _read_entry(entry: Any, name: str) -> dict[str, tuple]:
         raise ValueError(f"{name} must be a dict of some of {', '.join(AXES.keys)}; got {entry!r}")
     AXES.check_names(entry, name)
     values = {}
-    for key, value in entry.items():
+    for key, value in cast(Mapping[str, Any], entry).items():
         several = isinstance(value, (tuple, list))
         if key == "weights" and several:  # one trial's weights, or a tuple of such
             several = any(isinstance(item, (tuple, list)) for item in value)
-        values[key] = AXES.at(key).read(value if several else (value,), f"{name}.{key}")
+        values[key] = cast(Key, AXES.at(key)).read(value if several else (value,), f"{name}.{key}")
     return values
 
 

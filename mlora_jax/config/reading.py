@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import ml_collections
+
 from mlora_jax.config.checks import check_numbers
 from mlora_jax.config.grid import check_trials, read_entries
 from mlora_jax.config.keys import CHANGEABLE, ELSEWHERE, KEYS
@@ -29,7 +31,7 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
       ValueError: an unknown key (the message names the nearest one), a value of another type, or a value that is not
         allowed: outside its range, none of the choices, or one that does not go with the others.
     """
-    given = config.to_dict() if isinstance(config, ConfigDict) else config
+    given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     _check_elsewhere(name for name in given if name not in groups)
     table = Group(doc=KEYS.doc, keys={**KEYS.keys, **groups})
     values = table.read(given, "config")
@@ -40,7 +42,7 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
     check_readout_methods(values)
     check_numbers(values)
     check_trials(values)
-    return ConfigDict(values).lock()
+    return ml_collections.ConfigDict(values).lock()
 
 
 def resolve_stored(config: Mapping[str, Any]) -> ConfigDict:

@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-from mlora_jax.config_type import ConfigDict
+from ml_collections import ConfigDict
 
 # Type of a value -> how the page and --help call one such value, and several.
 KINDS = {
@@ -129,8 +129,8 @@ class Key:
         if self.choices:
             more = ", ".join(f'"{choice}"' for choice in self.choices)
             one = f"a tuple of some of {more}" if several else f"one of {more}"
-        parts = [self.form or one, self.bounds and f"{'each ' * several}{self.bounds}"]
-        parts += [self.filled and "at least one entry", self.distinct and "no entry twice"]
+        parts = [self.form or one, f"{'each ' * several}{self.bounds}" if self.bounds else ""]
+        parts += ["at least one entry" if self.filled else "", "no entry twice" if self.distinct else ""]
         return ", ".join(part for part in parts if part)
 
 
@@ -224,7 +224,7 @@ class Group:
             inner = given.get(key, {})
             if not isinstance(inner, (Mapping, ConfigDict)):
                 raise ValueError(f"{name} must be a group of keys, got {inner!r}")
-            values[key] = item.read(inner, name)
+            values[key] = item.read(cast(Mapping[str, Any], inner), name)
         return values
 
     def validate(self, values: Mapping[str, Any], path: str) -> None:

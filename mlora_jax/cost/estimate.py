@@ -81,19 +81,19 @@ class Estimate:
     Attributes:
       trials: how many there are.
       steps: optimizer steps of each; rows that are dropped for their length are not known and count.
-      rows: to train on.
-      tokens: that are trained on, over all trials and epochs; roughly.
+      rows: the number of rows to train on.
+      tokens: the approximate number of tokens that are trained on, over all trials and epochs.
       passes: the mean cost of a step in LoRA steps.
-      parameters: of the base.
-      base_bytes: of it in `config.model.dtype`.
-      adapter_parameters: of one trial at each rank of the grid.
-      adapter_bytes: of all trained adapters in float32.
+      parameters: the number of parameters of the base.
+      base_bytes: the bytes of the base in `config.model.dtype`.
+      adapter_parameters: the number of adapter parameters of one trial at each rank of the grid.
+      adapter_bytes: the bytes of all trained adapters in float32.
       trial_bytes: one trial's adapter, gradients and optimizer at the largest rank, in float32.
       training_operations: floating-point operations of all training, roughly.
-      curves: on the experiment's own rows.
-      own_operations: of those curves.
+      curves: the number of curves on the experiment's own rows.
+      own_operations: the operations that measure those curves.
       tasks: what `config.evaluation.tasks` asks for.
-      task_operations: of it.
+      task_operations: the operations that measure those tasks.
     """
 
     trials: int
@@ -138,30 +138,30 @@ def estimate(config: ConfigDict | dict) -> Estimate:
         rows.
       FileNotFoundError: raw files that are not there.
     """
-    config = resolve(config)
-    trials, shape = expand_trials(config), _shape(config.model.path)
-    size = _text_size(config)
-    train, evaluated = _rows(config, size)
-    steps = -(-train * config.train.epochs // config.train.batch_size)
-    limit = min(config.data.max_length, shape.max_position_embeddings)
+    resolved = resolve(config)
+    trials, shape = expand_trials(resolved), _shape(resolved.model.path)
+    size = _text_size(resolved)
+    train, evaluated = _rows(resolved, size)
+    steps = -(-train * resolved.train.epochs // resolved.train.batch_size)
+    limit = min(resolved.data.max_length, shape.max_position_embeddings)
     length = min((size.prompt + size.answer) / CHARACTERS_PER_TOKEN + 2, limit)
     answer = min(size.answer / CHARACTERS_PER_TOKEN + 1, length)
-    dtype = jnp.dtype(config.model.dtype or "bfloat16")
+    dtype = jnp.dtype(resolved.model.dtype or "bfloat16")
     base = _base(shape, dtype)
-    adapters = {rank: _adapter_parameters(base, config, rank) for rank in dict.fromkeys(t.rank for t in trials)}
-    phases = TrialPhases(config, steps)
+    adapters = {rank: _adapter_parameters(base, resolved, rank) for rank in dict.fromkeys(t.rank for t in trials)}
+    phases = TrialPhases(resolved, steps)
     passes = [phases.cost(trial) for trial in trials]
-    tokens = train * config.train.epochs * length
-    backward = 3 if config.train.remat else 2
+    tokens = train * resolved.train.epochs * length
+    backward = 3 if resolved.train.remat else 2
     each = {
         rank: tokens * (backward * _per_token(shape, length) + 2 * 3 * extra)
         + tokens / length * answer * 2 * (2 * shape.vocab_size * shape.hidden_size)
         for rank, extra in adapters.items()
     }
-    points = _points(config, trials)
-    generates = find_task(config.data.task).metric == "exact_match"
-    own = sum(evaluated) * (length + generates * config.evaluation.max_new_tokens)
-    tasks = task_requests(config, trials)
+    points = _points(resolved, trials)
+    generates = find_task(resolved.data.task).metric == "exact_match"
+    own = sum(evaluated) * (length + generates * resolved.evaluation.max_new_tokens)
+    tasks = task_requests(resolved, trials)
     return Estimate(
         trials=len(trials),
         steps=steps,
@@ -174,7 +174,7 @@ def estimate(config: ConfigDict | dict) -> Estimate:
         adapter_bytes=sum(4 * adapters[trial.rank] for trial in trials),
         trial_bytes=4 * 4 * max(adapters.values()),
         training_operations=sum(each[trial.rank] * cost for trial, cost in zip(trials, passes, strict=True)),
-        curves=len(evaluated) * sum(len(readouts_of(config, trial)) for trial in trials),
+        curves=len(evaluated) * sum(len(readouts_of(resolved, trial)) for trial in trials),
         own_operations=(points + 1) * own * _per_token(shape, length, head=generates),
         tasks=tasks,
         task_operations=tasks.tokens * _per_token(shape, 1024),
@@ -182,11 +182,11 @@ def estimate(config: ConfigDict | dict) -> Estimate:
 
 
 def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
-    """What `config.evaluation.tasks` asks for.
+    """Counts the requests and tokens that `config.evaluation.tasks` asks for.
 
     Args:
-      config: resolved.
-      trials: of it.
+      config: the resolved config.
+      trials: the trials of the config.
     """
     curves = sum(len(readouts_of(config, trial)) for trial in trials)
     points = _points(config, trials) + 1  # and the base
@@ -207,7 +207,7 @@ def task_requests(config: ConfigDict, trials: Sequence[Trial]) -> Requests:
 
 
 def _points(config: ConfigDict, trials: Iterable[Trial]) -> int:
-    """Ranks of all curves on one set of rows."""
+    """Returns the number of ranks of all curves on one set of rows."""
     ranks = config.adapter.ranks
     return sum(len(readouts_of(config, trial)) * len(trial.hierarchy(ranks).ranks) for trial in trials)
 
@@ -234,7 +234,7 @@ def _text_size(config: ConfigDict) -> TextSize:
 
 
 def _rows(config: ConfigDict, size: TextSize) -> tuple[int, list[int]]:
-    """Rows to train on, and those of every split to evaluate on."""
+    """Returns the number of rows to train on, and the number of rows of every split to evaluate on."""
     options, train, test = config.validation, size.train, size.test
     if not test:
         test = max(1, round(train * config.data.holdout))

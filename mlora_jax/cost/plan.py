@@ -33,12 +33,12 @@ class GroupPlan:
     Attributes:
       rank: R.
       profiles: N, profiles a step; their mean where phases differ.
-      trials: in all batches together.
-      batches: of them.
+      trials: the number of trials in all batches together.
+      batches: the number of batches.
       at_once: K, trials in a batch.
       compilations: executables of the training step, one per batch shape in every kind of phase.
-      tokens: that are trained on, over all trials; padding is not counted.
-      padded_tokens: that are computed, empty slots and every profile included.
+      tokens: the number of tokens that are trained on, over all trials; padding is not counted.
+      padded_tokens: the number of tokens that are computed, empty slots and every profile included.
       compile_seconds: for one executable, measured.
       step_seconds: for one step of one batch, measured: median.
       training_seconds: projected for all of it, compilations included.
@@ -65,7 +65,7 @@ class Plan:
       trials: how many there are.
       steps: optimizer steps of each.
       groups: what trains together.
-      adapter_bytes: of all trained adapters, float32 (or float64).
+      adapter_bytes: the bytes of all trained adapters, float32 (or float64).
       curves: rank-accuracy curves to measure, over splits and read-outs.
       evaluation_seconds: projected for them and for the base, from one timed batch of requests for each rank and
         split; without the tasks of `config.evaluation.tasks`.
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Projected for training, validation and evaluation on the experiment's own rows."""
+        """The projected seconds of training, validation and evaluation on the experiment's own rows."""
         return sum(group.training_seconds for group in self.groups) + self.validation_seconds + self.evaluation_seconds
 
 
@@ -175,7 +175,7 @@ def _shapes(
 def evaluation_cost(
     experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]
 ) -> tuple[int, float]:
-    """Curves at the end, and seconds for them and the base."""
+    """Returns the number of curves at the end, and the seconds to measure them and the base."""
     curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
     for trial in trials:
         readouts = readouts_of(experiment.config, trial)
@@ -188,7 +188,7 @@ def evaluation_cost(
 def validation_cost(
     experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]
 ) -> tuple[int, float]:
-    """Validations while training, and seconds for them."""
+    """Returns the number of validations while training, and the seconds that they take."""
     options = experiment.config.validation
     if not options.every:
         return 0, 0.0
@@ -218,7 +218,7 @@ def time_loss(experiment: Experiment, rank: int) -> float:
 
 
 def _time_second(run: Callable[[], Any]) -> float:
-    """Seconds of a second call; the first one compiles."""
+    """Returns the seconds of a second call, since the first call compiles."""
     run()
     start = time.monotonic()
     run()

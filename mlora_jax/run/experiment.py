@@ -46,7 +46,7 @@ class Experiment:
       data: the task's rows.
       examples: what is trained on.
       rows: split -> the rows to evaluate on: "test", and "validation" if some are held out.
-      mesh: of all devices; None if there is but one.
+      mesh: the mesh of all devices; None if there is only one device.
     """
 
     config: ConfigDict
@@ -109,17 +109,17 @@ class Experiment:
 
     @functools.cached_property
     def generation_settings(self) -> GenerationSettings:
-        """What the base's files say of generation."""
+        """The settings for generation in the base's files."""
         return read_generation_settings(model_folder(self.config.model.path))
 
     @property
     def validates_by_loss(self) -> bool:
-        """Whether the validation loss is looked at while training."""
+        """Whether the validation loss is measured while training."""
         return bool(self.config.validation.every) and self.config.validation.measure == "loss"
 
     @functools.cached_property
     def validation(self) -> Tokenized:
-        """What the validation loss is over; rows above `data.max_length` are no part of it."""
+        """The tokenized rows that the validation loss is computed on, without rows longer than `data.max_length`."""
         return tokenize(
             self.rows["validation"],
             self.tokenizer,
@@ -188,14 +188,14 @@ class Experiment:
 
     @functools.cached_property
     def steps(self) -> int:
-        """Optimizer steps of a trial."""
+        """The number of optimizer steps of a trial."""
         return -(-len(self.examples.examples) * self.config.train.epochs // self.config.train.batch_size)
 
     @functools.cached_property
     def phases(self) -> TrialPhases:
-        """Which policy trains a trial when."""
+        """The phases of the trials: which policy trains a trial at which steps."""
         return TrialPhases(self.config, self.steps)
 
     def hierarchy(self, trial: Trial) -> RankHierarchy:
-        """S, scales and weights that a trained trial is read out with."""
+        """Returns the hierarchy (S, scales and weights) that a trained trial is read out with."""
         return self.phases.hierarchy(trial)

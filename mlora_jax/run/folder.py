@@ -74,7 +74,7 @@ def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
 
     Args:
       path: the folder of a run.
-      name: of the trial.
+      name: the trial's name.
 
     Raises:
       FileNotFoundError: this is not the folder of a run, or the trial has no adapter yet.
@@ -101,11 +101,11 @@ class RunFolder:
     With several processes it lies where all of them see it. The first one writes, and what it reads all of them get.
 
     Args:
-      path: of the folder; made if it is not there.
+      path: the path of the folder, which is made if it does not exist.
       config: resolved.
 
     Attributes:
-      path: of the folder.
+      path: the path of the folder.
       batches: every batch of this run so far, in the order in which they train.
 
     Raises:
@@ -208,11 +208,11 @@ class RunFolder:
         self._inputs = dict(digests)
 
     def trained(self, batch: TrialBatch) -> bool:
-        """Whether all of its adapters are on disk."""
+        """Returns whether all adapters of a batch are on disk."""
         return batch.name in self._trained
 
     def unplanned(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Those that are in no batch yet."""
+        """Returns the trials that are in no batch yet."""
         planned = {trial for batch in self.batches for trial in batch.trials}
         return [trial for trial in trials if trial not in planned]
 
@@ -230,11 +230,11 @@ class RunFolder:
             shutil.rmtree(self.checkpoints(batch), ignore_errors=True)
 
     def checkpoints(self, batch: TrialBatch) -> pathlib.Path:
-        """The folder of its checkpoints."""
+        """Returns the folder of the checkpoints of a batch."""
         return self.path / "checkpoints" / batch.name
 
     def adapter(self, trial: Trial) -> pathlib.Path:
-        """The folder of its adapter."""
+        """Returns the folder of the adapter of a trial."""
         return self.path / ADAPTERS / trial.name
 
     def curves(self) -> CurvesOnRecord:
@@ -246,7 +246,7 @@ class RunFolder:
 
         Args:
           trial: its name, or "base".
-          readout: of the curve.
+          readout: the read-out of the curve.
           measured_on: the split of the run's own task, or what `task_key` says of another one.
           verdicts: one row per rank.
         """
@@ -258,7 +258,7 @@ class RunFolder:
             np.save(file, verdicts)
 
     def verdicts(self, trial: str, readout: str, measured_on: str) -> np.ndarray | None:
-        """What `save_verdicts` kept, or None."""
+        """Returns the verdicts that `save_verdicts` kept, or None."""
         return load_verdicts(self.path, trial, readout, measured_on)
 
     def list_not_compared(self, reasons: dict[str, str]) -> None:
@@ -279,14 +279,15 @@ class RunFolder:
 
 
 def _machine() -> dict[str, Any]:
-    """What a run's last bits depend on besides its config."""
+    """Returns the versions and settings that the last bits of a run's results depend on, besides its config."""
+    # jaxlib and jax.config have these attributes, but no types for them.
     return {
         "threads": threads(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.__version__,  # pyright: ignore[reportPrivateImportUsage]
         "device": jax.devices()[0].device_kind,
-        "x64": jax.config.jax_enable_x64,
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "x64": jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
     }
 
 
@@ -301,5 +302,5 @@ def _verdicts(path: pathlib.Path, trial: str, readout: str, measured_on: str) ->
 
 
 def task_key(task: str, shots: int) -> str:
-    """What a harness task with so many examples is called in a folder of verdicts."""
+    """Returns the name, in a folder of verdicts, of a harness task with a number of examples."""
     return f"{task}-{shots}"

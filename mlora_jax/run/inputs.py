@@ -34,7 +34,7 @@ def run_mesh(config: ConfigDict) -> Mesh | None:
     Raises:
       ValueError: axes that do not fit the devices, or rows that they do not divide.
     """
-    if jax.config.jax_default_device is not None:
+    if jax.config.jax_default_device is not None:  # pyright: ignore[reportAttributeAccessIssue]  # jax does not type it
         return None
     options, devices = config.parallel, jax.devices()
     sizes = {axis: options[axis] for axis in AXES}
@@ -62,7 +62,7 @@ def run_mesh(config: ConfigDict) -> Mesh | None:
 def load_model(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Decoder, Tokenizer]:
     """The frozen base, laid out on the mesh as it is read, and its tokenizer, from `config.model`."""
     dtype = config.model.dtype
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]  # jax does not type it
         raise ValueError("config.model.dtype='float64' needs the environment variable JAX_ENABLE_X64=1")
     folder = model_folder(config.model.path)
     sharding = None

@@ -30,7 +30,7 @@ from mlora_jax.trials import Trial
 
 
 class Asked(NamedTuple):
-    """For what something is collected.
+    """The trial and the experiment that something is collected for.
 
     Attributes:
       experiment: loaded.

@@ -56,7 +56,7 @@ def choose_ranks(
 
     Args:
       workdir: the folder of a run.
-      trial_name: of one of its trained trials.
+      trial_name: the name of one of its trained trials.
       readout: a key of `mlora_jax.core.READOUTS` that takes nothing but the adapter.
       within: accuracy in 0..1 that the smallest rank may lack of the best.
       budgets: ranks; each stands for the adapter parameters of the uniform prefix of that rank. None is all of S but R.

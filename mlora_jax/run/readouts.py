@@ -49,5 +49,5 @@ def _on_first(ask) -> bool:
 
 
 def _stored_profiles(folder: pathlib.Path, readout: str) -> dict[int, Any]:
-    """What the file says, in every process."""
+    """Reads the file and returns its contents in every process."""
     return hosts.broadcast(read_profiles(folder, readout) if hosts.is_first() else {})

@@ -49,7 +49,7 @@ class Results:
 def read_results(
     config: ConfigDict, folder: RunFolder, trials: Sequence[Trial], compilations: dict[str, int]
 ) -> Results:
-    """What the records say."""
+    """Returns the results that the records hold."""
     records = folder.curves()
     base = {split: record.accuracies[0] for split, record in records.base().items()}
     results = []

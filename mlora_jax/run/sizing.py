@@ -132,7 +132,7 @@ def _filled(experiment: Experiment, count: int) -> int:
 
 
 def _beside_a_step(experiment: Experiment, trial: Trial) -> int:
-    """Bytes of one trial while it trains besides those of its step: its best adapter, and a copy that is saved."""
+    """Returns the bytes that one trial holds outside its step: its best adapter, and a copy that is saved."""
     best = experiment.adapted_for(trial).adapter if experiment.config.validation.keep == "best" else None
     return _trial_bytes(experiment, _one_state(experiment, trial)) + 2 * _trial_bytes(experiment, best)
 
@@ -145,6 +145,6 @@ def _trial_bytes(experiment: Experiment, tree: Any) -> int:
 
 
 def _one_state(experiment: Experiment, trial: Trial) -> TrialState:
-    """The shapes of one trial's state."""
+    """Returns the shapes of one trial's state."""
     adapted = experiment.adapted_for(trial)
     return jax.eval_shape(lambda adapter: init_state(adapter, adapted.optimizer), adapted.adapter)
