@@ -72,11 +72,12 @@ def _run(arguments: Sequence[str]) -> None:
             "exported_from": {**{name: description.get(name) for name in ("trial", "task")}, "readout": READOUT.value}
         },
     }
-    for rank in ranks if found.profiles else ():
-        fitted_profile(found.profiles, rank)  # before anything is written
+    if found.profiles:
+        for rank in ranks:
+            fitted_profile(found.profiles, rank)  # before anything is written
     chosen = {rank: _allocation(ALLOCATION.value, rank) if ALLOCATION.value else rank for rank in ranks}
     for rank, target in _targets(given, folder, ranks).items():
-        print(_WRITERS[TO.value](target, folder, description, adapter, hierarchy, chosen[rank], options))
+        print(_WRITERS[str(TO.value)](target, folder, description, adapter, hierarchy, chosen[rank], options))
 
 
 def _adapter_folder(given: pathlib.Path) -> pathlib.Path:
@@ -96,7 +97,7 @@ def _ranks(hierarchy) -> list[int]:
         raise ValueError("--rank is missing, for example --rank 1,8,32")
     if RANK.value is None:
         whole = hierarchy.max_rank
-        return [*(rank for rank in ACCEPTED[RANKS_FOR.value] if rank < whole), whole]
+        return [*(rank for rank in ACCEPTED[str(RANKS_FOR.value)] if rank < whole), whole]
     lowest = 0 if TO.value == "hf" else 1
     return [check_rank(r, "--rank", low=lowest, high=hierarchy.max_rank) for r in chosen_ranks(RANK.value)]
 

@@ -53,13 +53,13 @@ def _run(arguments: Sequence[str]) -> None:
             f"what is {' '.join(arguments[1:])!r}? Options begin with --, and values with spaces need quotes"
         )
     logging.set_verbosity(logging.WARNING)
-    ranks = chosen_ranks(RANK.value)
+    ranks = chosen_ranks(RANK.value or ())
     _one_of(run=RUN.value, adapter=ADAPTER.value)
     _one_of(prompt=PROMPT.value, prompts=PROMPTS.value)
     if TRIAL.value is not None and RUN.value is None:
         raise ValueError("--trial names an adapter of a run: give --run, or --adapter alone")
-    prompts = [check_text(PROMPT.value, "--prompt")] if PROMPTS.value is None else read_prompts(PROMPTS.value)
-    folder = pathlib.Path(ADAPTER.value) if RUN.value is None else find_adapter(RUN.value, TRIAL.value)
+    prompts = [check_text(PROMPT.value or "", "--prompt")] if PROMPTS.value is None else read_prompts(PROMPTS.value)
+    folder = pathlib.Path(str(ADAPTER.value)) if RUN.value is None else find_adapter(RUN.value, TRIAL.value)
     records = _answer(folder, prompts, ranks)
     if OUTPUT.value is not None:
         lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)

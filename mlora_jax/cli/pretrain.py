@@ -28,7 +28,7 @@ def _run(arguments: list[str]) -> None:
 
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     command = f"python -m experiments.pretrain --config {config_file} --out DIR"
-    record = pretrain(CONFIG.value, OUT.value, command=command)
+    record = pretrain(CONFIG.value, str(OUT.value), command=command)
     print(f"{record['parameters']:,} parameters, held-out loss {record['held_out_loss']}, in {OUT.value}")
 
 

@@ -41,7 +41,7 @@ def _study(left: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     from mlora_jax.study.report import write_study
 
-    workdir, known = pathlib.Path(WORKDIR.value), _known_cells()
+    workdir, known = pathlib.Path(str(WORKDIR.value)), _known_cells()
     for name in CELLS.value:
         if name not in known:
             raise ValueError(f"there is no cell {name!r}; cells: {', '.join(known)}")

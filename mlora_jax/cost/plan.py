@@ -114,7 +114,10 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
     return Plan(
         trials=len(trials),
         steps=experiment.steps,
-        groups=tuple(_group(experiment, *kind, batches, timed_steps) for kind, batches in groups.items()),
+        groups=tuple(
+            _group(experiment, form, phases, slots, batches, timed_steps)
+            for (form, phases, slots), batches in groups.items()
+        ),
         adapter_bytes=sum(leaf.nbytes for trial in trials for leaf in leaves[experiment.form(trial)]),
         curves=curves,
         evaluation_seconds=evaluation_seconds,

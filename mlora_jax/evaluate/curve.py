@@ -37,8 +37,8 @@ class RankCurve:
     readout: str
     ranks: tuple[int, ...]
     accuracies: tuple[float, ...]
-    standard_errors: tuple[float, ...]
-    items: int
+    standard_errors: tuple[float | None, ...]
+    items: int | None
     linear: float
     log2: float
     mean: float

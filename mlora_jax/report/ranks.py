@@ -7,7 +7,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,12 +20,23 @@ from mlora_jax.report.figure import PALETTE, PANEL
 from mlora_jax.report.formats import Table, to_markdown
 
 
-class IntervalEstimate(NamedTuple):
-    """A value and the bounds of its confidence interval, low..high."""
+class IntervalEstimate(Protocol):
+    """A value and the bounds of its confidence interval, low..high, such as `mlora_jax.evaluate.Interval`."""
 
-    low: float
-    high: float
-    value: float
+    @property
+    def low(self) -> float:
+        """The lower bound."""
+        ...
+
+    @property
+    def high(self) -> float:
+        """The upper bound."""
+        ...
+
+    @property
+    def value(self) -> float:
+        """The value of the sample itself."""
+        ...
 
 
 class RankRow(NamedTuple):

@@ -57,7 +57,7 @@ def evaluate_trial(run: Stage, trial: Trial) -> None:
         profiles = reading.curve()
         evaluate = functools.partial(_evaluate, run, adapted.evaluators[split])
         curve = RankCurve.of(readout, tuple(profiles), [evaluate(reading.adapter, p) for p in profiles.values()])
-        run.folder.save_verdicts(trial.name, readout, split, curve.verdicts)
+        run.folder.save_verdicts(trial.name, readout, split, np.asarray(curve.verdicts))
         record = CurveRecord(
             trial=trial,
             task=experiment.data.task.name,

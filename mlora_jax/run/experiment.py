@@ -168,7 +168,7 @@ class Experiment:
 
         With several processes each of them makes the rows that its devices hold.
         """
-        if hosts.count() == 1:
+        if self.mesh is None or hosts.count() == 1:
             return iter(self.pipeline(trials))
         rows = self.config.train.batch_size // self.config.train.accumulation
         columns = local_rows(self.mesh, rows)

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from mlora_jax.config import harness_tasks
 from mlora_jax.config_type import ConfigDict
@@ -143,7 +144,7 @@ def _measure(experiment: Experiment, folder: RunFolder, form: AdapterForm, missi
         )
     for (trial, readout), (ranks, names) in curves.items():
         curve = RankCurve.of(readout, ranks, [results[each][0] for each in names])
-        folder.save_verdicts(trial.name, readout, task_key(name, used), curve.verdicts)
+        folder.save_verdicts(trial.name, readout, task_key(name, used), np.asarray(curve.verdicts))
         yield CurveRecord(
             trial=trial,
             readout=readout,

@@ -201,7 +201,7 @@ def _loss_of(graphdef, chunk: int, mesh: Mesh | None):
     return loss if mesh is None else loss_of_parts
 
 
-def _parts(rows, mesh: Mesh):
+def _parts(rows: Any, mesh: Any) -> Any:
     """Arrays [B, ...] as [S, B / S, ...], a part for each shard of the rows."""
     parts = jax.tree.map(lambda x: split_rows(x, 0, shards_of(mesh)), rows)
     return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(ROWS)))

@@ -121,7 +121,7 @@ def choose_ranks(
         base=base,
         within=within,
         smallest=smallest_rank(curves["validation"], within),
-        aurac=bootstrap_aurac(curves["test"].verdicts, hierarchy.ranks),
+        aurac=bootstrap_aurac(_verdicts(curves["test"]), hierarchy.ranks),
         rows=_rank_rows(curves, adapter),
         budgets=[_budget_row(row) for row in found],
     )
@@ -149,10 +149,17 @@ def _with_items_to_choose_on(experiment: Experiment, choose_on: str) -> Experime
     return experiment
 
 
+def _verdicts(curve: RankCurve) -> np.ndarray:
+    """The per-item results of a curve that was measured just now."""
+    if curve.verdicts is None:
+        raise ValueError("this curve comes from records, which hold accuracies and no per-item results")
+    return curve.verdicts
+
+
 def _rank_rows(curves: dict[str, RankCurve], adapter) -> list[RankRow]:
     rows = []
     for at, rank in enumerate(curves["test"].ranks):
-        one = {split: bootstrap_aurac(curve.verdicts[at : at + 1], (rank,)) for split, curve in curves.items()}
+        one = {split: bootstrap_aurac(_verdicts(curve)[at : at + 1], (rank,)) for split, curve in curves.items()}
         rows.append(RankRow(rank, adapter_parameters(adapter, rank), one["validation"], one["test"]))
     return rows
 

@@ -12,7 +12,7 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder
 from mlora_jax.training.loop import Interrupted
 from mlora_jax.training.progress import RunProgress
-from mlora_jax.training.records import JsonLines
+from mlora_jax.training.records import JsonLines, NoRecords
 from mlora_jax.training.trackers import Tracker
 
 
@@ -33,8 +33,8 @@ class Stage:
     config: ConfigDict
     folder: RunFolder
     experiment: Experiment
-    metrics: JsonLines
-    curves: JsonLines
+    metrics: JsonLines | NoRecords
+    curves: JsonLines | NoRecords
     progress: RunProgress
     trackers: list[Tracker]
     signal_came: Callable[[], int]

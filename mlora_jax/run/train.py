@@ -50,19 +50,19 @@ def train(config: ConfigDict | dict, workdir) -> Results:
       DiskFullError: there is no room for a file of the run; everything before it is safe.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
-    config = resolve(config)
-    hosts.join(config.parallel)
-    trials = expand_trials(config)
+    resolved = resolve(config)
+    hosts.join(resolved.parallel)
+    trials = expand_trials(resolved)
     with saying_what_stands(workdir), hosts.leaving_together(), contextlib.ExitStack() as stack:
         hosts.on_first_process(lambda: stack.enter_context(only_one_run(workdir)))
         hosts.check_shared(workdir)
-        folder = RunFolder(workdir, config)
-        folder.list_not_compared(hosts.first_then_others(lambda: unavailable_tasks(config)))
+        folder = RunFolder(workdir, resolved)
+        folder.list_not_compared(hosts.first_then_others(lambda: unavailable_tasks(resolved)))
         compilations = {"train": 0, "evaluation": 0}
-        if not _all_done(config, folder, trials):
-            compilations = _run_what_is_missing(config, folder, trials)
+        if not _all_done(resolved, folder, trials):
+            compilations = _run_what_is_missing(resolved, folder, trials)
         hosts.on_first_process(lambda: write_report(folder.path))
-        return read_results(config, folder, trials, compilations)
+        return read_results(resolved, folder, trials, compilations)
 
 
 def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:

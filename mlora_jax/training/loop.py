@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import jax
@@ -88,7 +88,7 @@ class LoopPhase:
     start: Callable[[TrialState], TrialState]
     draw: Callable[[int], Draw]
     schedule: Schedule
-    step: Callable[[TrialState, dict[str, np.ndarray], Draw, Schedule], tuple[TrialState, dict[str, jax.Array]]]
+    step: Callable[[TrialState, Mapping[str, Any], Draw, Schedule], tuple[TrialState, dict[str, jax.Array]]]
 
 
 class Observer(Protocol):
@@ -153,7 +153,7 @@ class Interrupted(SystemExit):
 
 def train_trials(
     phases: Sequence[LoopPhase],
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: Iterator[Mapping[str, np.ndarray | jax.Array]],
     state: BatchState,
     loop: LoopState,
     *,
