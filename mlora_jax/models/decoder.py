@@ -8,9 +8,8 @@ them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,248 +17,21 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mlora_jax.models.attention import Spans, attend, attend_cached
+from mlora_jax.models.attention import Spans
 from mlora_jax.models.config import DecoderConfig
+from mlora_jax.models.decoder_layers import (
+    Cache,
+    DecoderLayer,
+    RMSNorm,
+    linear_layer,
+    rope_frequencies,
+    segment_positions,
+    within_window,
+)
 from mlora_jax.models.flash import LEAST, Flash
 
 # The state that a layer may change while it runs. Only added modules, such as dropout, have any.
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
-
-
-class Cache(NamedTuple):
-    """The rotated keys and the values of the tokens that one layer has seen so far.
-
-    Each layer has arrays of its own, so that a step of decoding writes and reads them in place. Slices of one array for
-    all layers would be copied. The axes have the order in which the products of attention need no transposes.
-
-    Args:
-      k: the keys [B, KV, Hd, S] in the compute dtype.
-      v: the values [B, KV, S, Hd] in the compute dtype.
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Returns the angle per position of every rotary pair, stretched as in Llama 3 if the config says so.
-
-        f_i = theta ** (-2 i / Hd)
-
-    Args:
-      config: the config with theta, Hd and the scaling.
-
-    Returns:
-      float64 [Hd / 2], radians per token.
-
-    Source: RoFormer (arXiv 2104.09864); Llama 3.1's `apply_scaling` for the stretching.
-    """
-    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # These are the turns of a pair within the context of pretraining.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies rotary positions to queries or keys, pairing feature i with i + Hd / 2 as Hugging Face does.
-
-    Args:
-      x: [B, T, H, Hd].
-      cos: [B, T, 1, Hd / 2], at least float32.
-      sin: [B, T, 1, Hd / 2], in the dtype of `cos`.
-
-    Returns:
-      An array with the shape and dtype of `x`, computed in the dtype of `cos`.
-    """
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Returns positions that begin at zero in every segment of a packed row.
-
-    Args:
-      segment_ids: integers [B, T]; a new segment begins wherever the value changes.
-
-    Returns:
-      int32 [B, T].
-    """
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-
-
-def within_window(mask: jax.Array | None, window: int | jax.Array, positions: jax.Array, keys: jax.Array) -> jax.Array:
-    """Restricts a mask to a sliding window: keys at the position of the query and at the `window - 1` before it.
-
-    Args:
-      mask: boolean [B, 1, T, S], True where a query sees a key; None: every query sees every key.
-      window: a positive integer or an int32 scalar.
-      positions: int32 [B, T], the positions of the queries.
-      keys: int32 [B, S] or [1, S], the positions of the keys, which are never negative.
-
-    Returns:
-      boolean [B, 1, T, S].
-
-    Source: Beltagy et al. (arXiv 2004.05150); `sliding_window_overlay` of transformers' `masking_utils.py`.
-    """
-    # A finished row in decoding may have queries beyond the last key. Their window ends there, so that they see a key.
-    first = jnp.minimum(positions, keys.max(axis=1, keepdims=True)) - window + 1
-    near = keys[:, None, None, :] >= first[:, None, :, None]
-    return near if mask is None else near & mask
-
-
-def _linear(
-    config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
-    init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
-
-
-class RMSNorm(nnx.Module):
-    """y = weight * x / sqrt(mean(x ** 2) + eps), with the mean in float32 or better.
-
-    Args:
-      features: D, the number of features.
-      eps: the number that is added to the mean square.
-      dtype: the dtype of the weight.
-
-    Source: Zhang and Sennrich (arXiv 1910.07467).
-    """
-
-    def __init__(self, features: int, *, eps: float, dtype: DTypeLike):
-        self.weight = nnx.Param(jnp.ones((features,), dtype))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis; the result has the shape and dtype of `x`."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        weight = jnp.broadcast_to(self.weight[...].astype(wide.dtype), wide.shape)
-        return (wide * weight).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions.
-
-    Queries and keys are normalised before they are rotated if the config has `qk_norm`.
-
-    Args:
-      config: the shape of the model.
-      dtype: the dtype of weights and compute.
-      rngs: the keys for fresh weights.
-
-    Source: Ainslie et al. (arXiv 2305.13245) for the grouping; `modeling_qwen3.py` of transformers for the norms.
-    """
-
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        made: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
-        self.q_proj = _linear(config, config.hidden_size, heads, bias=config.attention_bias, **made)
-        self.k_proj = _linear(config, config.hidden_size, groups, bias=config.attention_bias, **made)
-        self.v_proj = _linear(config, config.hidden_size, groups, bias=config.attention_bias, **made)
-        self.o_proj = _linear(config, heads, config.hidden_size, bias=config.attention_output_bias, **made)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
-        self.qk_norm = config.qk_norm
-        self.head_dim = config.head_dim
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
-        positions: jax.Array,
-        cache: Cache | None,
-        spans: Spans | None = None,
-        flash: Flash | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Mixes [B, T, D] over time, and returns the result and the new cache.
-
-        Without a cache, the new one holds these tokens alone.
-        """
-        batch, length, _ = x.shape
-        query, key, value = (
-            projection(x).astype(x.dtype).reshape(batch, length, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, T, H, Hd], [B, T, KV, Hd] twice
-        if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if cache is None:
-            mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash)
-            cache = Cache(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
-        else:
-            if mask is None:
-                raise ValueError("a cache needs a mask, which hides the slots without a token")
-            rows = jnp.arange(batch)[:, None]
-            cache = Cache(
-                cache.k.at[rows, :, :, positions].set(key.astype(cache.k.dtype)),
-                cache.v.at[rows, :, positions].set(value.astype(cache.v.dtype)),
-            )
-            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache), mask=mask)
-        return self.o_proj(mixed.reshape(batch, length, -1)), cache
-
-
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)).
-
-    Args:
-      config: the shape of the model.
-      dtype: the dtype of weights and compute.
-      rngs: the keys for fresh weights.
-
-    Source: Shazeer (arXiv 2002.05202).
-    """
-
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        made: dict[str, Any] = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, **made)
-        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, **made)
-        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, **made)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nnx.Module):
-    """One layer: attention and SwiGLU. Each follows a norm and is added to the residual stream.
-
-    Args:
-      config: the shape of the model.
-      dtype: the dtype of weights and compute.
-      rngs: the keys for fresh weights.
-    """
-
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
-        positions: jax.Array,
-        cache: Cache | None,
-        spans: Spans | None = None,
-        flash: Flash | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Applies the layer to [B, T, D], and returns the result and the layer's new cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans, flash)
-        # The residual stream keeps its dtype even if an adapter that replaces a projection returns another one.
-        x = x + mixed.astype(x.dtype)
-        return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache
 
 
 class Decoder(nnx.Module):
@@ -310,7 +82,9 @@ class Decoder(nnx.Module):
         self.layers = nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(layer(key)))(keys))  # [L, ...]
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.lm_head = linear_layer(
+                config, config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs
+            )
             self.lm_head.preferred_element_type = self.wide_dtype
 
     @property

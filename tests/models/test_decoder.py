@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from mlora_jax.models.config import DecoderConfig, RopeScaling
-from mlora_jax.models.decoder import Decoder, RMSNorm, rope_frequencies, segment_positions
+from mlora_jax.models.decoder import Decoder
+from mlora_jax.models.decoder_layers import RMSNorm, rope_frequencies, segment_positions
 from tests.oracles import numpy_decoder
 
 CONFIG = DecoderConfig(
