@@ -21,7 +21,7 @@ test-slow: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 $(VENV)/run.stamp: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
