@@ -28,7 +28,7 @@ FLASH_FROM = define_integer(
 EFFORT = define_float(
     "effort",
     0.0,
-    "Of the compiler, -1 to 1. At -1 it takes a quarter of the time, and programs move more bytes through HBM.",
+    "Effort of the compiler, -1 to 1. At -1 it takes a quarter of the time, and programs move more bytes through HBM.",
 )
 RECORDS = flags.DEFINE_string("records", None, "File of JSON lines: what is in it is not compiled again.")
 OUT = flags.DEFINE_string("out", None, "Markdown file whose tables are written anew, from its first `## ` on.")

@@ -35,7 +35,7 @@ def find_adapter(run: str, trial: str | None) -> pathlib.Path:
 
 
 def base_name(folder: pathlib.Path, description: Mapping) -> str:
-    """What names the base of an adapter: --model, or what the adapter says.
+    """The name of an adapter's base: the value of --model, or the name that the adapter records.
 
     Raises:
       ValueError: neither does.

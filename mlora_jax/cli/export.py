@@ -38,7 +38,9 @@ TO = flags.DEFINE_enum("to", None, list(FORMS), "What to write.")
 RANKS_FOR = flags.DEFINE_enum("ranks-for", None, list(ACCEPTED), "Program whose ranks to pad to; of --to peft only.")
 flags.DEFINE_alias("ranks_for", "ranks-for")
 ALLOCATION = flags.DEFINE_string("allocation", None, "ranks.csv with ranks per layer; --rank says of which budgets.")
-MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", None, "Of a weight file of --to hf, like 5GB; else the base's.")
+MAX_SHARD_SIZE = flags.DEFINE_string(
+    "max_shard_size", None, "Largest size of a weight file of --to hf, like 5GB; default: the base's."
+)
 
 
 def main() -> None:
@@ -91,7 +93,7 @@ def _adapter_folder(given: pathlib.Path) -> pathlib.Path:
 
 
 def _ranks(hierarchy) -> list[int]:
-    """Those of --rank; without it those that the program of --ranks-for accepts, and R in any case."""
+    """The ranks of --rank; without it the ranks that the program of --ranks-for accepts, and R in any case."""
 
     if RANK.value is None and RANKS_FOR.value is None:
         raise ValueError("--rank is missing, for example --rank 1,8,32")

@@ -29,9 +29,9 @@ ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place o
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
 MAX_NEW_TOKENS = define_integer("max_new_tokens", 128, "Tokens of an answer at most.")
-TEMPERATURE = define_float("temperature", 0.0, "Of the draws; 0 takes the likeliest token.")
+TEMPERATURE = define_float("temperature", 0.0, "Temperature of the draws; 0 takes the likeliest token.")
 TOP_P = define_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.")
-SEED = define_integer("seed", 0, "Of the draws.")
+SEED = define_integer("seed", 0, "Seed of the draws.")
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
 BATCH_SIZE = define_integer("batch_size", 32, "Answers made at once at most.")
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mlora_jax.cli.config_flags import run_with_config
 from mlora_jax.cli.number_flags import define_float, define_integer
+from mlora_jax.config_type import ConfigDict
 
 TIMED_STEPS = define_integer("timed_steps", 3, "Steps of each kind of batch that are timed.")
 ESTIMATE = flags.DEFINE_bool("estimate", False, "Counts by arithmetic, without weights; times nothing.")
@@ -78,7 +79,8 @@ def _tasks(tasks) -> str:
     return f"{tasks.curves:,} curves on further tasks: {tasks.requests:,} requests at all ranks{unknown}\n"
 
 
-def print_estimate(config) -> None:
+def print_estimate(config: ConfigDict) -> None:
+    """Prints the cost of a config by arithmetic."""
     from mlora_jax.cost.estimate import estimate
 
     found = estimate(config)

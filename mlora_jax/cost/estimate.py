@@ -64,7 +64,7 @@ class Requests(NamedTuple):
     Attributes:
       curves: rank-accuracy curves, over trials, read-outs and tasks.
       requests: texts to score or to answer, over all ranks of all curves; the base's once.
-      tokens: they run, roughly; examples in the prompts included.
+      tokens: the number of tokens that those texts have, roughly; examples in the prompts are included.
       unknown: tasks whose size is not known, left out.
     """
 
@@ -114,7 +114,7 @@ class Estimate:
 
     @property
     def operations(self) -> float:
-        """Of everything."""
+        """Floating-point operations of training and of all evaluation together, roughly."""
         return self.training_operations + self.own_operations + self.task_operations
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AdapterForm(NamedTuple):
-    """What of a trial decides about the shapes of its adapter.
+    """The settings of a trial that decide the shapes of its adapter.
 
     Attributes:
       rank: R.

@@ -94,7 +94,7 @@ def _resume(run: Stage, batch: TrialBatch, checkpoints: Checkpoints, start: Batc
 
 
 class BatchObserver:
-    """What a run's loop reports to and asks; see `mlora_jax.training.loop.Observer`."""
+    """The observer of a run's training loop; see `mlora_jax.training.loop.Observer`."""
 
     def __init__(self, run: Stage, batch: TrialBatch, checkpoints: Checkpoints, batches: Any):
         self._run, self._batch, self._checkpoints, self._batches = run, batch, checkpoints, batches

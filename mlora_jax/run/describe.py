@@ -9,6 +9,7 @@ from mlora_jax.run.experiment import Experiment
 
 
 def describe_experiment(experiment: Experiment) -> str:
+    """The sentence about devices, rows and steps that a run shows before it trains."""
     config, data, examples = experiment.config, experiment.data, experiment.examples
     held = str(len(experiment.rows.get("validation", ())))
     if experiment.validates_by_loss and (dropped := experiment.validation.dropped):

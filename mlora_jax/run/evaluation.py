@@ -18,6 +18,12 @@ from mlora_jax.trials import Trial, readouts_of
 
 
 def evaluate_base(run: Stage, rank: int) -> None:
+    """Measures the base on every split on which it is not on record yet.
+
+    Args:
+      run: the run.
+      rank: the rank of the adapter that is switched off for this.
+    """
     measured = run.folder.curves().base()
     for split in run.experiment.rows:
         if split not in measured:

@@ -38,7 +38,7 @@ from mlora_jax.trials import Trial
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config stands for, loaded.
+    """The loaded model and data of a config.
 
     Attributes:
       config: resolved.

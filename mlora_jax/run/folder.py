@@ -96,7 +96,7 @@ def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
 
 
 class RunFolder:
-    """What a run has on disk.
+    """The folder of a run and its files.
 
     With several processes it lies where all of them see it. The first one writes, and what it reads all of them get.
 
@@ -129,7 +129,7 @@ class RunFolder:
         drop_partial_curves(self.path / CURVES)
 
     def _drop_partial_files(self) -> None:
-        """What a killed process was writing; a lock keeps out any other one."""
+        """Deletes the files that a killed process was writing; a lock keeps out any other process."""
         for pattern in (".*.partial", f"{ADAPTERS}/*/.*.partial", "verdicts/*/.*.partial"):
             for file in self.path.glob(pattern):
                 file.unlink()
@@ -194,7 +194,7 @@ class RunFolder:
         """Remembers what the run's base model and data are.
 
         Args:
-          digests: of `Experiment.digests`.
+          digests: name -> digest, as `Experiment.digests` gives them.
 
         Raises:
           ValueError: they are not those that the run began with.

@@ -93,7 +93,7 @@ def model_folder(path: str) -> pathlib.Path:
 
 
 def model_digest(path: str) -> str:
-    """What tells one base from another: its config, and of every weight file the size and samples of its bytes."""
+    """A digest of a base model: of its config, and of the size and samples of the bytes of every weight file."""
     folder = model_folder(path)
     digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
     for name in weight_files(folder):

@@ -31,7 +31,7 @@ class TrialResult:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a run found.
+    """The results of a run.
 
     Attributes:
       workdir: folder with config.json, metrics.jsonl, curves.jsonl, adapters/ and the report.
@@ -72,5 +72,6 @@ def read_results(
 
 
 def curve_of(record: CurveRecord) -> RankCurve:
+    """The rank-accuracy curve of a record, with its areas and without per-item results."""
     areas = dataclasses.asdict(summarize(record.accuracies, record.ranks))
     return RankCurve(record.readout, record.ranks, record.accuracies, record.standard_errors, record.items, **areas)

@@ -18,7 +18,7 @@ from mlora_jax.training.trackers import Tracker
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What the stages of a run share.
+    """The state that all stages of a run share.
 
     Attributes:
       config: resolved.
@@ -45,6 +45,7 @@ class Stage:
             raise Interrupted(128 + signal_number)
 
     def record(self, **values: Any) -> None:
+        """Writes one record to metrics.jsonl and to every tracker."""
         self.metrics.write(values)
         for tracker in self.trackers:
             tracker.write(values)

@@ -40,7 +40,7 @@ def first_state(experiment: Experiment, trials: Sequence[Trial]) -> tuple[TrialS
 
 
 def first_adapter(experiment: Experiment, trial: Trial, key: jax.Array) -> Any:
-    """What the action before a trial's first phase makes of the model's own adapter.
+    """The adapter that the action before a trial's first phase makes.
 
     Raises:
       ValueError, FileNotFoundError: an adapter to start from that cannot be used; the message names it.
