@@ -1,6 +1,7 @@
 """Nested low-rank adaptation for JAX and Flax: train one LoRA adapter, read it out at every rank."""
 
 import importlib
+from typing import Any
 
 _HOMES = {
     "RankHierarchy": "core",
@@ -26,7 +27,7 @@ __all__ = sorted(_HOMES)
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazy, so that `mlora_jax.core` can be imported where flax is not installed.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

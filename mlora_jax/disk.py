@@ -29,7 +29,7 @@ class DiskFullError(OSError):
       stands: a sentence that says what is not lost.
     """
 
-    def __init__(self, fact: str, stands: str = ""):
+    def __init__(self, fact: str, stands: str = "") -> None:
         super().__init__(f"{fact}. {f'{stands}. ' if stands else ''}Make room there, and run the same command again")
         self.fact = fact
 

@@ -71,7 +71,7 @@ class AdaptedLayer(nnx.Module):
         dropout: float,
         gate: str | None = None,
         names: tuple[str, ...] = (),
-    ):
+    ) -> None:
         factoring = self.factoring(base)
         shape = getattr(base, self.frozen).shape
         stack = shape[: len(shape) - factoring.axes]

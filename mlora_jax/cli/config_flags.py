@@ -109,9 +109,9 @@ class LastTupleParser(flags.ArgumentParser):
     ml_collections makes a flag whose values add up for its own tuple parser only, which this class is not.
     """
 
-    def parse(self, argument):
+    def parse(self, argument: str | tuple[Any, ...]) -> tuple[Any, ...]:
         """The tuple that a text or a tuple stands for."""
-        return tuple_parser.TupleParser().parse(argument)
+        return argument if isinstance(argument, tuple) else tuple_parser.TupleParser().parse(argument)
 
     def flag_type(self) -> str:
         """The name of the type for --help."""

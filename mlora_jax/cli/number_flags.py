@@ -38,7 +38,7 @@ class _InRange:
     number_article: str
     number_name: str
 
-    def __init__(self, within: Range):
+    def __init__(self, within: Range) -> None:
         super().__init__()
         self.within = within
         self.syntactic_help = f"{self.number_article} {self.number_name} that is {within}"

@@ -31,10 +31,11 @@ def _run(config: ConfigDict) -> None:
     from mlora_jax.run.folder import stored_threads
     from mlora_jax.run.train import train
 
-    if threads := stored_threads(WORKDIR.value):
+    workdir = str(WORKDIR.value)
+    if threads := stored_threads(workdir):
         # The last bits depend on how XLA divides its work; it reads this when it starts.
         os.environ.setdefault("NPROC", str(threads))
-    results = train(config, WORKDIR.value)
+    results = train(config, workdir)
     if not hosts.is_first():
         return
     compiled = ", ".join(f"{count} for {use}" for use, count in results.compilations.items())

@@ -80,7 +80,7 @@ class RankHierarchy:
     weights: Sequence[float] | None = None
     max_rank: int = cast("int", None)  # __post_init__ replaces None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             given = tuple(self.ranks)
         except TypeError:

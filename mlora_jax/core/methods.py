@@ -60,7 +60,7 @@ class Method:
     schedule: str = "run"
     gate: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("a method needs at least one phase")
         for number, phase in enumerate(self.phases):

@@ -36,7 +36,7 @@ class Rows(Sequence[dict[str, Any]]):
         source: Sequence[Mapping[str, Any]],
         indices: Sequence[int],
         render: Callable[[Mapping[str, Any], int], dict[str, Any]],
-    ):
+    ) -> None:
         self._source = source
         self._indices = indices
         self._render = render

@@ -6,7 +6,7 @@ Accumulation only splits the rows of a step into M parts, in the same order.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import grain
@@ -170,7 +170,7 @@ class Pipeline:
             columns=self.columns,
         )
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         return iter(self.batches.map(self.collate).to_iter_dataset(READ_OPTIONS))
 
 
@@ -259,7 +259,7 @@ class TrialsPipeline:
         ]
         return {name: np.stack([batches[member][name] for member in self.members]) for name in batches[0]}
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         joined = grain.experimental.ZipMapDataset([pipeline.batches for pipeline in self.pipelines])
         return iter(joined.map(self.stack).to_iter_dataset(READ_OPTIONS))
 

@@ -78,7 +78,7 @@ class GenerationEvaluator:
         stop: Sequence[int],
         settings: GenerationSettings | None = None,
         mesh: Mesh | None = None,
-    ):
+    ) -> None:
         self.generator = Generator(
             graphdef,
             base,

@@ -120,7 +120,7 @@ class Generator:
         ends: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
         mesh: Mesh | None = None,
-    ):
+    ) -> None:
         text_ends = np.asarray(sorted(set(eos if ends is None else ends)), np.int32)
         answer_ends = np.asarray(sorted(set(eos)), np.int32)
         rules = make_rules(settings)

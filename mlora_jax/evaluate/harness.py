@@ -33,7 +33,7 @@ class AnswersFromMemory(NestedLM):
       answering: the name of the variant whose answers the harness gets.
     """
 
-    def __init__(self, lm: NestedLM, variants: Mapping[str, Variant]):
+    def __init__(self, lm: NestedLM, variants: Mapping[str, Variant]) -> None:
         first = next(iter(variants.values()))
         super().__init__(
             lm.scorer, lm.generator, lm.tokenizer, first, max_length=lm.max_length, name=lm.name, seed=lm.seed

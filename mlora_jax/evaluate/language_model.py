@@ -72,7 +72,7 @@ class NestedLM(TemplateLM):
         max_length: int,
         name: str = MODEL_NAME,
         seed: int = 0,
-    ):
+    ) -> None:
         super().__init__()
         self.scorer, self.generator, self.tokenizer = scorer, generator, tokenizer
         self.max_length, self.name, self.seed = max_length, name, seed

@@ -23,7 +23,7 @@ class ScoredEvaluator:
       compiled: the scorer's jitted function; its cache size counts compilations.
     """
 
-    def __init__(self, scorer: Scorer, requests: Sequence[Request]):
+    def __init__(self, scorer: Scorer, requests: Sequence[Request]) -> None:
         self._scorer, self._prepared = scorer, scorer.prepare(requests)
         self.compiled = scorer.compiled
 
@@ -58,7 +58,7 @@ class ChoiceEvaluator(ScoredEvaluator):
       ValueError: a row is not a valid item, see `choice_items`, or a choice is longer than the model's context.
     """
 
-    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str):
+    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str) -> None:
         self._items = choice_items(rows, tokenizer, boundary=boundary)
         super().__init__(scorer, self._items.requests)
         self.truncated = self._items.cut_items(scorer.max_length)

@@ -133,7 +133,7 @@ class _Reference:
 
     def __init__(
         self, row: dict, number: int, data: TaskData, tokenizer: Tokenizer, ends: StopStrings, eos: Collection[int]
-    ):
+    ) -> None:
         self.row = row.get("row", number)
         example = encode_row(row, tokenizer, boundary=data.boundary, name=f"row {self.row} to evaluate on")
         # The last answer runs to the end, so the last token without loss is the one before it.

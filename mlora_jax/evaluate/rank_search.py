@@ -47,7 +47,7 @@ class SearchScores:
         budget: int,
         limit: int,
         known: dict[Ranks, float],
-    ):
+    ) -> None:
         self._score, self._known, self._limit = score, known, limit
         self.costs, self.budget = costs, budget
         self.best: Ranks = ()

@@ -137,7 +137,7 @@ class Scorer:
         pad_multiple: int,
         chunk: int = 256,
         mesh: Mesh | None = None,
-    ):
+    ) -> None:
         @jax.jit
         def score(base, adapter, p, batch):
             def one(batch):

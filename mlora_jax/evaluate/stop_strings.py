@@ -18,7 +18,7 @@ class StopStrings:
       ValueError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]) -> None:
         if "" in strings:
             raise ValueError("a stop string must not be empty: every text would end before it begins")
         self._tokenizer, self._strings = tokenizer, tuple(strings)

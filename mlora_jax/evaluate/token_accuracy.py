@@ -35,7 +35,7 @@ class TokenEvaluator(ScoredEvaluator):
       ValueError: a row is not valid for training, or no row is short enough.
     """
 
-    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str):
+    def __init__(self, scorer: Scorer, rows: Sequence[dict], tokenizer: Tokenizer, *, boundary: str) -> None:
         found = tokenize(
             rows, tokenizer, boundary=boundary, max_length=scorer.max_length, overflow="truncate", split="evaluation"
         )

@@ -72,7 +72,7 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"rope scaling: {name} must be a positive number, not {value!r}")
@@ -147,7 +147,7 @@ class DecoderConfig:
     initializer_range: float = 0.02
     model_type: str = "llama"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choice("model_type", self.model_type, MODEL_TYPES)
         for name, stand_in in (("num_kv_heads", self.num_heads), ("attention_output_bias", self.attention_bias)):
             if getattr(self, name) is None:

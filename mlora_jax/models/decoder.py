@@ -63,7 +63,7 @@ class Decoder(nnx.Module):
 
     quantization: Any  # An annotation alone: only `mlora_jax.models.quantized` sets the attribute.
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = False

@@ -123,7 +123,7 @@ class RMSNorm(nnx.Module):
     Source: Zhang and Sennrich (arXiv 1910.07467).
     """
 
-    def __init__(self, features: int, *, eps: float, dtype: DTypeLike):
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
     Source: Ainslie et al. (arXiv 2305.13245) for the grouping; `modeling_qwen3.py` of transformers for the norms.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         made: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.q_proj = linear_layer(config, config.hidden_size, heads, bias=config.attention_bias, **made)
@@ -209,7 +209,7 @@ class MLP(nnx.Module):
     Source: Shazeer (arXiv 2002.05202).
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         made: dict[str, Any] = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = linear_layer(config, config.hidden_size, config.intermediate_size, **made)
         self.up_proj = linear_layer(config, config.hidden_size, config.intermediate_size, **made)
@@ -229,7 +229,7 @@ class DecoderLayer(nnx.Module):
       rngs: the keys for fresh weights.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)

@@ -31,7 +31,7 @@ SIGNATURES = (
 class MalformedLineError(ValueError):
     """The error for a line that cannot be used. Its message is `FILE, line N: what is wrong`."""
 
-    def __init__(self, path: str | pathlib.Path, line: int, problem: str):
+    def __init__(self, path: str | pathlib.Path, line: int, problem: str) -> None:
         super().__init__(f"{path}, line {line}: {problem}")
 
 

@@ -59,7 +59,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         cleans_up: bool = False,
         known_below: int | None = None,
-    ):
+    ) -> None:
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._cleans_up = cleans_up

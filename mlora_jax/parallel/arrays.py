@@ -163,7 +163,7 @@ class GlobalBatches:
       columns: (first, end), the range of the rows of this process.
     """
 
-    def __init__(self, batches: ResumableBatches, mesh: Mesh, rows: int, columns: tuple[int, int]):
+    def __init__(self, batches: ResumableBatches, mesh: Mesh, rows: int, columns: tuple[int, int]) -> None:
         self._batches, self._mesh, self._rows, self._first = batches, mesh, rows, columns[0]
 
     def __iter__(self) -> Self:

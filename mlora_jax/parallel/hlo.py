@@ -164,7 +164,7 @@ class _Counter:
         open_trips: int,
         kernels: Mapping[str, KernelFlops],
         everyone: int,
-    ):
+    ) -> None:
         self._computations, self._open_trips, self._kernels = computations, open_trips, kernels
         self._everyone = everyone
         self._loops = {

@@ -96,7 +96,7 @@ def _resume(run: Stage, batch: TrialBatch, checkpoints: Checkpoints, start: Batc
 class BatchObserver:
     """The observer of a run's training loop; see `mlora_jax.training.loop.Observer`."""
 
-    def __init__(self, run: Stage, batch: TrialBatch, checkpoints: Checkpoints, batches: Any):
+    def __init__(self, run: Stage, batch: TrialBatch, checkpoints: Checkpoints, batches: Any) -> None:
         self._run, self._batch, self._checkpoints, self._batches = run, batch, checkpoints, batches
         self.interrupted = hosts.polled(run.signal_came)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mlora_jax.adapters import set_profile
 from mlora_jax.data.pipeline import collate
@@ -22,20 +23,24 @@ SCORED = {"choice": ChoiceEvaluator, "tokens": TokenEvaluator}  # the metrics th
 Evaluator = ChoiceEvaluator | TokenEvaluator | GenerationEvaluator
 
 
-def make_evaluator(experiment: Experiment, graphdef, base, profile, rows: Sequence[dict]) -> Evaluator:
+def make_evaluator(
+    experiment: Experiment,
+    graphdef: nnx.GraphDef[Any],
+    base: nnx.State,
+    profile: nnx.State,
+    rows: Sequence[dict[str, Any]],
+) -> Evaluator:
     """The evaluator of the task's metric on some rows: (adapter, p [R]) -> verdicts [items]."""
     config, data = experiment.config, experiment.data
-    shapes = dict(
-        boundary=data.boundary,
+    shapes: dict[str, Any] = dict(
         max_length=config.data.max_length,
         batch_size=config.evaluation.batch_size,
         pad_multiple=config.data.pad_multiple,
         mesh=experiment.mesh,
     )
     if data.task.metric in SCORED:
-        boundary = shapes.pop("boundary")
         scorer = Scorer(graphdef, base, profile, chunk=config.train.loss_chunk, **shapes)
-        return SCORED[data.task.metric](scorer, rows, experiment.tokenizer, boundary=boundary)
+        return SCORED[data.task.metric](scorer, rows, experiment.tokenizer, boundary=data.boundary)
     # As the harness does, a long prompt makes room for its answer.
     room = experiment.model.config.max_position_embeddings - config.evaluation.max_new_tokens
     shapes["max_length"] = min(config.data.max_length, room)
@@ -45,6 +50,7 @@ def make_evaluator(experiment: Experiment, graphdef, base, profile, rows: Sequen
         profile,
         rows,
         experiment.tokenizer,
+        boundary=data.boundary,
         task=data.task,
         max_new_tokens=config.evaluation.max_new_tokens,
         stop=sorted(experiment.tokenizer.eos_ids),
@@ -53,7 +59,9 @@ def make_evaluator(experiment: Experiment, graphdef, base, profile, rows: Sequen
     )
 
 
-def make_validation_loss(experiment: Experiment, graphdef, base, profile) -> Callable[[Any, jax.Array], float]:
+def make_validation_loss(
+    experiment: Experiment, graphdef: nnx.GraphDef[Any], base: nnx.State, profile: nnx.State
+) -> Callable[[Any, jax.Array], float]:
     """(adapter, p [R]) -> nats per answer token on the validation rows."""
     config, examples, mesh = experiment.config, experiment.validation.examples, experiment.mesh
     shards = shards_of(mesh, EVALUATED)

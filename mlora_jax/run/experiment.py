@@ -9,14 +9,15 @@ import itertools
 import json
 from collections.abc import Sequence
 
+import grain
 import numpy as np
 from jax.sharding import Mesh
 
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import RankHierarchy
-from mlora_jax.data import TaskData, Tokenized, TrialsPipeline, make_trials_pipeline
-from mlora_jax.data.load import hold_out
-from mlora_jax.data.tokenize import check_vocabulary, tokenize
+from mlora_jax.data.load import TaskData, hold_out
+from mlora_jax.data.pipeline import TrialsPipeline, make_trials_pipeline
+from mlora_jax.data.tokenize import Tokenized, check_vocabulary, tokenize
 from mlora_jax.evaluate.limits import warn_of_limits
 from mlora_jax.models import Decoder, Tokenizer
 from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
@@ -163,7 +164,7 @@ class Experiment:
             "evaluation": sum(evaluator.compilations for evaluator in evaluators),
         }
 
-    def batches(self, trials: Sequence[Trial]):
+    def batches(self, trials: Sequence[Trial]) -> grain.DatasetIterator[dict[str, np.ndarray]] | GlobalBatches:
         """An iterator over the batches of these trials, with `get_state` and `set_state`.
 
         With several processes each of them makes the rows that its devices hold.

@@ -40,14 +40,14 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def stored_threads(workdir) -> int | None:
+def stored_threads(workdir: str | os.PathLike[str]) -> int | None:
     """How many threads a run in this folder began with, if there is one: the last bits depend on it."""
     ledger = pathlib.Path(workdir) / LEDGER
     return json.loads(ledger.read_text(encoding="utf-8"))["machine"]["threads"] if ledger.is_file() else None
 
 
 @contextlib.contextmanager
-def only_one_run(path) -> Iterator[None]:
+def only_one_run(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps a second process out of a run's folder until this one leaves it, in whatever way.
 
     Raises:
@@ -69,7 +69,7 @@ def only_one_run(path) -> Iterator[None]:
         yield
 
 
-def find_trial(path, name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
+def find_trial(path: str | os.PathLike[str], name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
     """A trained trial of a run: the run's config, the trial, and the folder of its adapter. Nothing is changed.
 
     Args:
@@ -112,7 +112,7 @@ class RunFolder:
       ValueError: the folder holds a run of another config.
     """
 
-    def __init__(self, path, config: ConfigDict):
+    def __init__(self, path: str | os.PathLike[str], config: ConfigDict) -> None:
         self.path = pathlib.Path(path)
         hosts.on_first_process(lambda: self._prepare(config))
         self.batches: list[TrialBatch] = []
@@ -291,7 +291,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def load_verdicts(path, trial: str, readout: str, measured_on: str) -> np.ndarray | None:
+def load_verdicts(path: str | os.PathLike[str], trial: str, readout: str, measured_on: str) -> np.ndarray | None:
     """The per-item results [ranks, items] bool that `RunFolder.save_verdicts` kept in a run's folder, or None."""
     file = _verdicts(pathlib.Path(path), trial, readout, measured_on)
     return np.load(file) if file.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Hashable, Sequence
 
@@ -38,7 +39,7 @@ MEASURES = ("likelihood", "accuracy")
 
 
 def choose_ranks(
-    workdir,
+    workdir: str | os.PathLike[str],
     trial_name: str,
     *,
     readout: str = "prefix",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -33,7 +35,7 @@ from mlora_jax.trials import Trial, expand_trials, readouts_of
 __all__ = ["Interrupted", "Results", "TrialResult", "train"]
 
 
-def train(config: ConfigDict | dict, workdir) -> Results:
+def train(config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]) -> Results:
     """Runs an experiment: data, training, evaluation, report. A run that was cut short goes on where it was.
 
     Args:
