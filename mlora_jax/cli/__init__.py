@@ -1,1 +1,1 @@
-"""The commands. `python -m experiments.NAME` and the installed `mlora-NAME` start the modules of this package."""
+"""The modules of this package are commands. `python -m experiments.NAME` and the installed `mlora-NAME` start them."""

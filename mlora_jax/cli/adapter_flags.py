@@ -1,8 +1,8 @@
-"""Flags that name one adapter of a run, shared by the commands that read it."""
+"""Defines the flags that name one adapter of a run, for the commands that read an adapter."""
 
 from absl import flags
 
 from mlora_jax.core import READOUTS
 
-TRIAL = flags.DEFINE_string("trial", None, "Name of the trial: that of its folder in the run's adapters.")
-READOUT = flags.DEFINE_enum("readout", "prefix", list(READOUTS), "How the adapter is read out.")
+TRIAL = flags.DEFINE_string("trial", None, "Name of the trial, which is the name of its folder in RUN/adapters.")
+READOUT = flags.DEFINE_enum("readout", "prefix", list(READOUTS), "How the adapter is read out at a rank.")

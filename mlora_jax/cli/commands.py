@@ -1,4 +1,4 @@
-"""How a command starts: `python -m experiments.run`, and the installed `mlora-run`, run `mlora_jax.cli.run`."""
+"""Starts the commands: `python -m experiments.run` and the installed `mlora-run` run `mlora_jax.cli.run`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COMMANDS = (
 
 
 def start(name: str) -> None:
-    """Runs a module of `mlora_jax.cli` as the main module: only then does `--help` show its docstring and flags.
+    """Runs a module of `mlora_jax.cli` as the main module, whose docstring and flags `--help` shows.
 
     Args:
-      name: one of `COMMANDS`.
+      name: the name of the module, one of `COMMANDS`.
     """
     runpy.run_module(f"mlora_jax.cli.{name}", run_name="__main__", alter_sys=True)
 

@@ -1,15 +1,15 @@
-"""What training and generation take on TPUs, from the TPU's compiler; needs no TPU, no weights and no network.
+"""Reports what training and generation need on TPUs, by the TPU's compiler. It needs no TPU, weights or network.
 
     python -m experiments.compile_report --config configs/NAME.py --topology v5e:16x16 [--config.KEY=VALUE ...]
 
-Compiles the training step, prefill and decode for every slice, model, rank and batch that is named, and prints per
-chip: memory, FLOPs, bytes that every collective moves, and the least time by the chip's published numbers. With --out a
-table is written instead. The extra `tpu` installs the compiler.
+It compiles the training step, prefill and decode for every given slice, model, rank and batch size. It prints the
+memory, the FLOPs, the bytes that every collective moves and the least time by the chip's published numbers, all per
+chip. With --out it writes a table instead. The extra `tpu` installs the compiler.
 """
 
 import os
 
-# Before jax is imported: the programs are for other machines.
+# This must be set before jax is imported: the programs are compiled for other machines.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import flags
@@ -17,25 +17,27 @@ from absl import flags
 from mlora_jax.cli.config_flags import run_with_config
 from mlora_jax.cli.number_flags import define_float, define_integer, integers
 
-TOPOLOGY = flags.DEFINE_list("topology", None, "Slices, like v5e:16x16,v5p:2x2x2.", required=True)
-MODEL = flags.DEFINE_list("model", [], "Folders, hub ids or known names; config.model.path if not given.")
-RANK = flags.DEFINE_list("rank", [], "Ranks R; those of config.trials if not given.")
-BATCH = flags.DEFINE_list("batch", [], "Sequences a step, or `largest`; config.train.batch_size if not given.")
-PROGRAM = flags.DEFINE_list("program", ["train", "prefill", "decode"], "What is compiled.")
+TOPOLOGY = flags.DEFINE_list("topology", None, "TPU slices, such as v5e:16x16,v5p:2x2x2.", required=True)
+MODEL = flags.DEFINE_list("model", [], "Folders, hub ids or known names of models; by default config.model.path.")
+RANK = flags.DEFINE_list("rank", [], "Ranks R; by default those of config.trials.")
+BATCH = flags.DEFINE_list("batch", [], "Sequences per step, or `largest`; by default config.train.batch_size.")
+PROGRAM = flags.DEFINE_list("program", ["train", "prefill", "decode"], "Programs to compile.")
 FLASH_FROM = define_integer(
-    "flash_from", None, "Tokens of a row from which attention is a kernel, 0 for never; the model's own if not given."
+    "flash_from",
+    None,
+    "Rows of at least this many tokens use an attention kernel, with 0 none; by default the model's own number.",
 )
 EFFORT = define_float(
     "effort",
     0.0,
-    "Effort of the compiler, -1 to 1. At -1 it takes a quarter of the time, and programs move more bytes through HBM.",
+    "Effort of the compiler, -1 to 1. At -1 it takes a quarter of the time, but programs move more bytes through HBM.",
 )
-RECORDS = flags.DEFINE_string("records", None, "File of JSON lines: what is in it is not compiled again.")
-OUT = flags.DEFINE_string("out", None, "Markdown file whose tables are written anew, from its first `## ` on.")
+RECORDS = flags.DEFINE_string("records", None, "File of JSON lines for results; what it holds is not compiled again.")
+OUT = flags.DEFINE_string("out", None, "Markdown file; the tables replace everything from its first `## ` on.")
 
 
 def main() -> None:
-    """Parses the command line and reports."""
+    """Parses the command line and reports. Bad input ends the command with a message of one line."""
     run_with_config(_report)
 
 

@@ -1,4 +1,4 @@
-"""The flags of the commands that take an experiment config: `--config`, its overrides, and `--workdir`."""
+"""Reads the flags of the commands that take an experiment config: `--config`, its overrides, and `--workdir`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from mlora_jax.config_type import ConfigDict
 from mlora_jax.study.keys import resolve_cell, without_study
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
-# Inside the package where it is installed, beside it in a checkout.
+# The configs are inside the package where it is installed, and beside it in a checkout.
 _PACKAGE = pathlib.Path(__file__).parents[1]
 SHIPPED = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
 
 
 def find_config(name: str) -> pathlib.Path:
-    """The file of a config: a path, or the name of a shipped one.
+    """Returns the file of a config.
+
+    Args:
+      name: the path of the file, or the name of a config that the package ships.
 
     Raises:
-      FileNotFoundError: neither is there; the message lists the shipped ones.
+      FileNotFoundError: there is no such file and no shipped config of that name; the message lists the shipped ones.
     """
     if pathlib.Path(name).is_file():
         return pathlib.Path(name)
@@ -41,31 +44,31 @@ def find_config(name: str) -> pathlib.Path:
 
 
 def read_config(path: str) -> ConfigDict:
-    """The config that `get_config()` of a Python file returns, with every default filled in.
+    """Returns the config that `get_config()` of a Python file returns, with every default filled in.
 
-    A cell of the study is an experiment with a group "study" besides, which only `experiments.study` reads: here that
-    group is checked and left out.
+    A cell of the study is an experiment whose config also has a group "study", which only `experiments.study` reads.
+    This function checks that group and leaves it out.
 
     Args:
-      path: the path of the file, or the name of a shipped config; `:VARIANT` behind it is what `get_config` is called
-        with.
+      path: the path of the file, or the name of a shipped config. With `:VARIANT` behind it, `get_config` is called
+        with that text.
 
     Raises:
       FileNotFoundError: there is no such config.
-      ValueError: it has no such variant, or a value that cannot be.
+      ValueError: the config has no such variant, or it has a value that is not allowed.
     """
     return without_study(read_cell(path))
 
 
 def read_cell(path: str) -> ConfigDict:
-    """The config of a cell of the study, with every default filled in, those of its group "study" among them.
+    """Returns the config of a cell of the study, with every default filled in, also in its group "study".
 
     Args:
-      path: as for `read_config`.
+      path: the file and the variant, as for `read_config`.
 
     Raises:
       FileNotFoundError: there is no such config.
-      ValueError: it has no such variant, or a value that cannot be.
+      ValueError: the config has no such variant, or it has a value that is not allowed.
     """
     name, colon, variant = (path, "", "") if pathlib.Path(path).is_file() else path.partition(":")
     file = find_config(name)
@@ -76,7 +79,7 @@ def read_cell(path: str) -> ConfigDict:
 
 
 def _load(file: pathlib.Path) -> types.ModuleType:
-    """The module of a config file, as a member of a package of its folder: it may import its neighbours relatively."""
+    """Imports a config file as a member of a package of its folder, so that it may import its neighbours relatively."""
     package = types.ModuleType(f"config_folder_{zlib.crc32(str(file.resolve().parent).encode())}")
     package.__path__ = [str(file.parent)]
     sys.modules[package.__name__] = package
@@ -89,7 +92,17 @@ def _load(file: pathlib.Path) -> types.ModuleType:
 
 
 def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
-    """Takes `--config PATH_OR_NAME` or `--config=PATH` out of the arguments; overrides `--config.KEY=VALUE` stay."""
+    """Takes `--config PATH_OR_NAME` or `--config=PATH_OR_NAME` out of the arguments.
+
+    Args:
+      arguments: the command line, with the name of the program first.
+
+    Returns:
+      The path or name, and the other arguments. Overrides such as `--config.KEY=VALUE` are among them.
+
+    Raises:
+      SystemExit: there is no `--config`. If the arguments ask for help, it is printed before.
+    """
     for index, argument in enumerate(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":
@@ -104,22 +117,35 @@ def take_config_path(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 class LastTupleParser(flags.ArgumentParser):
-    """Parses a tuple as ml_collections does; of a key that is given several times the last value counts.
+    """Parses a tuple as ml_collections does. If a key is given several times, the last value counts.
 
-    ml_collections makes a flag whose values add up for its own tuple parser only, which this class is not.
+    ml_collections adds up the values of a flag that is given several times if the parser is its own `TupleParser`.
+    Therefore this class does not inherit from that one.
     """
 
     def parse(self, argument: str | tuple[Any, ...]) -> tuple[Any, ...]:
-        """The tuple that a text or a tuple stands for."""
+        """Returns the tuple that a text or a tuple stands for.
+
+        Raises:
+          ValueError: the text cannot be read as a tuple.
+        """
         return argument if isinstance(argument, tuple) else tuple_parser.TupleParser().parse(argument)
 
     def flag_type(self) -> str:
-        """The name of the type for --help."""
+        """Returns the name of the type for --help."""
         return "tuple"
 
 
 def run_with_config(action: Callable[[ConfigDict], None]) -> None:
-    """Reads `--config PATH` and its overrides and calls `action` with the config; bad input ends in one line."""
+    """Reads `--config PATH` and its overrides, and calls a function with the config.
+
+    Args:
+      action: the function; its argument is the config with every key present and checked.
+
+    Raises:
+      SystemExit: the function has returned, or help was asked for, or the input is bad. The message on bad input has
+        one line.
+    """
     try:
         path, arguments = take_config_path(sys.argv)
         names = [argument.lstrip("-").partition("=")[0] for argument in arguments[1:] if argument.startswith("-")]
@@ -138,7 +164,7 @@ def run_with_config(action: Callable[[ConfigDict], None]) -> None:
 
 
 def _make_room(config: ConfigDict, names: list[str]) -> None:
-    """Lets the command line give values to names that are new to a group of them, such as a method of one's own."""
+    """Adds the names that the command line gives to groups whose keys are names, such as a method of the user's own."""
     for name in names:
         group, _, key = name.rpartition(".")
         if group in NAMED:
@@ -153,6 +179,6 @@ def _make_room(config: ConfigDict, names: list[str]) -> None:
 def _quietly(action, config: ConfigDict, left: list[str]) -> None:
     if left:
         raise ValueError(f"what is {' '.join(left)!r}? Options begin with --, and values with spaces need quotes")
-    # absl prints every library's chatter as soon as an app runs.
+    # absl shows the messages of every library as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
     action(resolve(config))

@@ -1,4 +1,4 @@
-"""Flags and look-ups of the commands that take one adapter at some ranks: generate and export."""
+"""Defines the flags of the commands that take one adapter at some ranks, generate and export, and finds its files."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,22 +7,33 @@ from absl import flags
 
 from mlora_jax.cli.number_flags import integers
 
-MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the base model, if not where the adapter says.")
-OUTPUT = flags.DEFINE_string("output", None, "What to write: JSONL file of answers, or folder of an export.")
-RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, with commas between them.")
+MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the base model; by default the adapter names it.")
+OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers, or folder for the export.")
+RANK = flags.DEFINE_list("rank", None, "Ranks in 0..R, separated by commas.")
 
 
 def chosen_ranks(values: Sequence[str]) -> list[int]:
-    """The ranks of --rank, each once."""
+    """Returns the ranks of --rank in their order, each of them once.
+
+    Args:
+      values: the texts between the commas.
+
+    Raises:
+      ValueError: one of them is not an integer, or is outside the range of the flag.
+    """
     return list(dict.fromkeys(int(rank) for rank in integers("rank", values or [""])))
 
 
 def find_adapter(run: str, trial: str | None) -> pathlib.Path:
-    """The folder of a trial's adapter.
+    """Returns the folder of a trial's adapter.
+
+    Args:
+      run: the folder of the run.
+      trial: the name of the trial; None: the run's only trial.
 
     Raises:
-      FileNotFoundError: the folder is no run's, or no trial of it has been trained.
-      ValueError: a trial that is not there, or none named where there are several.
+      FileNotFoundError: the folder is not the folder of a run, or no trial of the run has been trained.
+      ValueError: the run has no such trial, or `trial` is None and the run has several.
     """
     there = sorted(file.parent.name for file in pathlib.Path(run).glob("adapters/*/adapter.json"))
     if not there:
@@ -35,10 +46,14 @@ def find_adapter(run: str, trial: str | None) -> pathlib.Path:
 
 
 def base_name(folder: pathlib.Path, description: Mapping) -> str:
-    """The name of an adapter's base: the value of --model, or the name that the adapter records.
+    """Returns the name of an adapter's base model: the value of --model, or the name that the adapter records.
+
+    Args:
+      folder: the folder of the adapter, for the message.
+      description: the content of its adapter.json.
 
     Raises:
-      ValueError: neither does.
+      ValueError: --model is not given and the adapter records no name.
     """
     path = MODEL.value or description.get("base_model")
     if not path:
@@ -47,11 +62,15 @@ def base_name(folder: pathlib.Path, description: Mapping) -> str:
 
 
 def base_folder(folder: pathlib.Path, description: Mapping) -> pathlib.Path:
-    """The folder of an adapter's base.
+    """Returns the folder of an adapter's base model; a model of the hub is downloaded.
+
+    Args:
+      folder: the folder of the adapter, for messages.
+      description: the content of its adapter.json.
 
     Raises:
-      ValueError: nothing names it.
-      FileNotFoundError: it is not there.
+      ValueError: --model is not given and the adapter records no name.
+      FileNotFoundError: there is no such model.
     """
     from mlora_jax.run.inputs import model_folder
 

@@ -1,14 +1,16 @@
 """Writes an adapter for other programs: `python -m experiments.export RUN_OR_ADAPTER --to peft --rank 1,8,32`.
 
-RUN_OR_ADAPTER is the workdir of a run (with `--trial NAME` if it has several), or the folder of an adapter. Forms:
+RUN_OR_ADAPTER is the workdir of a run (with `--trial NAME` if it has several), or the folder of an adapter. `--to`
+takes one of these forms:
 
     peft         a PEFT adapter, which PEFT and vLLM load beside the base
     hf           base and adapter in one Hugging Face folder
-    safetensors  a smaller adapter in our own form
+    safetensors  a smaller adapter in the form of this project
 
-Each rank becomes a folder of its own. One rank goes to `--output DIR` itself, several to DIR/rank-R; without --output
-they lie in `exports` of the run or adapter. `--ranks-for vllm` pads with zeros to ranks that vLLM accepts, and without
---rank picks the accepted ones. `--allocation RUN/ranks.csv` takes ranks per layer that `experiments.ranks` has found.
+Each rank becomes a folder of its own. One rank is written to `--output DIR` itself, and several are written to
+DIR/rank-R. Without `--output` they are written to the folder `exports` of the run or adapter. `--ranks-for vllm` pads
+each adapter with zeros to a rank that vLLM accepts; without `--rank` it writes all accepted ranks below R, and R.
+`--allocation RUN/ranks.csv` takes ranks per layer that `experiments.ranks` has found.
 """
 
 import csv
@@ -34,17 +36,17 @@ FORMS = ("peft", "hf", "safetensors")
 
 flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(deploy_flags)
-TO = flags.DEFINE_enum("to", None, list(FORMS), "What to write.")
-RANKS_FOR = flags.DEFINE_enum("ranks-for", None, list(ACCEPTED), "Program whose ranks to pad to; of --to peft only.")
+TO = flags.DEFINE_enum("to", None, list(FORMS), "Form to write.")
+RANKS_FOR = flags.DEFINE_enum("ranks-for", None, list(ACCEPTED), "Program whose ranks to pad to; only for --to peft.")
 flags.DEFINE_alias("ranks_for", "ranks-for")
-ALLOCATION = flags.DEFINE_string("allocation", None, "ranks.csv with ranks per layer; --rank says of which budgets.")
+ALLOCATION = flags.DEFINE_string("allocation", None, "ranks.csv with ranks per layer; --rank selects its rows.")
 MAX_SHARD_SIZE = flags.DEFINE_string(
-    "max_shard_size", None, "Largest size of a weight file of --to hf, like 5GB; default: the base's."
+    "max_shard_size", None, "Largest size of a weight file of --to hf, like 5GB; by default that of the base."
 )
 
 
 def main() -> None:
-    """Parses the command line and writes; bad input ends in one line."""
+    """Parses the command line and writes. Bad input ends the command with a message of one line."""
     flags.mark_flag_as_required("to")
     try:
         app.run(_run)
@@ -76,7 +78,7 @@ def _run(arguments: Sequence[str]) -> None:
     }
     if found.profiles:
         for rank in ranks:
-            fitted_profile(found.profiles, rank)  # before anything is written
+            fitted_profile(found.profiles, rank)  # raises before anything is written
     chosen = {rank: _allocation(ALLOCATION.value, rank) if ALLOCATION.value else rank for rank in ranks}
     for rank, target in _targets(given, folder, ranks).items():
         print(_WRITERS[str(TO.value)](target, folder, description, adapter, hierarchy, chosen[rank], options))
@@ -93,8 +95,7 @@ def _adapter_folder(given: pathlib.Path) -> pathlib.Path:
 
 
 def _ranks(hierarchy) -> list[int]:
-    """The ranks of --rank; without it the ranks that the program of --ranks-for accepts, and R in any case."""
-
+    """Returns the ranks of --rank, or without it the ranks below R that the program of --ranks-for accepts, and R."""
     if RANK.value is None and RANKS_FOR.value is None:
         raise ValueError("--rank is missing, for example --rank 1,8,32")
     if RANK.value is None:
@@ -105,7 +106,7 @@ def _ranks(hierarchy) -> list[int]:
 
 
 def _targets(given: pathlib.Path, folder: pathlib.Path, ranks: Sequence[int]) -> dict[int, pathlib.Path]:
-    """Rank -> the folder to write."""
+    """Returns a dictionary: rank -> the folder to write."""
     name = f"rank-{{rank}}{'-per-layer' if ALLOCATION.value else ''}"
     if OUTPUT.value is not None:
         out = pathlib.Path(OUTPUT.value)
@@ -116,7 +117,7 @@ def _targets(given: pathlib.Path, folder: pathlib.Path, ranks: Sequence[int]) ->
 
 
 def _allocation(path: str, budget: int) -> dict[str, tuple[int, ...]]:
-    """Ranks per layer for the parameters of a uniform rank, from a ranks.csv."""
+    """Reads from a ranks.csv the ranks per layer that need as many parameters as the uniform rank `budget`."""
     table = io.StringIO(decode_text(pathlib.Path(path).read_bytes(), path), newline="")
     rows = [row for row in csv.DictReader(table) if row.get("kind") == "allocated"]
     found = {row["rank"]: row for row in rows}
@@ -130,7 +131,7 @@ def _allocation(path: str, budget: int) -> dict[str, tuple[int, ...]]:
 
 
 def _write_peft(target, folder, description: Mapping, adapter, hierarchy, rank, options: Mapping) -> str:
-    # PEFT looks here for the base where nothing else is said: a model of the hub by its id, which holds on any machine.
+    # PEFT loads the base from here by default. The id of a model of the hub is valid on any machine, a folder is not.
     base = base_name(folder, description)
     if not MODEL.value and hub_id(base) is None:
         base = str(base_folder(folder, description))

@@ -1,12 +1,12 @@
 """Answers prompts at any rank of an adapter: `python -m experiments.generate --run DIR --rank 8 --prompt "Once upon"`.
 
-The adapter is a trial of a run, or a folder of its own by `--adapter FOLDER`. `--rank 0,4,8` answers each prompt at
-each of these ranks, all in the same batches; rank 0 is the base model. `--prompts FILE` answers every line of a file:
-JSON lines of {"prompt": ...} if its name ends in .jsonl, else one prompt a line.
+The adapter is that of a trial of a run, or the one in a folder given by `--adapter FOLDER`. `--rank 0,4,8` answers each
+prompt at each of these ranks, all in the same batches; rank 0 is the base model. `--prompts FILE` answers every line of
+a file. If the file's name ends in .jsonl, each line is a JSON object {"prompt": ...}; otherwise each line is a prompt.
 
 The settings in the base's generation_config.json that change logits, such as repetition_penalty, are applied as in
-transformers. Whether and how tokens are drawn is said by the flags alone: the file's do_sample, temperature, top_k,
-top_p and their like are not applied, and a warning names them where tokens are drawn.
+transformers. The flags alone decide whether and how tokens are drawn: do_sample, temperature, top_k, top_p and similar
+settings of the file are not applied, and a warning names them if tokens are drawn.
 """
 
 import json
@@ -24,22 +24,23 @@ from mlora_jax.models.text_file import check_text, read_lines
 
 flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(deploy_flags)
-RUN = flags.DEFINE_string("run", None, "Folder of a run, its --workdir.")
-ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, in place of --run.")
-PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, in place of --prompt.")
-MAX_NEW_TOKENS = define_integer("max_new_tokens", 128, "Tokens of an answer at most.")
-TEMPERATURE = define_float("temperature", 0.0, "Temperature of the draws; 0 takes the likeliest token.")
-TOP_P = define_float("top_p", 1.0, "Draws from the likeliest tokens of this probability.")
+RUN = flags.DEFINE_string("run", None, "Folder of a run, which was its --workdir.")
+ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter, instead of --run.")
+PROMPT = flags.DEFINE_string("prompt", None, "Prompt to answer.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, instead of --prompt.")
+MAX_NEW_TOKENS = define_integer("max_new_tokens", 128, "Largest number of tokens of an answer.")
+TEMPERATURE = define_float("temperature", 0.0, "Temperature at which tokens are drawn; 0 takes the likeliest token.")
+TOP_P = define_float("top_p", 1.0, "Tokens are drawn from the likeliest ones that together have this probability.")
 SEED = define_integer("seed", 0, "Seed of the draws.")
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
-BATCH_SIZE = define_integer("batch_size", 32, "Answers made at once at most.")
+BATCH_SIZE = define_integer("batch_size", 32, "Largest number of answers that are made at the same time.")
 
-PAD_MULTIPLE = 32  # of the lengths of prompts and answers: few executables, little padding
+# The lengths of prompts and answers are padded to a multiple of this: few shapes compile, and padding stays small.
+PAD_MULTIPLE = 32
 
 
 def main() -> None:
-    """Parses the command line and answers; bad input ends in one line."""
+    """Parses the command line and answers. Bad input ends the command with a message of one line."""
     flags.mark_flag_as_required("rank")
     try:
         app.run(_run)
@@ -79,11 +80,14 @@ def _one_of(**values: str | None) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: {"prompt": str} a line if its name ends in .jsonl, else a text a line; no empty ones.
+    """Returns the prompts of a file, without the lines that are empty.
+
+    Args:
+      path: the file. If its name ends in .jsonl, each line is {"prompt": str}; otherwise each line is a prompt.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line that is not text or of another form, named by its number, or no prompt at all.
+      ValueError: a line is not text or has another form, and the message gives its number; or the file has no prompt.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -106,7 +110,10 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _load_base(folder: pathlib.Path, description: Mapping):
-    """The frozen base of an adapter, in the run's dtype and quantisation or else as stored, tokenizer and settings."""
+    """Returns the frozen base of an adapter, its tokenizer, and its settings for generation.
+
+    The base has the dtype and the quantisation of the run, or is as stored if the adapter is not in a run.
+    """
     from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
     from mlora_jax.models.generation_config import read_generation_settings
     from mlora_jax.models.json_file import read_json_object
@@ -136,7 +143,7 @@ def _encode(prompts: Sequence[str], tokenizer, context: int) -> list[list[int]]:
 
 
 def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) -> list[dict]:
-    """One record per prompt and rank, in this order."""
+    """Returns a record for each prompt and rank; all ranks of the first prompt come first."""
     import numpy as np
 
     from mlora_jax.core.hierarchy import check_rank
@@ -177,7 +184,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
         top_p=TOP_P.value,
         seed=SEED.value,
         stop=ends,
-        numbers=[number for number, _ in asked],  # so that an answer does not depend on which other ranks are asked
+        numbers=[number for number, _ in asked],  # an answer does not depend on which other ranks are asked for
     )
     return [
         {"prompt": prompts[number], "rank": rank, "answer": ends.text(made), "tokens": len(made)}

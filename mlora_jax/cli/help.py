@@ -1,4 +1,4 @@
-"""The help of the commands that take an experiment config: their flags, and every key that `--config.KEY` can set."""
+"""Prints the help of the commands that take an experiment config: their flags, and the keys that a config may set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def print_help(config: ConfigDict | None = None) -> None:
     """Prints the command's docstring, its flags, and all keys of a config.
 
     Args:
-      config: a resolved config whose values are shown where they are not the defaults.
+      config: a resolved config, whose values are shown if they are not the defaults; None: only defaults are shown.
     """
     values = None if config is None else config.to_dict()
     print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}\n")

@@ -1,4 +1,4 @@
-"""Every key of a config, as the page docs/config.md: `python -m experiments.keys [--out docs/config.md]`.
+"""Writes the page docs/config.md, which lists every config key: `python -m experiments.keys [--out docs/config.md]`.
 
 Without `--out` it prints the page.
 """
@@ -9,11 +9,11 @@ from absl import app, flags
 
 from mlora_jax.cli.keys_page import write
 
-OUT = flags.DEFINE_string("out", None, "File that the page is written to.")
+OUT = flags.DEFINE_string("out", None, "File that the page is written to; by default it is printed.")
 
 
 def main() -> None:
-    """Parses the command line and writes the page."""
+    """Parses the command line and writes the page. Bad input ends the command with a message of one line."""
     try:
         app.run(_write)
     except (ValueError, OSError) as error:

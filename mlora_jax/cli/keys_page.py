@@ -1,4 +1,4 @@
-"""The page docs/config.md: every key that a config may set, those of the study among them."""
+"""Writes the page docs/config.md, which lists every key that a config may set, also those of the study."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 from mlora_jax.config import KEYS, Group, keys_page
 from mlora_jax.study.keys import NAME, STUDY
 
-# The top level of the table holds groups alone.
+# The top level of the table holds only groups, which the cast tells the type checker.
 GROUPS: dict[str, Group] = {**cast(Mapping[str, Group], KEYS.keys), NAME: STUDY}
 HEAD = """\
 # Keys of a config
@@ -32,12 +32,16 @@ commands check this group and leave it out.
 
 
 def text() -> str:
-    """The text of docs/config.md."""
+    """Returns the text of docs/config.md."""
     return HEAD + keys_page(GROUPS)
 
 
 def write(path: str | None) -> None:
-    """Writes the page to a file, or prints it where no path is given."""
+    """Writes the page to a file, or prints it.
+
+    Args:
+      path: the file; None or an empty text: the page is printed.
+    """
     if path:
         pathlib.Path(path).write_text(text(), encoding="utf-8")
     else:

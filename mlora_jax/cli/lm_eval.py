@@ -1,9 +1,10 @@
-"""lm-evaluation-harness's own command line with our model in it.
+"""Runs the command line of lm-evaluation-harness with the model `mlora_jax` registered in it.
 
     python -m experiments.lm_eval --model_args checkpoint=FOLDER,adapter=FOLDER,rank=8,readout=prefix --tasks trec,gsm8k
 
-All options are the harness's, `--help` lists them; `--model mlora_jax` is put in, and a larger batch size than its 1.
-`--raw_dir FOLDER` runs the tasks on local data, without a network; `--cache_dir FOLDER` keeps what is made of those.
+`--help` lists the options, which are those of the harness. Two of them have other defaults here: `--model mlora_jax`
+and `--batch_size auto`. Two options are added: `--raw_dir FOLDER` runs the tasks on local data, without a network, and
+`--cache_dir FOLDER` keeps the data sets that are built from that data.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ SUBCOMMANDS = ("run", "ls", "validate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Registers the model, writes local tasks if asked for, and calls the harness; bad input ends in one line."""
+    """Registers the model, writes the files of local tasks if they are asked for, and calls the harness.
+
+    Bad input ends the command with a message of one line.
+
+    Args:
+      arguments: the arguments of the command line; None: those of the process.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments.pop(0) if arguments[:1] and arguments[0] in SUBCOMMANDS else "run"
     try:
@@ -37,7 +44,7 @@ def _prepare(arguments: list[str]) -> list[str]:
     parser.add_argument("--include_path", default="")
     ours, left = parser.parse_known_args(arguments)
     if ours.raw_dir:
-        os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when `datasets` is imported
+        os.environ["HF_DATASETS_OFFLINE"] = "1"  # `datasets` reads it when it is imported
     names = [name for group in ours.tasks for name in group.split(",") if name]
     folder = _local_tasks(names, ours.raw_dir, ours.cache_dir)
     if folder and ours.include_path:
@@ -55,7 +62,7 @@ def _prepare(arguments: list[str]) -> list[str]:
 
 
 def _local_tasks(names: Sequence[str], raw_dir: str, cache_dir: str) -> str:
-    """The folder of task files for those names that are run on local data; empty: none is."""
+    """Writes the task files of the names that run on local data, and returns their folder; "" if there are none."""
     from mlora_jax.evaluate.task_files import gather_local, task_folder, write_local_tasks
 
     local, reasons = gather_local(names, raw_dir=raw_dir, cache_dir=cache_dir)
@@ -65,14 +72,14 @@ def _local_tasks(names: Sequence[str], raw_dir: str, cache_dir: str) -> str:
 
 
 def _call_harness(arguments: Sequence[str]) -> None:
-    """Does what `lm_eval.__main__.cli_evaluate` does, with these arguments in the place of the process's."""
+    """Does what `lm_eval.__main__.cli_evaluate` does, with these arguments instead of those of the process."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
     from mlora_jax.evaluate import language_model  # noqa: F401  registers the model
 
     class CommandLine(HarnessCLI):
-        """The harness's command line, whose own `parse_args` reads and changes `sys.argv`."""
+        """Parses given arguments. The harness's own `parse_args` reads and changes `sys.argv`."""
 
         def parse_given(self, given: Sequence[str]) -> argparse.Namespace:
             return self._parser.parse_args(given)

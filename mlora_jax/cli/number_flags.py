@@ -1,4 +1,4 @@
-"""Flags that take numbers: the range of each, in one table, and the parsers that keep to it."""
+"""Defines flags that take numbers. One table has the range of each flag, and the parsers enforce it."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from absl import flags
 
 from mlora_jax.core.ranges import LARGEST_FLOAT, LARGEST_INTEGER, SEEDS, Range
 
-# A flag is the key flag of the command that defines it by the functions below.
+# A flag that the functions below define belongs to the command that calls them, whose `--help` then shows it.
 flags.disclaim_key_flags()
 
 COUNT = Range(low=1, high=LARGEST_INTEGER)
 COUNT_OR_NONE = Range(low=0, high=LARGEST_INTEGER)
-# Flag -> its range. A flag of this name has it in every command.
+# Flag -> its range, which is the same in every command that has a flag of this name.
 RANGES = {
     "batch": COUNT,
     "batch_size": COUNT,
@@ -33,7 +33,7 @@ RANGES = {
 
 
 class _InRange:
-    """Makes a parser of absl keep to a `Range`; absl's own bounds let NaN pass."""
+    """Makes a parser of absl reject numbers outside a `Range`. The bounds of absl itself would let NaN pass."""
 
     number_article: str
     number_name: str
@@ -56,26 +56,38 @@ class _FloatParser(_InRange, flags.FloatParser):
 
 
 def define_integer(name: str, default: int | None, help: str) -> flags.FlagHolder:
-    """Defines a flag of `RANGES` whose value is an integer."""
+    """Defines a flag whose value is an integer, and returns its holder.
+
+    Args:
+      name: the name of the flag, a key of `RANGES`.
+      default: the value if the flag is not given.
+      help: the text for `--help`.
+    """
     return flags.DEFINE(_IntegerParser(RANGES[name]), name, default, help, serializer=flags.ArgumentSerializer())
 
 
 def define_float(name: str, default: float | None, help: str) -> flags.FlagHolder:
-    """Defines a flag of `RANGES` whose value is a float."""
+    """Defines a flag whose value is a float, and returns its holder.
+
+    Args:
+      name: the name of the flag, a key of `RANGES`.
+      default: the value if the flag is not given.
+      help: the text for `--help`.
+    """
     return flags.DEFINE(_FloatParser(RANGES[name]), name, default, help, serializer=flags.ArgumentSerializer())
 
 
 def integers(name: str, values: Sequence[str], *, low: int | None = None, words: Sequence[str] = ()) -> list[int | str]:
-    """The values of a list flag of `RANGES`.
+    """Returns the values of a flag that is a list of integers.
 
     Args:
-      name: the flag's name.
-      values: what stands between its commas.
-      low: the least that is allowed, in place of the table's.
-      words: values that are allowed besides integers, and stay as they are.
+      name: the name of the flag, a key of `RANGES`.
+      values: the texts between its commas.
+      low: the smallest allowed integer; None: that of the table.
+      words: texts that are allowed besides integers. They are returned as they are.
 
     Raises:
-      ValueError: a value that is no such integer.
+      ValueError: a value is neither an integer in the range nor one of `words`.
     """
     least, most = RANGES[name].low if low is None else low, RANGES[name].high
     given = ",".join(values)

@@ -1,9 +1,9 @@
-"""What an experiment will cost: `python -m experiments.plan --config configs/NAME.py [--config.KEY=VALUE ...]`.
+"""Prints the cost of an experiment: `python -m experiments.plan --config configs/NAME.py [--config.KEY=VALUE ...]`.
 
-Prints trials, batches, compilations, steps, tokens, bytes of adapters and the projected time, for which it loads the
-model and times a few steps. Trains nothing. `--estimate` counts by arithmetic alone: it needs neither weights nor an
-accelerator, of the model its config.json (not even that for those of the paper), and says operations in place of time;
-`--teraflops T` turns them into device hours.
+The cost is given as trials, batches, compilations, steps, tokens, bytes of adapters and a projected time. The command
+loads the model and times a few steps, but trains nothing. With `--estimate` it only calculates, without weights and
+without an accelerator. It then needs the model's config.json, except for the models of the paper, and prints operations
+instead of a time; `--teraflops T` turns these into device hours.
 """
 
 from absl import flags
@@ -14,13 +14,13 @@ from mlora_jax.cli.config_flags import run_with_config
 from mlora_jax.cli.number_flags import define_float, define_integer
 from mlora_jax.config_type import ConfigDict
 
-TIMED_STEPS = define_integer("timed_steps", 3, "Steps of each kind of batch that are timed.")
-ESTIMATE = flags.DEFINE_bool("estimate", False, "Counts by arithmetic, without weights; times nothing.")
-TERAFLOPS = define_float("teraflops", 100.0, "Sustained by one device, for --estimate.")
+TIMED_STEPS = define_integer("timed_steps", 3, "Number of steps that are timed for each kind of batch.")
+ESTIMATE = flags.DEFINE_bool("estimate", False, "Calculates the cost, without weights and without timing.")
+TERAFLOPS = define_float("teraflops", 100.0, "TFLOP/s that one device sustains, for --estimate.")
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words.
+    """Returns a number of seconds in words.
 
     >>> duration(59), duration(3661)
     ('59 s', '1 h 01 min')
@@ -72,7 +72,7 @@ def _plan(config) -> None:
 
 
 def _tasks(tasks) -> str:
-    """A line on `config.evaluation.tasks`; empty if there are none."""
+    """Returns a line on the tasks of `config.evaluation.tasks`; "" if there are none."""
     if not tasks.curves:
         return ""
     unknown = f", without {', '.join(tasks.unknown)}, whose size is not known" if tasks.unknown else ""
@@ -80,7 +80,7 @@ def _tasks(tasks) -> str:
 
 
 def print_estimate(config: ConfigDict) -> None:
-    """Prints the cost of a config by arithmetic."""
+    """Prints the cost of a resolved config as `mlora_jax.cost.estimate` calculates it."""
     from mlora_jax.cost.estimate import estimate
 
     found = estimate(config)

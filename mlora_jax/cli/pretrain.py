@@ -7,12 +7,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File whose get_config() gives the values.", lock_config=True)
-OUT = flags.DEFINE_string("out", None, "Folder to write, in Hugging Face layout.")
+OUT = flags.DEFINE_string("out", None, "Folder that the model is written to, in the layout of Hugging Face.")
 flags.mark_flags_as_required(["config", "out"])
 
 
 def main() -> None:
-    """Parses the command line, trains and writes the folder; bad input ends in one line."""
+    """Parses the command line, trains and writes the folder. Bad input ends the command with a message of one line."""
     try:
         app.run(_run)
     except (ValueError, OSError) as error:
@@ -22,7 +22,7 @@ def main() -> None:
 def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
-    # absl prints every library's chatter as soon as an app runs.
+    # absl shows the messages of every library as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
     from mlora_jax.training.pretrain import pretrain
 

@@ -1,7 +1,7 @@
-"""Which ranks to deploy: `python -m experiments.ranks RUN --trial NAME [--readout prefix] [--budget 4,8,16] ...`.
+"""Finds ranks to deploy: `python -m experiments.ranks RUN --trial NAME [--readout prefix] [--budget 4,8,16] ...`.
 
-RUN is the workdir of a finished run. Prints the rank-accuracy curve with intervals, the smallest rank that is nearly
-the best, and ranks per layer beside uniform ones; writes ranks.md, ranks.csv and ranks.png.
+RUN is the workdir of a finished run. The command prints the rank-accuracy curve with intervals, the smallest rank that
+is nearly the best, and ranks per layer in comparison with uniform ranks. It writes ranks.md, ranks.csv and ranks.png.
 """
 
 import os
@@ -16,24 +16,26 @@ from mlora_jax.cli.number_flags import define_float, define_integer, integers
 from mlora_jax.report import SPLITS
 
 flags.adopt_module_key_flags(adapter_flags)
-WITHIN = define_float("within", 0.01, "Accuracy, in 0..1, that the smallest rank may lack of the best.")
-BUDGET = flags.DEFINE_list("budget", [], "Average ranks per layer to allocate; all of S but R if not given.")
+WITHIN = define_float("within", 0.01, "Accuracy, in 0..1, by which the smallest rank may fall short of the best.")
+BUDGET = flags.DEFINE_list("budget", [], "Average ranks per layer to allocate; by default all of S but R.")
 CHOOSE_ON = flags.DEFINE_enum(
     "choose_on",
     "validation",
     list(SPLITS),
-    "Items to choose ranks on; of test every other one, and the rest is reported on.",
+    "Items to choose ranks on. With test, every other test item is chosen on and the rest is reported on.",
 )
-MEASURE = flags.DEFINE_enum("measure", "likelihood", ["likelihood", "accuracy"], "What the allocation is to raise.")
-BY = flags.DEFINE_enum("by", "both", ["both", "layer", "module"], "What gets a rank of its own.")
-START = flags.DEFINE_enum("start", "both", ["uniform", "full", "both"], "Allocation that the search begins with.")
-LEVELS = flags.DEFINE_list("levels", [], "Ranks that a layer may have; 0, S and R if not given.")
-LIMIT = define_integer("limit", 500, "The most allocations that are tried for one budget.")
-OUT = flags.DEFINE_string("out", None, "Folder for the files; RUN if not given.")
+MEASURE = flags.DEFINE_enum("measure", "likelihood", ["likelihood", "accuracy"], "Measure that is maximised.")
+BY = flags.DEFINE_enum(
+    "by", "both", ["both", "layer", "module"], "Each layer, module, or module of a layer gets a rank."
+)
+START = flags.DEFINE_enum("start", "both", ["uniform", "full", "both"], "Allocation from which the search starts.")
+LEVELS = flags.DEFINE_list("levels", [], "Ranks that a layer may have; by default 0, S and R.")
+LIMIT = define_integer("limit", 500, "Largest number of allocations that are tried for one budget.")
+OUT = flags.DEFINE_string("out", None, "Folder for the files; by default RUN.")
 
 
 def main() -> None:
-    """Parses the command line, measures and writes the report."""
+    """Parses the command line and reports. Bad input ends the command with a message of one line."""
     try:
         app.run(report)
     except (ValueError, OSError) as error:
@@ -41,8 +43,16 @@ def main() -> None:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Measures, writes and prints, for the arguments that flags have left."""
-    # absl prints every library's chatter as soon as an app runs.
+    """Measures an adapter at its ranks, and writes and prints the report.
+
+    Args:
+      arguments: the name of the program, and the arguments that are not flags: the run's folder.
+
+    Raises:
+      ValueError: there is not exactly one folder, or an option cannot be used; the message names it.
+      FileNotFoundError: the folder is not the folder of a run, or the trial has no adapter yet.
+    """
+    # absl shows the messages of every library as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
     if len(arguments) != 2:
         raise ValueError(f"name one run's folder: python -m experiments.ranks RUN --trial NAME; got {arguments[1:]}")
@@ -52,7 +62,7 @@ def report(arguments: Sequence[str]) -> None:
 
     run = arguments[1]
     if threads := stored_threads(run):
-        # The last bits depend on how XLA divides its work; it reads this when it starts.
+        # The last bits of results depend on how XLA divides its work. XLA reads this variable when it starts.
         os.environ.setdefault("NPROC", str(threads))
     found = choose_ranks(
         run,

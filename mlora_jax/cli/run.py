@@ -1,10 +1,10 @@
 """Runs an experiment: `python -m experiments.run --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]`.
 
-`--config NAME` alone stands for a config that the package ships, wherever it is installed. A config with variants takes
-one behind a colon: `--config paper_gsm8k_llama32_1b:r256`, `--config configs/paper_gsm8k_llama32_1b.py:smoke`.
+`--config NAME` takes a config that the package ships. The variant of a config that has several follows a colon:
+`--config paper_gsm8k_llama32_1b:r256`, `--config configs/paper_gsm8k_llama32_1b.py:smoke`.
 
 Every key can be set on the command line, whether the config file names it or not: `--help` and docs/config.md list the
-keys. A config of the study (configs/study_*.py) is run as the experiment that it is without its group `study`.
+keys. For a config of the study (configs/study_*.py), the command leaves the group `study` out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> None:
-    """Parses the command line and trains."""
+    """Parses the command line and runs the experiment. Bad input ends the command with a message of one line."""
     flags.mark_flag_as_required("workdir")
     run_with_config(_run)
 
@@ -33,7 +33,7 @@ def _run(config: ConfigDict) -> None:
 
     workdir = str(WORKDIR.value)
     if threads := stored_threads(workdir):
-        # The last bits depend on how XLA divides its work; it reads this when it starts.
+        # The last bits of results depend on how XLA divides its work. XLA reads this variable when it starts.
         os.environ.setdefault("NPROC", str(threads))
     results = train(config, workdir)
     if not hosts.is_first():

@@ -1,9 +1,10 @@
-"""The study of nested methods: `python -m experiments.study --workdir DIR --models MODELS --data DATA [--hours H]`.
+"""Studies nested methods: `python -m experiments.study --workdir DIR --models MODELS --data DATA [--hours H]`.
 
-MODELS holds the models' folders and DATA those of the raw data, under the names that the cells' configs give them
-(configs/study_*.py). The study is a queue: stopped by a signal or by the end of its hours, the same command goes on
-where it was. The group `study` of a cell's config says what is trained; docs/config.md lists its keys. Every cell has a
-folder of its name in DIR; tables and figures of all are written at every end, as far as it has come.
+A cell is the study on one task and model, with a config of its own (configs/study_*.py). MODELS holds the models'
+folders and DATA those of the raw data, under the names that the configs give them. A signal or the end of its hours
+stops the study, and the same command continues it. The group `study` of a cell's config says what is trained;
+docs/config.md lists its keys. Every cell has a folder of its name in DIR. Whenever the command ends, it writes tables
+and figures of all results so far.
 """
 
 import math
@@ -19,15 +20,18 @@ from absl import app, flags, logging
 from mlora_jax.cli.config_flags import SHIPPED, WORKDIR, read_cell
 from mlora_jax.cli.number_flags import define_float
 
-CELLS = flags.DEFINE_list("cells", [], "Names such as trec_656k of configs/study_NAME.py; all if not given.")
+CELLS = flags.DEFINE_list("cells", [], "Cells, such as trec_656k of configs/study_trec_656k.py; by default all.")
 MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")
-DATA = flags.DEFINE_string("data", "", "Folder that holds the raw data's folders; without it they are downloaded.")
-HOURS = define_float("hours", 0.0, "Stops after so many hours, everything saved; 0 is no limit.")
-TRAIN = flags.DEFINE_bool("train", True, "--notrain only writes the tables and figures.")
+DATA = flags.DEFINE_string("data", "", "Folder that holds the raw data's folders; by default they are downloaded.")
+HOURS = define_float("hours", 0.0, "Saves everything and stops after this many hours; 0 sets no limit.")
+TRAIN = flags.DEFINE_bool("train", True, "Trains what is missing; --notrain only writes the tables and figures.")
 
 
 def main() -> None:
-    """Parses the command line, trains what is missing, writes the report."""
+    """Parses the command line, trains what is missing and writes the report.
+
+    Bad input ends the command with a message of one line.
+    """
     flags.mark_flag_as_required("workdir")
     try:
         app.run(lambda arguments: _study(arguments[1:]))
@@ -46,7 +50,7 @@ def _study(left: list[str]) -> None:
         if name not in known:
             raise ValueError(f"there is no cell {name!r}; cells: {', '.join(known)}")
     asked = {name: known[name] for name in CELLS.value or known}
-    # Between two rounds of training, which listen for themselves, a signal ends the command with its report too.
+    # Training handles signals itself. Between two trainings, this handler makes a signal end the command with a report.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if TRAIN.value:
@@ -57,7 +61,7 @@ def _study(left: list[str]) -> None:
 
 
 def _train(cells: dict, workdir: pathlib.Path) -> None:
-    """The first group of all cells, then the second one, until nothing is missing or the time is over."""
+    """Trains the first group of all cells, then the second one, until nothing is missing or the time is over."""
     from mlora_jax.study.queue import run_cell
 
     end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
@@ -75,11 +79,11 @@ def _train(cells: dict, workdir: pathlib.Path) -> None:
             for name, config in cells.items():
                 run_cell(config, workdir / name, groups=config.study.groups[: stage + 1], before_each=leave_if_late)
     finally:
-        timer.cancel()  # it would end the report as well
+        timer.cancel()  # its signal would also interrupt the report
 
 
 def _known_cells() -> dict:
-    """Name -> config of every cell, models and data found."""
+    """Returns a dictionary: the name of every cell -> its config, with the paths of its model and data."""
     cells = {}
     for file in sorted(SHIPPED.glob("study_*.py")):
         config = read_cell(file.stem)

@@ -1,7 +1,6 @@
-"""Tables and figures from finished runs: `python -m experiments.table RUN... [--out DIR] [--choose_on SPLIT]`.
+"""Writes tables and figures of finished runs: `python -m experiments.table RUN... [--out DIR] [--choose_on SPLIT]`.
 
-RUN is the workdir of a run. Several runs of one task on one base model make one table; otherwise there is a table for
-each pair of task and base model.
+RUN is the workdir of a run. There is one table for each pair of task and base model, with the results of all its runs.
 """
 
 from collections.abc import Sequence
@@ -10,17 +9,17 @@ from absl import app, flags, logging
 
 from mlora_jax.report import SPLITS, write_tables
 
-OUT = flags.DEFINE_string("out", None, "Folder for the files; of a single run its own folder if not given.")
+OUT = flags.DEFINE_string("out", None, "Folder for the files; by default the folder of the run, if there is only one.")
 CHOOSE_ON = flags.DEFINE_enum(
     "choose_on",
     None,
     list(SPLITS),
-    "Split on which the learning rate of a method is chosen; what the runs' configs say if not given.",
+    "Split on which the learning rate of a method is chosen; by default the runs' configs say it.",
 )
 
 
 def main() -> None:
-    """Parses the command line and writes the report."""
+    """Parses the command line and writes the report. Bad input ends the command with a message of one line."""
     try:
         app.run(_write)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Every key an experiment config may set, its default, and the check that turns a config into plain values."""
+"""Declares every key that an experiment config may set, with its default, and checks configs."""
 
 from mlora_jax.config.describe import help_text, keys_page
 from mlora_jax.config.keys import CHANGEABLE, DEFAULTS, ELSEWHERE, KEYS, NAMED

@@ -1,4 +1,4 @@
-"""The keys for people to read: the list of `--help` and the page docs/config.md."""
+"""Describes the keys of a config for readers, in the list of `--help` and on the page docs/config.md."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from mlora_jax.config.schema import Group, Key
 
-NAME = "NAME"  # stands for a name that a config may give
-WIDTH = 100  # columns of --help
+NAME = "NAME"  # this stands for a name that a config may give
+WIDTH = 100  # --help has this many columns
 _UNSET = object()
 _HEADER = "| key | default | allowed | may change | meaning |\n| --- | --- | --- | --- | --- |\n"
 
 
 def help_text(groups: Mapping[str, Group], values: Mapping[str, Any] | None = None) -> str:
-    """A paragraph for each group, with every key, its default, what is allowed and what it means.
+    """Returns a paragraph for each group, with the default, the allowed values and the meaning of every key.
 
     Args:
       groups: name -> group of keys.
-      values: a resolved config; keys that it sets otherwise than by default are shown with its value too.
+      values: a resolved config. If its value of a key is not the default, the value is shown too. None shows no values.
 
     >>> print(help_text({"train": Group(doc="Training.", keys={"epochs": Key(default=3, low=1, doc="Passes.")})}))
     config.train: Training.
@@ -44,7 +44,7 @@ def help_text(groups: Mapping[str, Group], values: Mapping[str, Any] | None = No
 
 
 def keys_page(groups: Mapping[str, Group]) -> str:
-    """A table for each group, in Markdown.
+    """Returns a table for each group, in Markdown.
 
     Args:
       groups: name -> group of keys.
@@ -66,7 +66,7 @@ def keys_page(groups: Mapping[str, Group]) -> str:
 
 
 def _sections(groups: Mapping[str, Group]) -> Iterator[tuple[str, Group, bool]]:
-    """Dotted name, declaration, and whether a begun run may change all keys, of every group."""
+    """Yields the dotted name and the declaration of every group, and whether a begun run may change all its keys."""
     for name, group in groups.items():
         yield name, group, group.changeable
         for path, inner in group.groups(f"{name}."):
@@ -74,7 +74,10 @@ def _sections(groups: Mapping[str, Group]) -> Iterator[tuple[str, Group, bool]]:
 
 
 def _rows(group: Group) -> Iterator[tuple[str, Key, bool]]:
-    """Name and declaration of each key; False for one of which the row of `NAME` says all but the default."""
+    """Yields the name and the declaration of each key, and whether its row is written in full.
+
+    In a group whose keys are names, the row of `NAME` holds for all keys, so the other rows only give the defaults.
+    """
     if group.names:
         yield NAME, group.names, True
     for name, item in group.keys.items():
@@ -92,5 +95,5 @@ def _value(values: Mapping[str, Any] | None, name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as a command line or a config file has it, with double quotes."""
+    """Returns a value as a command line or a config file writes it, with double quotes."""
     return repr(value).replace("'", '"')

@@ -1,4 +1,4 @@
-"""The trials that a config asks for: entries of `config.trials.list`, and whether every trial can be trained."""
+"""Reads the entries of `config.trials.list`, and checks that every trial of a config can be trained."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from mlora_jax.config.schema import Group, Key
 from mlora_jax.core import METHODS, get_method
 from mlora_jax.trials import expand_trials
 
-# What an entry of the list may name: every key of `config.trials` but the list.
+# An entry of the list may name every key of `config.trials` except the list itself.
 AXES = Group(doc=TRIALS.doc, keys={name: key for name, key in TRIALS.keys.items() if name != "list"})
 LIST = "config.trials.list"
 
 
 def read_entries(entries: Iterable[Any]) -> tuple[dict[str, tuple], ...]:
-    """The entries of `config.trials.list`, each a dict of tuples of values.
+    """Returns the entries of `config.trials.list`, each as a dictionary: key of `config.trials` -> tuple of values.
+
+    Args:
+      entries: the entries as a config gives them.
 
     Raises:
-      ValueError: an entry is no dict, names an unknown key, or gives a value of another type.
+      ValueError: an entry is not a dict, names an unknown key, or gives a value of the wrong type.
     """
     return tuple(_read_entry(entry, f"{LIST}[{number}]") for number, entry in enumerate(entries))
 
@@ -41,10 +44,10 @@ def _read_entry(entry: Any, name: str) -> dict[str, tuple]:
 
 
 def check_trials(config: Mapping[str, Any]) -> None:
-    """Checks a config whose keys are allowed each by itself.
+    """Checks that every trial of a config can be trained.
 
     Args:
-      config: every key, with the list's entries as `read_entries` gives them.
+      config: a config with every key, whose values are each allowed, with the entries that `read_entries` returned.
 
     Raises:
       ValueError: an entry of the list holds a value that is not allowed, a method is unknown, or a trial cannot be

@@ -1,8 +1,8 @@
-"""The table of config keys: each is declared once, with its default, meaning, allowed values and range.
+"""Declares every config key once, with its default, meaning, allowed values and range.
 
-The rows are in keys_of_trials.py, keys_of_training.py and keys_of_results.py. Everything else that is said of a key
-follows from its row: the nested defaults, the checks of `resolve`, what a begun run may change, the list of `--help`
-and docs/config.md.
+The rows of the table are in keys_of_trials.py, keys_of_training.py and keys_of_results.py. The nested defaults, the
+checks of `resolve`, the keys that a begun run may change, the list of `--help` and docs/config.md all follow from
+these rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ KEYS = Group(
         "evaluation": EVALUATION,
     },
 )
-# Groups that only another command reads -> which one. Earlier versions kept them in every run's config.json.
+# Group that only another command reads -> that command. Earlier versions kept these groups in every run's config.json.
 ELSEWHERE = {"study": "experiments.study"}
 
 DEFAULTS: dict[str, Any] = KEYS.defaults()
-# Groups whose keys are names that a config may give.
+# The dotted names of the groups whose keys are names that a config may give.
 NAMED = tuple(f"config.{name}" for name, group in KEYS.groups() if group.names)
-# Groups and keys that a begun run may change; a group stands for all its keys.
+# The dotted names of the groups and keys that a begun run may change. A group stands for all its keys.
 CHANGEABLE = (*KEYS.changeable_names(), *ELSEWHERE)

@@ -1,4 +1,4 @@
-"""Keys of what a run measures and reports: read-outs, evaluation and the choice of learning rates."""
+"""Declares the keys for measuring and reporting: read-outs, evaluation and the choice of learning rates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mlora_jax.config.schema import Group, Key
 from mlora_jax.config.tasks import harness_tasks
 from mlora_jax.core import METHODS, READOUTS
 
-# Method -> its default read-outs, of the methods that have others than ("prefix",).
+# Method -> its default read-outs, for the methods whose default is not ("prefix",).
 DEFAULT_READOUTS = {"lora": ("prefix", "squeeze"), "matryoshka": ("prefix", "nested", "masked")}
 
 REPORT = Group(
@@ -77,7 +77,7 @@ EVALUATION = Group(
         "readouts": Group(
             doc="The read-outs of each method. A method that is not named is read out by prefix. "
             '"squeeze" makes the best low-rank approximations of the trained function, '
-            '"squeeze_inputs" those of what it makes of training data, and "calibrated" fits profiles '
+            '"squeeze_inputs" makes those of its outputs on training data, and "calibrated" fits profiles '
             "to training data.",
             changeable=True,
             keys={

@@ -1,4 +1,4 @@
-"""Keys of how a run trains: the optimizer, validation, the mesh, checkpoints and records."""
+"""Declares the keys for training: the optimizer, validation, the mesh, checkpoints and records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of what a run trains: the base model, the data, the adapters, the trials, and methods of one's own."""
+"""Declares the keys that say what is trained: base model, data, adapters, trials, and the user's own methods."""
 
 from __future__ import annotations
 

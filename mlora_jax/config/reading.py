@@ -1,4 +1,4 @@
-"""From the config that a file gives to one with every key present and checked, and what has changed since."""
+"""Fills in and checks the config that a file gives, and compares a config with the one that a run began with."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mlora_jax.config_type import ConfigDict
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] = MappingProxyType({})) -> ConfigDict:
-    """The config with every key present and checked.
+    """Returns a config with every key present and checked.
 
     Args:
-      config: nested mapping that sets some of the keys of `DEFAULTS`.
-      groups: name -> groups that the caller reads besides those of the table, such as the study's.
+      config: a nested mapping that sets some of the keys of `DEFAULTS`.
+      groups: a dictionary: name -> a group that the config may have besides those of `KEYS`, such as that of the study.
 
     Returns:
       A locked `ConfigDict` with all keys.
 
     Raises:
-      ValueError: an unknown key (the message names the nearest one), a value of another type, or a value that is not
-        allowed: outside its range, none of the choices, or one that does not go with the others.
+      ValueError: a key is unknown, and the message names the nearest one; a value has the wrong type, is outside its
+        range or is not one of the choices; or two values do not fit together.
     """
     given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     _check_elsewhere(name for name in given if name not in groups)
@@ -37,7 +37,7 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
     values = table.read(given, "config")
     values["trials"]["list"] = read_entries(values["trials"]["list"])
     if values["data"]["file"] or values["data"]["evaluation_file"]:
-        values["data"]["task"] = "jsonl"  # own data is its own task, whatever the key was left at
+        values["data"]["task"] = "jsonl"  # rows of the user's own are a task of their own, whatever the key says
     table.validate(values, "config")
     check_readout_methods(values)
     check_numbers(values)
@@ -46,27 +46,28 @@ def resolve(config: Mapping[str, Any] | ConfigDict, groups: Mapping[str, Group] 
 
 
 def resolve_stored(config: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run's config.json, which an earlier version may have written, with every key present and checked.
+    """Returns the config of a run's config.json, with every key present and checked.
 
     Args:
-      config: what config.json holds. Groups that a run does not read and that earlier versions wrote are left out.
+      config: the content of config.json. An earlier version may have written it with groups that a run does not read;
+        they are left out.
 
     Raises:
-      ValueError: as for `resolve`.
+      ValueError: a key or a value is not allowed, as for `resolve`.
     """
     return resolve({name: values for name, values in config.items() if name not in ELSEWHERE})
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys, other than those that a begun run may change, in which two resolved configs differ.
+    """Returns the differences between two resolved configs, without those that a begun run allows.
 
     Args:
-      old: what config.json of a begun run holds. A key that it lacks, since it was written before there was such a key,
-        has its default.
-      new: the config that the run is to go on with, as JSON has it: lists in place of tuples.
+      old: the content of the config.json of a begun run. If an earlier version wrote it, keys may be missing; they have
+        their defaults.
+      new: the config with which the run shall go on, in the form of JSON, with lists instead of tuples.
 
     Returns:
-      A line for each key, like "config.train.epochs was 3 and is 4".
+      A line for each key that differs, like "config.train.epochs was 3 and is 4".
     """
     return _changed(KEYS, old, new, "")
 
@@ -76,7 +77,7 @@ def _changed(group: Group, old: Mapping[str, Any], new: Mapping[str, Any], path:
     defaults = json.loads(json.dumps(group.defaults()))
     for key in dict.fromkeys((*old, *new)):
         name, before, after = f"{path}{key}", old.get(key, defaults.get(key)), new.get(key)
-        added = key not in old and key not in group.keys  # a name of one's own that the run begins to use
+        added = key not in old and key not in group.keys  # a name of the user's own that is new in this run
         if name in CHANGEABLE or before == after or added:
             continue
         inner = group.keys.get(key)
@@ -97,7 +98,13 @@ def _check_elsewhere(names: Iterable[str]) -> None:
 
 
 def check_key(name: str) -> None:
-    """Raises ValueError if a dotted name begins with "config." and is no key of a config; names the nearest one.
+    """Raises a ValueError if a dotted name begins with "config." and is not a key of a config.
+
+    Args:
+      name: the dotted name.
+
+    Raises:
+      ValueError: there is no such key; the message names the nearest one and all keys of the group.
 
     >>> check_key("config.train.epoch")  # doctest: +ELLIPSIS
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""What is declared of a config key, and what follows from it: types, ranges, choices, defaults and error messages."""
+"""Declarations of config keys, from which their types, ranges, choices, defaults and error messages follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ml_collections import ConfigDict
 
-# Type of a value -> how the page and --help call one such value, and several.
+# Type of a value -> the words of docs/config.md and --help for one such value and for several.
 KINDS = {
     bool: ("True or False", ""),
     int: ("an integer", "integers"),
@@ -23,24 +23,24 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key of a config: everything that is declared of it. Bounds and choices of a tuple hold for every entry.
+    """The declaration of one key of a config. For a tuple, the bounds and choices hold for every entry.
 
     Attributes:
       doc: whole sentences that say what the key decides, with its unit.
       default: the value of a config that does not set the key. Its type is the type of the key; an empty string or
         tuple stands for "not set".
-      choices: the values that are allowed; empty where every value of the type is.
+      choices: the values that are allowed; empty if every value of the type is allowed.
       low: the smallest value that is allowed.
       high: the largest value that is allowed.
       above: a bound that every allowed value exceeds.
       entry: the type of a tuple's entries; by default that of the default's first entry. Entries of an empty default
         are not checked by type unless it is given.
-      filled: whether a tuple needs at least one entry.
-      distinct: whether a tuple must not repeat an entry.
-      form: words of the page and of --help for what else a value looks like.
-      check: raises ValueError if a value is not allowed for another reason.
-      changeable: whether a run that has begun may go on with another value: the key does not touch a trial that is
-        trained already.
+      filled: if true, a tuple needs at least one entry.
+      distinct: if true, a tuple must not repeat an entry.
+      form: words of docs/config.md and --help for the form of a value, instead of those that follow from its type.
+      check: a function that raises a ValueError if a value is not allowed for another reason.
+      changeable: if true, a run that has begun may go on with another value, because the key does not affect the trials
+        that are already trained.
     """
 
     doc: str
@@ -58,19 +58,19 @@ class Key:
 
     @property
     def kind(self) -> type:
-        """The type of a value."""
+        """Returns the type of a value."""
         return type(self.default)
 
     @property
     def entry_kind(self) -> type | None:
-        """The type of a tuple's entries; None where it is not checked."""
+        """Returns the type of a tuple's entries; None if it is not checked."""
         return self.entry or (type(self.default[0]) if self.default else None)
 
     def read(self, value: Any, name: str) -> Any:
-        """The value in the type of the key: lists become tuples, and integers become numbers where those are meant.
+        """Returns a value in the type of the key: a list becomes a tuple, and an integer a float if needed.
 
         Args:
-          value: what a config gives.
+          value: the value that a config gives.
           name: the key's dotted name, for the error message.
 
         Raises:
@@ -87,7 +87,12 @@ class Key:
         return tuple(_typed(item, self.entry_kind, like, f"an entry of {name}") for item in entries)
 
     def validate(self, value: Any, name: str) -> None:
-        """Raises ValueError, with the dotted name in its message, if a value of the right type is not allowed."""
+        """Raises a ValueError if a value is not allowed.
+
+        Args:
+          value: a value of the type of the key.
+          name: the key's dotted name, for the error message.
+        """
         several = self.kind is tuple
         if several and self.filled and not value:
             raise ValueError(f"{name} must name at least one value, got ()")
@@ -104,13 +109,13 @@ class Key:
 
     def _in_bounds(self, value: Any) -> bool:
         if not self.bounds:
-            return True  # the value may be no number at all
+            return True  # without bounds the value may be of any type
         low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
         return low <= value <= high and not math.isinf(value) and (self.above is None or value > self.above)
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, as in "at least 1"; empty if there are none."""
+        """Returns the bounds in words, as in "at least 1"; an empty text if there are none."""
         words = [] if self.above is None else ["positive" if self.above == 0 else f"above {self.above}"]
         words += [] if self.low is None else [f"at least {self.low}"]
         words += [] if self.high is None else [f"at most {self.high}"]
@@ -121,7 +126,7 @@ class Key:
 
     @property
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """Returns a description of the allowed values, in words."""
         several = self.kind is tuple
         one, more = KINDS[self.kind]
         if several:
@@ -136,15 +141,15 @@ class Key:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Keys that belong together.
+    """The declaration of keys that belong together.
 
     Attributes:
       doc: whole sentences that say what the keys are about.
       keys: name -> `Key` or `Group`.
-      names: what every other name of the group stands for, where the group's keys are names that a config may give,
-        such as those of methods; None where all keys are in `keys`.
-      check: raises ValueError if values of the right types, each allowed by itself, do not go together.
-      changeable: whether a run that has begun may go on with other values of all the keys.
+      names: the declaration of every key that is not in `keys`, if the group's keys are names that a config may give,
+        such as those of methods; None if all keys are in `keys`.
+      check: a function that raises a ValueError if values that are each allowed do not fit together.
+      changeable: if true, a run that has begun may go on with other values of all the keys.
     """
 
     doc: str
@@ -154,15 +159,15 @@ class Group:
     changeable: bool = False
 
     def defaults(self) -> dict[str, Any]:
-        """The default of every key, nested as a config is."""
+        """Returns the default of every key, nested as in a config."""
         return {k: item.defaults() if isinstance(item, Group) else item.default for k, item in self.keys.items()}
 
     def leaves(self, path: str = "", changeable: bool = False) -> Iterator[tuple[str, Key]]:
-        """The dotted name and the declaration of every key, in order, of this group and those in it.
+        """Yields the dotted name and the declaration of every key of this group and of the groups in it, in order.
 
         Args:
           path: the dotted name of this group with a dot behind it; empty for the whole config.
-          changeable: whether the groups around this one say that all keys may change.
+          changeable: true if a group around this one says that a begun run may change all keys.
         """
         changeable = changeable or self.changeable
         for name, item in self.keys.items():
@@ -172,14 +177,22 @@ class Group:
                 yield f"{path}{name}", dataclasses.replace(item, changeable=item.changeable or changeable)
 
     def groups(self, path: str = "") -> Iterator[tuple[str, Group]]:
-        """The dotted name and the declaration of every group in this one, outer groups first."""
+        """Yields the dotted name and the declaration of every group in this one, outer groups first.
+
+        Args:
+          path: the dotted name of this group with a dot behind it; empty for the whole config.
+        """
         for name, item in self.keys.items():
             if isinstance(item, Group):
                 yield f"{path}{name}", item
                 yield from item.groups(f"{path}{name}.")
 
     def changeable_names(self, path: str = "") -> Iterator[str]:
-        """Dotted names of the groups and keys that a begun run may change; a group stands for all its keys."""
+        """Yields the dotted names of the groups and keys that a begun run may change; a group stands for all its keys.
+
+        Args:
+          path: the dotted name of this group with a dot behind it; empty for the whole config.
+        """
         for name, item in self.keys.items():
             if item.changeable:
                 yield f"{path}{name}"
@@ -187,17 +200,25 @@ class Group:
                 yield from item.changeable_names(f"{path}{name}.")
 
     def at(self, key: str) -> Key | Group:
-        """The declaration of a key.
+        """Returns the declaration of a key.
+
+        Args:
+          key: the name of the key in this group.
 
         Raises:
-          KeyError: the group has no such key, which `check_names` tells a user about.
+          KeyError: the group has no such key. Call `check_names` first for a message that helps a user.
         """
         if key not in self.keys and self.names is not None:
             return self.names
         return self.keys[key]
 
     def check_names(self, given: Iterable[str], path: str) -> None:
-        """Raises ValueError for the first name that is no key; the message names the nearest key and all of them."""
+        """Raises a ValueError if one of the given names is not a key of the group.
+
+        Args:
+          given: the names.
+          path: the dotted name of this group, for the message, which also lists the nearest key and all keys.
+        """
         for key in given:
             if key not in self.keys and self.names is None:
                 near = difflib.get_close_matches(str(key), self.keys, n=1)
@@ -205,14 +226,14 @@ class Group:
                 raise ValueError(f"unknown config key {path}.{key}{hint} Keys of {path}: {', '.join(self.keys)}")
 
     def read(self, given: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """The values that a config gives, each in the type of its key, and the defaults of the others.
+        """Returns the values that a config gives, each in the type of its key, and the defaults of the other keys.
 
         Args:
           given: some of the keys and their values, nested.
-          path: the dotted name of this group.
+          path: the dotted name of this group, for messages.
 
         Raises:
-          ValueError: an unknown key, or a value of another type.
+          ValueError: a key is unknown, or a value has another type than its key.
         """
         self.check_names(given, path)
         values = {}
@@ -228,7 +249,12 @@ class Group:
         return values
 
     def validate(self, values: Mapping[str, Any], path: str) -> None:
-        """Raises ValueError for the first value that is not allowed, and then for values that do not go together."""
+        """Raises a ValueError if a value is not allowed, or if values do not fit together.
+
+        Args:
+          values: the keys of this group and their values, nested.
+          path: the dotted name of this group, for the message.
+        """
         for key, value in values.items():
             self.at(key).validate(value, f"{path}.{key}")
         if self.check:
@@ -236,7 +262,7 @@ class Group:
 
 
 def _typed(value: Any, kind: type, like: Any, name: str) -> Any:
-    """The value in this type, if it is one of it; `like` is an example for the error message."""
+    """Returns a value in a type, or raises a ValueError if it has another one; `like` is an example for the message."""
     example = "" if like is None else f", like {like!r}"
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness that `config.evaluation.tasks` names."""
+"""Reads the entries of `config.evaluation.tasks`, which name tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def harness_tasks(entries: Iterable[Any]) -> list[tuple[str, int | None]]:
-    """The tasks of `config.evaluation.tasks` and their numbers of examples; None is the task's own number.
+    """Returns the tasks of `config.evaluation.tasks` and their numbers of examples; None is the task's own number.
 
     Args:
       entries: names, and pairs of a name and a number of examples.
 
     Raises:
-      ValueError: an entry is neither a name nor a name and a number, or it comes twice.
+      ValueError: an entry is neither a name nor a pair of a name and a number, or an entry is repeated.
 
     >>> harness_tasks(("arc_challenge", ("gsm8k", 8)))
     [('arc_challenge', None), ('gsm8k', 8)]
