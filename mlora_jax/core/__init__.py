@@ -1,4 +1,4 @@
-"""The mathematics of nested low-rank adapters: pure functions on arrays. Imports jax and numpy only."""
+"""The mathematics of nested low-rank adapters, as pure functions on arrays. It imports only jax and numpy."""
 
 from mlora_jax.core.actions import ACTIONS, Action, ActionInput, ActionOutput, get_action
 from mlora_jax.core.aurac import AXES, CurveSummary, aurac, summarize

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# The position of a rank on the x axis. "linear" is the reference code's v1, "log2" its v2.
+# Each function maps ranks to their positions on the x axis. The reference code calls "linear" v1 and "log2" v2.
 AXES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda ranks: ranks.astype(float),
     "log2": lambda ranks: np.log2(ranks),
@@ -29,7 +29,8 @@ def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: str = "log2")
       The mean height of the curve, in the unit of `accuracies`.
 
     Raises:
-      ValueError: unknown axis; unsorted, repeated or non-positive ranks; unequal lengths; an empty curve; NaN.
+      ValueError: the axis is unknown; the ranks are not positive and strictly increasing; the lengths differ; the curve
+        is empty; or an accuracy is not finite.
 
     Source: MatryoshkaLoRA, arXiv 2605.07850 (AURAC).
 
@@ -67,7 +68,13 @@ def _short(values) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CurveSummary:
-    """A rank-accuracy curve in three numbers: `linear` and `log2` AURAC and the plain `mean`."""
+    """Three summaries of a rank-accuracy curve, in the unit of its accuracies.
+
+    Attributes:
+      linear: AURAC over the axis "linear".
+      log2: AURAC over the axis "log2".
+      mean: the mean of the accuracies.
+    """
 
     linear: float
     log2: float

@@ -1,7 +1,7 @@
 """Rank profiles: the weight of every column of A and row of B, in training and when the adapter is read out.
 
-A *rank profile* is a vector ``p`` of length R; an adapted layer computes ``y = x W + ((x A) * p) B``. Everything that
-tells LoRA, DyLoRA and MatryoshkaLoRA apart is the choice of ``p``.
+A *rank profile* is a vector ``p`` of length R; an adapted layer computes ``y = x W + ((x A) * p) B``. LoRA, DyLoRA and
+MatryoshkaLoRA differ only in the choice of ``p``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# s_r, the scale of rank r (design: "none" 1, "rank" 1/r, "sqrt" 1/sqrt(r), the last being rsLoRA's rule).
+# Each function maps a rank r to its scale s_r. "sqrt" is the rule of rsLoRA.
 SCALINGS: dict[str, Callable[[int], float]] = {
     "none": lambda r: 1.0,
     "rank": lambda r: 1.0 / r,
@@ -26,7 +26,7 @@ SCALINGS: dict[str, Callable[[int], float]] = {
 
 
 def powers_of_two(max_rank: int) -> tuple[int, ...]:
-    """The default training ranks S: the powers of two up to R, and R itself.
+    """Returns the default training ranks S: the powers of two up to R, and R itself.
 
     Args:
       max_rank: R, at least 1.
@@ -47,7 +47,17 @@ def powers_of_two(max_rank: int) -> tuple[int, ...]:
 
 
 def check_rank(rank: Any, name: str, *, low: int, high: int | None = None) -> int:
-    """Returns `rank` as an int, or raises a ValueError that names it and the allowed range."""
+    """Returns a rank as an int.
+
+    Args:
+      rank: the value to check.
+      name: the name of the value, for the message.
+      low: the smallest allowed rank.
+      high: the largest allowed rank; None: there is none.
+
+    Raises:
+      ValueError: the value is not an integer in this range.
+    """
     number = int(rank) if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) else None
     if number is None or number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be an integer in {low}..{'' if high is None else high}, got {rank!r}")
@@ -66,7 +76,8 @@ class RankHierarchy:
         take part in LoRA only.
 
     Raises:
-      ValueError: S is empty, unsorted, repeated, below 1 or above R; an unknown scaling; unusable weights.
+      ValueError: S is empty or not strictly increasing, or has a rank below 1 or above R; the scaling is unknown; or
+        there is not one weight per rank of S, a weight is negative or not finite, or all are zero.
 
     Source: MatryoshkaLoRA, arXiv 2605.07850, the diagonal P; DyLoRA, arXiv 2210.07558, the random prefix.
 
@@ -78,7 +89,7 @@ class RankHierarchy:
     ranks: Sequence[int]
     scaling: str = "none"
     weights: Sequence[float] | None = None
-    max_rank: int = cast("int", None)  # __post_init__ replaces None
+    max_rank: int = cast("int", None)  # `__post_init__` replaces None
 
     def __post_init__(self) -> None:
         try:
@@ -109,7 +120,11 @@ class RankHierarchy:
             object.__setattr__(self, name, value)
 
     def scale(self, r: int) -> float:
-        """Returns the scale s_r of a rank r in 1..R."""
+        """Returns the scale s_r of a rank r.
+
+        Raises:
+          ValueError: r is outside 1..R.
+        """
         return SCALINGS[self.scaling](check_rank(r, "rank", low=1, high=self.max_rank))
 
     def lora(self) -> jax.Array:
@@ -117,20 +132,32 @@ class RankHierarchy:
         return self.prefix(self.max_rank)
 
     def matryoshka(self) -> jax.Array:
-        """MatryoshkaLoRA's diagonal P [R]: P_i = sum of w_r s_r over r in S with r >= i."""
+        """Returns MatryoshkaLoRA's diagonal P [R]: P_i is the sum of w_r s_r over r in S with r >= i."""
         return _profile(self._weighted_prefix_sum(self.max_rank))
 
     def prefix(self, r: int) -> jax.Array:
-        """The paper's read-out at rank r, [R]: s_r for i <= r, else 0. r = 0 is the base model."""
+        """Returns the paper's read-out at rank r, [R]: s_r for i <= r, else 0. Rank 0 is the base model.
+
+        Raises:
+          ValueError: r is outside 0..R.
+        """
         r = self._read_out_rank(r)
         return _profile(np.where(self._index() <= r, self.scale(r) if r else 0.0, 0.0))
 
     def nested(self, r: int) -> jax.Array:
-        """Returns the training sum of only r columns, [R]: the sum of w_q s_q over q in S with i <= q <= r."""
+        """Returns the training diagonal over ranks of S up to r, [R]: the sum of w_q s_q over q in S with i <= q <= r.
+
+        Raises:
+          ValueError: r is outside 0..R.
+        """
         return _profile(self._weighted_prefix_sum(self._read_out_rank(r)))
 
     def masked(self, r: int) -> jax.Array:
-        """The training diagonal cut at r, [R]: P_i for i <= r, else 0."""
+        """Returns the training diagonal cut at r, [R]: P_i for i <= r, else 0.
+
+        Raises:
+          ValueError: r is outside 0..R.
+        """
         r = self._read_out_rank(r)
         return _profile(np.where(self._index() <= r, self._weighted_prefix_sum(self.max_rank), 0.0))
 
@@ -140,22 +167,22 @@ class RankHierarchy:
         return jnp.where(self._index() <= r, scales[r - 1], 0.0)
 
     def sample_prefix(self, key: jax.Array) -> jax.Array:
-        """Draws a profile as DyLoRA does, [R]: `prefix(b)` with a random b of S. Traceable.
+        """Draws a profile as DyLoRA does, [R]: `prefix(b)` with a random b of S. It is traceable.
 
-        The probability of b is proportional to its weight; without weights it is uniform over S.
+        The probability of b is proportional to its weight. Without weights all ranks of S are equally likely.
 
         Args:
           key: a `jax.random.key`.
         """
-        # Equal weights draw the same ranks as none; jax.random.choice draws others where it is given probabilities.
+        # Equal weights must draw the same ranks as no weights. With probabilities, jax.random.choice draws others.
         shares = None if self.weights is None or self._even() else jnp.array(self.weights) / math.fsum(self.weights)
         return self.prefix_at(jax.random.choice(key, jnp.array(self.ranks), p=shares))
 
     def stratified_ranks(self, key: jax.Array, count: int) -> jax.Array:
         """Draws a rank of S for each of `count` examples, int32 [count], spread as evenly as possible and shuffled.
 
-        Every rank comes up as often as its share of the weights, rounded down or up; which are rounded up is random, so
-        that over many draws the shares are exact. Traceable.
+        The number of times that a rank is drawn is `count` times its share of the weights, rounded down or up. The
+        rounding is random, so that the shares are exact on average. The method is traceable.
 
         Args:
           key: a `jax.random.key`.
@@ -176,16 +203,16 @@ class RankHierarchy:
     def truncate(self, r: int) -> RankHierarchy:
         """Returns the hierarchy of an adapter that `mlora_jax.truncate` has cut to rank r.
 
-        S becomes its ranks up to r, and r itself. A scale depends on its own rank only, so `prefix(q)` stays the same
-        function for every q <= r; so does `nested(q)` for q < r, and for q = r if r was in S. `masked` and `matryoshka`
-        do not: they add up all of S, of which the larger ranks are gone.
+        The new S has the ranks of S up to r, and r itself. A scale depends on its own rank only, so `prefix(q)` stays
+        the same function for every q <= r; so does `nested(q)` for q < r, and for q = r if r was in S. `masked` and
+        `matryoshka` change, because they sum over all of S and the larger ranks are missing.
 
         Args:
-          r: 1..R.
+          r: the new rank, in 1..R.
 
         Returns:
           A hierarchy with R = r. Its weights are those of the ranks that stay; r has weight 1 if it was not in S. If
-          none above zero is left, every weight is 1.
+          all of these are zero, every weight is 1.
 
         Raises:
           ValueError: r is outside 1..R.
@@ -218,5 +245,5 @@ class RankHierarchy:
 
 
 def _profile(values: np.ndarray) -> jax.Array:
-    # jax's default float: float64 profiles under jax_enable_x64, so that 1/sqrt(r) carries no float32 rounding there.
+    # The dtype is jax's default float. Under jax_enable_x64 it is float64, so that 1/sqrt(r) is not rounded to float32.
     return jnp.asarray(values, dtype=float)

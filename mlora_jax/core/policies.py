@@ -34,11 +34,11 @@ class Draw:
 
     Attributes:
       profiles: [N, E, R] rank profiles; [M, N, E, R] from `draw_step`, one row per micro-batch.
-      update_mask: [R], 1 where column i of A and row i of B have a gradient, else 0.
-      column_rates: [R], a factor on Adam's update of column i of A and row i of B; 0 where `update_mask` is.
-      loss_weights: [N], the share of each profile's loss in the step's; they sum to 1.
-      per_example: whether every example has a profile of its own: E is the number of examples, and otherwise 1. It is
-        static, so a compiled step never guesses it from a shape.
+      update_mask: [R], 1 if column i of A and row i of B have a gradient, else 0.
+      column_rates: [R], a factor on Adam's update of column i of A and row i of B; it is 0 where `update_mask` is 0.
+      loss_weights: [N], the weight of each profile's loss in the loss of the step; they sum to 1.
+      per_example: if true, every example has a profile of its own and E is the number of examples; otherwise E is 1.
+        It is static, so a compiled step never guesses it from a shape.
     """
 
     profiles: jax.Array
@@ -53,13 +53,13 @@ class Policy:
     """A rule for drawing profiles.
 
     Attributes:
-      draw: (hierarchy, key) -> Draw; traceable, and random only through `key`. With every="example" it is
-        (hierarchy, key, examples) -> Draw, E being the examples of the whole step.
-      count: (hierarchy) -> N, the number of profiles a step uses: its cost in LoRA steps.
-      every: "micro_batch" draws anew for each micro-batch of a step, "step" once for the whole step, "example" a
-        profile for each example of the step.
-      trained_profile: (hierarchy) -> [R], the profile of the trained function at full rank: what `squeeze` keeps.
-      uses_weights: whether training depends on the hierarchy's weights w_r.
+      draw: (hierarchy, key) -> Draw; it is traceable, and random only through `key`. If `every` is "example", it is
+        (hierarchy, key, examples) -> Draw, and E is the number of examples of the whole step.
+      count: (hierarchy) -> N, the number of profiles that a step uses. A step costs as much as N steps of LoRA.
+      every: "micro_batch" draws for each micro-batch of a step, "step" draws once for the whole step, and "example"
+        draws a profile for each example of the step.
+      trained_profile: (hierarchy) -> [R], the profile of the trained function at full rank, which `squeeze` preserves.
+      uses_weights: true if training depends on the hierarchy's weights w_r.
       summary: one line for tables and errors.
     """
 
@@ -129,7 +129,7 @@ def _per_example(hierarchy, key, examples):
     return Draw(profiles[None], ones, ones, jnp.ones(1, profiles.dtype), per_example=True)
 
 
-# Adding a policy is adding a row. Sources: LoRA arXiv 2106.09685; DyLoRA arXiv 2210.07558, whose original code draws
+# To add a policy, add a row. Sources: LoRA arXiv 2106.09685; DyLoRA arXiv 2210.07558, whose original code draws
 # b from 1..R once per step; MatryoshkaLoRA arXiv 2605.07850; the sandwich rule of slimmable networks, arXiv 1903.05134.
 POLICIES: dict[str, Policy] = {
     "lora": Policy(draw=_lora, summary="every column at s_R"),
@@ -175,7 +175,7 @@ def get_policy(name: str) -> Policy:
     """Returns the policy that has the given name.
 
     Raises:
-      ValueError: there is none; the message names the nearest and all known ones.
+      ValueError: no policy has this name; the message names the nearest and all known ones.
     """
     return find_row(POLICIES, name, "policy")
 
@@ -194,12 +194,12 @@ def draw_step(
 
     Args:
       policy: a row of `POLICIES`.
-      hierarchy: S, s_r, w_r and R.
+      hierarchy: the ranks S, their scales s_r and weights w_r, and R.
       key: the trial's `jax.random.key` for draws; the same key and step always give the same draw.
-      step: int32 scalar, may be traced.
+      step: the number of the step, an int32 scalar that may be traced.
       accumulation: M, the number of micro-batches in the step.
       examples: B, the number of examples in a micro-batch; only a policy that draws for every example needs it.
-      update: the rule whose rates of columns the draw carries, a row of `UPDATES`.
+      update: a row of `UPDATES`; the draw has the rates of columns of this rule.
 
     Returns:
       Draw with profiles [M, N, E, R], update_mask [R], column_rates [R] and loss_weights [N]; E is B for a policy that

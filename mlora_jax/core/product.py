@@ -1,8 +1,8 @@
-"""The adapted product and what can be done with a trained pair of factors.
+"""The product of an adapted layer, and operations on pairs of factors: draw, truncate, scale and fold.
 
-The functions on trees take `jax` pytrees whose leaves are named as in `mlora_jax.core.rank_axes`: the factors ``a``
-[..., D, R] and ``b`` [..., R, F] of one parent and perhaps a ``gate`` [..., R], the profile ``p`` [..., R] under the
-same parent, and the frozen kernel [..., D, F] under ``base/kernel``, or ``base/embedding``, beside them.
+The functions on trees take `jax` pytrees whose leaves are named as in `mlora_jax.core.rank_axes`. The leaves of one
+layer have the same parent: the factors ``a`` [..., D, R] and ``b`` [..., R, F], a ``gate`` [..., R] if the adapter has
+one, the profile ``p`` [..., R], and the frozen kernel [..., D, F] at ``base/kernel`` or ``base/embedding``.
 `mlora_jax.split` returns such trees, and plain nested dicts do as well.
 """
 
@@ -34,16 +34,16 @@ from mlora_jax.core.rank_axes import (
 
 Tree = Any
 
-# The names that a frozen layer may give to its matrix.
+# These are the names that a frozen layer may give to its matrix.
 FROZEN = ("kernel", "embedding")
 
-# The half-width of the uniform distribution that A starts from. "fan_rank" is the paper's, "fan_in" PEFT's.
+# (D, R) -> the bound of the uniform distribution that A starts from. "fan_rank" is the paper's rule, "fan_in" PEFT's.
 INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_rank": lambda features_in, rank: 1.0 / math.sqrt(rank),
     "fan_in": lambda features_in, rank: 1.0 / math.sqrt(features_in),
 }
 
-# The initial values of a gate [..., R]: (key, shape, dtype) -> array. "normal" is the start of SoRA (arXiv 2311.11696).
+# (key, shape, dtype) -> the initial gate [..., R]. "normal" is the start of SoRA (arXiv 2311.11696).
 GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Array]] = {
     "ones": lambda key, shape, dtype: jnp.ones(shape, dtype),
     "normal": jax.random.normal,
@@ -51,7 +51,7 @@ GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Arr
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which numbers of a floating dtype are summed: float64 for float64, else float32.
+    """Returns the dtype in which numbers of a floating dtype are summed: float64 for float64, else float32.
 
     >>> wide_dtype(jnp.bfloat16) == jnp.float32
     True
@@ -69,15 +69,15 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
       x: [..., D] inputs.
       a: [D, R] first factor.
       b: [R, F] second factor.
-      p: rank profile; [R], or with leading axes that are the leading axes of `x`: [B, R] is one profile per example
-        of x [B, T, D] and [B, T, R] one per token. Inner axes that `p` lacks are inserted here.
+      p: the rank profile [R]. It may have the first axes of `x` in front: for x [B, T, D], [B, R] is one profile per
+        example and [B, T, R] is one per token.
       precision: the precision of both products, as in `jax.numpy.matmul`.
 
     Returns:
-      [..., F] in the dtype of `x`. Differentiable in reverse mode only (`jax.grad`, `jax.vjp`).
+      [..., F] in the dtype of `x`. It is differentiable in reverse mode only (`jax.grad`, `jax.vjp`).
 
     Raises:
-      ValueError: `p` has another R than the factors, or leading axes that are not those of `x`.
+      ValueError: `p` has another R than the factors, or its leading axes are not the first ones of `x`.
 
     >>> p_scaled_product(jnp.ones((1, 2)), jnp.ones((2, 2)), jnp.ones((2, 3)), jnp.array([1.0, 0.5])).tolist()
     [[3.0, 3.0, 3.0]]
@@ -98,7 +98,7 @@ def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
       p: the profile as in `p_scaled_product`, with the leading axes of `hidden`.
 
     Raises:
-      ValueError: `p` has another R than `hidden`, or other leading axes.
+      ValueError: `p` has another R than `hidden`, or its leading axes are not the first ones of `hidden`.
     """
     if p.shape[-1] != hidden.shape[-1] or p.ndim > hidden.ndim or p.shape[:-1] != hidden.shape[: p.ndim - 1]:
         raise ValueError(f"profile of shape {p.shape} does not fit x A of shape {hidden.shape}")
@@ -109,8 +109,8 @@ def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:
 def _matmul(x: jax.Array, w: jax.Array, dtype, precision) -> jax.Array:
     """Returns x [..., D] times w [D, F] as `dtype`. It is differentiable in reverse mode only.
 
-    The gradient of w is one product of two matrices: left to itself a CPU's compiler transposes the large cotangent in
-    memory first, which takes longer than the product.
+    The gradient of w is computed as one product of two matrices. The gradient that jax would derive makes a CPU's
+    compiler transpose the large cotangent in memory first, which takes longer than the product.
     """
     return jnp.matmul(x, w, precision=precision, preferred_element_type=dtype)
 
@@ -142,11 +142,11 @@ def initialize_factors(
     """Draws A uniformly from +-bound and sets B to zero, so that the adapted model starts as the base model.
 
     Args:
-      key: `jax.random.key`.
+      key: a `jax.random.key`.
       features_in: D.
       features_out: F.
       rank: R, at least 1.
-      leading: axes in front, such as (L,) for stacked layers.
+      leading: the sizes of axes in front, such as (L,) for stacked layers.
       init: "fan_rank" for a bound of 1/sqrt(R), "fan_in" for 1/sqrt(D).
       dtype: the dtype of both factors; the default is jax's default float.
 
@@ -154,7 +154,7 @@ def initialize_factors(
       A [*leading, D, R] and B [*leading, R, F].
 
     Raises:
-      ValueError: unknown `init`, or a rank below 1.
+      ValueError: `init` is unknown, or the rank is below 1.
     """
     check_rank(rank, "rank", low=1)
     if init not in INITIALIZERS:
@@ -168,8 +168,8 @@ def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones
     """Draws the initial gate, a trained vector that multiplies the profile.
 
     Args:
-      key: `jax.random.key` of the layer; the gate's draw is independent of that of its factors.
-      shape: [..., R], the leading axes being those of the factors.
+      key: the `jax.random.key` of the layer. The draw of the gate is independent of that of the factors.
+      shape: the shape [..., R], with the leading axes of the factors.
       init: a key of `GATE_INITIALIZERS`.
       dtype: the gate's dtype; the default is jax's default float.
 
@@ -177,7 +177,7 @@ def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones
       The gate [..., R].
 
     Raises:
-      ValueError: unknown `init`.
+      ValueError: `init` is unknown.
     """
     if init not in GATE_INITIALIZERS:
         raise ValueError(f"unknown gate {init!r}; known: {', '.join(GATE_INITIALIZERS)}")
@@ -187,21 +187,21 @@ def initialize_gate(key: jax.Array, shape: tuple[int, ...], *, init: str = "ones
 def truncate(adapter: Tree, rank: int) -> Tree:
     """Keeps the first `rank` columns of every A, rows of every B and entries of every gate.
 
-    The result is a smaller, faster adapter. It runs with a profile tree of the same rank, which this function makes
-    too, and is described by `hierarchy.truncate(rank)`, whose `prefix(q)` gives the function that the full adapter
-    gives at `prefix(q)`:
+    The result is a smaller, faster adapter. It needs a profile tree of the same rank, which this function makes from
+    the old profile tree. Its hierarchy is `hierarchy.truncate(rank)`, and at `prefix(q)` of that hierarchy it computes
+    the same function as the full adapter at `prefix(q)`:
 
         short = truncate(adapter, 2)
         values = set_profile(truncate(profile, 2), hierarchy.truncate(2).prefix(2))
         nnx.merge(graphdef, base, short, values)
 
     Args:
-      adapter: tree of an adapter's leaves; or tree of profiles [..., R], per example or not, with or without dropout
+      adapter: a tree of an adapter's leaves, or a tree of profiles [..., R], which may be per example and have dropout
         keys.
-      rank: 1..R.
+      rank: the new rank, in 1..R.
 
     Raises:
-      ValueError: the rank is outside 1..R of some layer, or a leaf's name is not one of `RANK_AXES`.
+      ValueError: the rank is outside 1..R of a layer, or the name of a leaf is not a key of `RANK_AXES`.
 
     >>> truncate({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "p": jnp.ones(4)}, 2)["b"].shape
     (2, 2)
@@ -228,23 +228,27 @@ def scale_ranks(adapter: Tree, factor: jax.Array) -> Tree:
 
 
 def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
-    """Adds every ``A diag(p) B`` to the frozen kernel it sits on: ``W + A diag(p) B``, with ``p * gate`` for a gate.
+    """Adds every adapter to its frozen kernel: ``W + A diag(p) B``, or ``W + A diag(p * gate) B`` with a gate.
 
-    The sum is formed in float32 or wider and stored in the kernel's dtype. The result fits where `base` fitted; merge
-    it with a zero profile, or read its kernels.
+    The sum is computed in float32 or wider and stored in the kernel's dtype. The result can replace `base`: merge it
+    with a zero profile, or read its kernels.
 
-    A kernel of more axes than ``A B`` has (a convolution's window, heads) takes it reshaped. Where its axes are not in
-    the order of those of ``A B``, the variable that holds A has the attribute `kernel_layout`, (sizes, order): the
-    product [..., *sizes], its axes after the leading ones in that order. `mlora_jax.adapt` sets it on layers that need
-    it; a plain nested dict in such a layer's place has lost it.
+    If the kernel has more axes than ``A B`` (heads, or the window of a convolution), ``A B`` is reshaped to it. If
+    these axes have another order than those of ``A B``, the variable that holds A has the attribute `kernel_layout`, a
+    pair (sizes, order): the product is reshaped to [..., *sizes], and then its axes after the leading ones are put in
+    that order. `mlora_jax.adapt` sets the attribute on layers that need it. A plain nested dict does not have it.
 
     Args:
-      base: frozen tree holding ``base/kernel`` [..., D, F] beside every pair of factors.
-      adapter: tree of an adapter's leaves.
-      profile: tree of profiles [..., R], not per example.
+      base: the frozen tree, with ``base/kernel`` [..., D, F] beside every pair of factors.
+      adapter: a tree of an adapter's leaves.
+      profile: a tree of profiles [..., R], not per example.
+
+    Returns:
+      A tree like `base`, with the same shapes and dtypes.
 
     Raises:
-      ValueError: a pair has no kernel in `base`, one of other axes, or a quantised one; or a profile is per example.
+      ValueError: a pair of factors has no kernel in `base`, or its kernel has another size or is quantised; or a
+        profile is per example.
     """
     factors, profiles = by_parent(adapter), by_parent(profile)
     layouts = _kernel_layouts(adapter)
@@ -290,7 +294,7 @@ def _kernel_layouts(adapter: Tree) -> dict[tuple[str, ...], tuple]:
 
 
 def path_hash(path: str) -> int:
-    """A stable 32-bit number for a dotted path, to fold into a key: independent of which other paths exist."""
+    """Returns a 32-bit number that depends only on a dotted path, to fold into a `jax.random.key`."""
     return zlib.crc32(path.encode())
 
 

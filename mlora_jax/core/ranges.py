@@ -1,21 +1,21 @@
-"""Ranges of the numbers that a user gives. An error message names the allowed range."""
+"""Declares the ranges of the numbers that a user gives. An error message names the allowed range."""
 
 from __future__ import annotations
 
 import dataclasses
 
-LARGEST_INTEGER = 2**31 - 1  # of an int32, which counts, positions and sizes become in arrays
-LARGEST_SEED = 2**32 - 1  # jax.random.key keeps 32 bits where 64-bit types are off
-LARGEST_FLOAT = 3.4028234663852886e38  # of a float32
+LARGEST_INTEGER = 2**31 - 1  # the largest int32; arrays store counts, positions and sizes as int32
+LARGEST_SEED = 2**32 - 1  # jax.random.key keeps 32 bits of a seed unless 64-bit types are enabled
+LARGEST_FLOAT = 3.4028234663852886e38  # the largest finite float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers from `low` to `high`, both included; NaN is in no range.
+    """The numbers from `low` to `high`, with both bounds. NaN is in no range.
 
     Attributes:
       low, high: the bounds.
-      open_low: whether `low` itself is left out.
+      open_low: if true, `low` itself is not in the range.
     """
 
     low: float
@@ -30,10 +30,14 @@ class Range:
         return f"{above} and {'finite' if self.high == LARGEST_FLOAT else f'at most {self.high}'}"
 
     def check(self, name: str, value: float) -> float:
-        """Returns a value that is in the range.
+        """Returns a value if it is in the range.
+
+        Args:
+          name: the name of the value, for the message.
+          value: the number to check.
 
         Raises:
-          ValueError: it is not; the message has the name, the range and the value.
+          ValueError: the value is outside the range; the message gives the name, the range and the value.
 
         >>> Range(low=0, high=3).check("--rank", 4)
         Traceback (most recent call last):
@@ -50,8 +54,12 @@ SEEDS = Range(low=0, high=LARGEST_SEED)
 def check_number(name: str, value: float) -> None:
     """Checks that a number fits an array's int32 or float32.
 
+    Args:
+      name: the name of the number, for the message.
+      value: the number. Values of other types pass.
+
     Raises:
-      ValueError: an integer beyond 2**31 - 1, or a number that is infinite or NaN in float32.
+      ValueError: the value is an int whose absolute value exceeds 2**31 - 1, or a float that is not finite in float32.
     """
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {value}")

@@ -1,4 +1,4 @@
-"""The position of the rank axis in every kind of leaf of an adapter, and functions that need nothing else.
+"""The position of the rank axis in every kind of leaf of an adapter, and functions that only need to know it.
 
 Trees are `jax` pytrees such as `mlora_jax.split` returns, or plain nested dicts. The leaves of one layer's adapter
 share a parent, the layer's path: the factors ``a`` [..., D, R] and ``b`` [..., R, F], and ``gate`` [..., R] if the
@@ -20,30 +20,30 @@ RANK_AXES: Mapping[str, int] = {"a": -1, "b": -2, "gate": -1, "p": -1}
 
 FACTORS = ("a", "b")  # the matrices A and B, which every adapted layer has; the other leaves are vectors
 GATE = "gate"  # a trained vector that multiplies the profile; not every adapter has one
-PROFILE = "p"  # not a leaf of the adapter but of the profile tree
+PROFILE = "p"  # a leaf of the profile tree, and not of the adapter
 ADAPTER_LEAVES = tuple(name for name in RANK_AXES if name != PROFILE)
 # Leaves of a profile tree that have no rank axis.
 WITHOUT_RANK_AXIS = ("dropout_key",)
 
 
 def path_names(path: Sequence[Any]) -> tuple[str, ...]:
-    """The names along a tree path, without the attribute by which a Variable holds its array."""
+    """Returns the names along a tree path, without the attribute by which a Variable holds its array."""
     names = key_names(path)
     return tuple(names[:-1] if len(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) else names)
 
 
 def key_names(path: Sequence[Any]) -> list[str]:
-    """The names of all keys of a tree path."""
+    """Returns the names of all keys of a tree path."""
     return [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
 
 
 def layer_name(parent: Iterable[str]) -> str:
-    """Returns the name that messages use for the layer at a path of names."""
+    """Returns the name of a layer for messages: its dotted path, or "the adapter" for an empty path."""
     return ".".join(parent) or "the adapter"
 
 
 def leaf_name(path: Sequence[Any]) -> str:
-    """The key of `RANK_AXES` that a tree path ends in.
+    """Returns the last name of a tree path, which must be a key of `RANK_AXES`.
 
     Raises:
       ValueError: the path ends in another name.
@@ -61,12 +61,12 @@ def rank_of(name: str, leaf: Any) -> int:
 
 
 def has_gate(names: Iterable[str]) -> bool:
-    """Whether there is a gate among the names of a layer's leaves."""
+    """Returns true if one of the names of a layer's leaves is that of a gate."""
     return GATE in names
 
 
 def cut_to_rank(name: str, leaf: Any, rank: int) -> jax.Array:
-    """The first `rank` entries of a leaf along its rank axis."""
+    """Returns the first `rank` entries of a leaf along its rank axis."""
     return jax.lax.slice_in_dim(leaf, 0, rank, axis=RANK_AXES[name])
 
 
@@ -99,8 +99,8 @@ def adapter_layers(adapter: Tree) -> dict[str, dict[str, Any]]:
       {path: {"a": [..., D, R], "b": [..., R, F]}}, with "gate" [..., R] in a layer that has one.
 
     Raises:
-      ValueError: the tree is empty, holds another leaf, lacks a factor, or has leaves of one layer that differ in R or
-        in their leading axes.
+      ValueError: the tree is empty, has a leaf that no adapter has, lacks a factor, or has a layer whose leaves differ
+        in R or in their leading axes.
 
     >>> list(adapter_layers({"up": {"a": jax.numpy.ones((3, 2)), "b": jax.numpy.ones((2, 4))}})["up"])
     ['a', 'b']
@@ -137,7 +137,7 @@ def leading_axes(leaves: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def parameters_per_rank(leaves: Mapping[str, Any]) -> int:
-    """Returns how many trained numbers one rank of one matrix of a layer has: D + F, and one more with a gate."""
+    """Returns the number of trained parameters of one rank of one matrix of a layer: D + F, plus one for a gate."""
     matrices = math.prod(leading_axes(leaves))
     return sum(math.prod(leaf.shape) // (matrices * rank_of(name, leaf)) for name, leaf in leaves.items())
 
@@ -146,7 +146,7 @@ def leaf_ranks(adapter: Tree) -> dict[str, int]:
     """Returns a dictionary: the dotted path of a leaf -> its R.
 
     Raises:
-      ValueError: a leaf whose name is no key of `RANK_AXES`.
+      ValueError: the name of a leaf is not a key of `RANK_AXES`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(adapter)
     return {".".join(path_names(path)): rank_of(leaf_name(path), leaf) for path, leaf in leaves}
@@ -156,7 +156,7 @@ def adapter_rank(adapter: Tree) -> int:
     """Returns R, the rank of an adapter.
 
     Raises:
-      ValueError: its leaves do not have one R.
+      ValueError: the leaves differ in R, or there are none.
     """
     ranks = sorted(set(leaf_ranks(adapter).values()))
     if len(ranks) != 1:

@@ -1,4 +1,4 @@
-"""How a trained adapter is read out at a rank: one table of read-outs."""
+"""Read-outs: a read-out makes an adapter for each rank from a trained adapter. `READOUTS` is the table of them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from mlora_jax.core.rows import find_row
 
 Tree = Any
 
-# A read-out stores nothing, another adapter, or profiles beside the adapter that it is made from.
+# Beside the trained adapter, a read-out stores nothing, another adapter, or profiles.
 STORED = ("", "adapter", "profiles")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOut:
-    """A row of `READOUTS`: an action on the trained adapter, and then a profile for every rank.
+    """A row of `READOUTS`. It applies an action to the trained adapter and then gives a profile for every rank.
 
     Attributes:
       summary: one line for tables and errors.
-      profile: (hierarchy, rank) -> [R], the profile that reads out the adapter itself; an adapter that an action makes
-        is read out by prefix.
+      profile: (hierarchy, rank) -> [R], the profile that reads out the trained adapter itself. An adapter that an
+        action made is read out by prefix.
       action: a key of `mlora_jax.core.actions.ACTIONS`.
-      stored: what is stored beside the trained adapter, one of `STORED`; the file or folder has the read-out's name.
+      stored: the kind of result that is stored beside the trained adapter, one of `STORED`; its file or folder has the
+        read-out's name.
       label: the name of a method under this read-out in tables and figures.
     """
 
@@ -40,20 +41,20 @@ class ReadOut:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The names of what it needs besides the adapter: the needs of its action."""
+        """Returns the names of the inputs that the read-out's action needs besides the adapter."""
         return get_action(self.action).needs
 
 
-# Adding a read-out is adding a row. Reports show them in this order.
+# To add a read-out, add a row. Reports show read-outs in this order.
 READOUTS: dict[str, ReadOut] = {
     "prefix": ReadOut(summary="the first r columns at the scale s_r, as in the paper", label="{method}"),
     "squeeze": ReadOut(
         summary="prefixes of the truncated SVD of the trained function", action="squeeze", label="{method} + squeeze"
     ),
-    "nested": ReadOut(summary="what the training sum becomes with only r columns", profile=RankHierarchy.nested),
+    "nested": ReadOut(summary="the training diagonal over the ranks of S up to r", profile=RankHierarchy.nested),
     "masked": ReadOut(summary="the training diagonal cut at r", profile=RankHierarchy.masked),
     "squeeze_inputs": ReadOut(
-        summary="prefixes of the truncated SVD of what the trained function makes of training data",
+        summary="prefixes of the truncated SVD of the trained function's outputs on training data",
         action="squeeze_inputs",
         stored="adapter",
     ),
@@ -66,13 +67,13 @@ READOUTS: dict[str, ReadOut] = {
 
 
 class Reading(NamedTuple):
-    """The form in which a trained adapter is measured or exported: an adapter and its profiles.
+    """An adapter and its profiles, in the form in which a trained adapter is measured or exported.
 
     Attributes:
-      adapter: the tree of factors; another one than was trained if the read-out's action makes one.
+      adapter: the tree of factors. It is the trained one, unless the read-out's action made another.
       hierarchy: the ranks, scales and weights of that adapter.
-      name: the read-out of that adapter, a key of `READOUTS`: "prefix" where an action has made it.
-      profiles: a dictionary: rank of S -> [R], if the action gives the profiles; else None.
+      name: the read-out of that adapter, a key of `READOUTS`. It is "prefix" if an action made the adapter.
+      profiles: a dictionary: rank of S -> [R], if the action made profiles; otherwise None.
     """
 
     adapter: Tree
@@ -81,17 +82,20 @@ class Reading(NamedTuple):
     profiles: Mapping[int, jax.Array] | None = None
 
     def profile(self, rank: int) -> jax.Array:
-        """The profile [R] that serves a rank; zeros at rank 0, which is the base model.
+        """Returns the profile [R] for a rank. At rank 0, which is the base model, it is zero.
+
+        Args:
+          rank: an integer in 0..R; if the action made profiles, 0 or a rank of S.
 
         Raises:
-          ValueError: a rank outside 0..R, or one that no profile was fitted to.
+          ValueError: the rank is outside 0..R, or no profile was fitted to it.
         """
         if self.profiles is None:
             return readout_profile(self.hierarchy, self.name, rank)
         return fitted_profile(self.profiles, rank)
 
     def curve(self) -> dict[int, jax.Array]:
-        """Returns a dictionary: rank of S -> the profile [R] that serves it."""
+        """Returns a dictionary: rank of S -> its profile [R]."""
         return {rank: self.profile(rank) for rank in self.hierarchy.ranks}
 
 
@@ -99,13 +103,13 @@ def get_readout(name: str) -> ReadOut:
     """Returns the read-out that has the given name.
 
     Raises:
-      ValueError: there is none; the message names the nearest and all known ones.
+      ValueError: no read-out has this name; the message names the nearest and all known ones.
     """
     return find_row(READOUTS, name, "read-out")
 
 
 def readout_label(method: str, readout: str) -> str:
-    """Returns the name of a method under a read-out in tables and figures; an unknown read-out stands in brackets.
+    """Returns the name of a method under a read-out in tables and figures. An unknown read-out is put in brackets.
 
     >>> readout_label("lora", "squeeze"), readout_label("lora", "masked")
     ('lora + squeeze', 'lora (masked)')
@@ -115,7 +119,7 @@ def readout_label(method: str, readout: str) -> str:
 
 
 def readouts_without_data() -> tuple[str, ...]:
-    """The names of the read-outs that take nothing but the adapter."""
+    """Returns the names of the read-outs that need no input besides the adapter."""
     return tuple(name for name, row in READOUTS.items() if not row.needs)
 
 
@@ -133,11 +137,14 @@ def read_out(
       adapter: the trained tree of factors.
       hierarchy: its ranks, scales and weights.
       readout: a key of `READOUTS`.
-      trained_profile: [R], the profile of the trained function, which some actions keep; None is `hierarchy.lora()`.
-      needed: a dictionary: the name of every need of the read-out -> its value.
+      trained_profile: [R], the profile of the trained function, which some actions preserve; None: `hierarchy.lora()`.
+      needed: a dictionary: the name of every input in `ReadOut.needs` -> its value.
+
+    Returns:
+      The adapter that is measured or exported, and its profiles.
 
     Raises:
-      ValueError: an unknown read-out, or one whose needs are not given.
+      ValueError: the read-out is unknown, or an input that it needs is missing.
     """
     row = get_readout(readout)
     action, needed = get_action(row.action, "end"), dict(needed or {})
@@ -153,16 +160,21 @@ def read_out(
         return Reading(adapter, hierarchy, readout)
     if made.profiles is not None:
         return Reading(made.adapter, hierarchy, readout, dict(zip(hierarchy.ranks, made.profiles, strict=True)))
-    # Weights belong to training: the prefixes of an adapter that an action has made carry none.
+    # Weights only matter in training, and an adapter that an action made is not trained any more.
     changed = dataclasses.replace(action.hierarchy(hierarchy), weights=None)
     return Reading(made.adapter, changed, "prefix")
 
 
 def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Array:
-    """Returns the profile [R] at a rank in 0..R of a read-out that changes no adapter.
+    """Returns the profile [R] of a read-out that does not change the adapter.
+
+    Args:
+      hierarchy: the adapter's ranks, scales and weights.
+      readout: a key of `READOUTS` whose action is "none".
+      rank: an integer in 0..R.
 
     Raises:
-      ValueError: an unknown read-out, one that makes another adapter or fits profiles, or a rank outside 0..R.
+      ValueError: the read-out is unknown, makes another adapter or fits profiles; or the rank is outside 0..R.
 
     >>> readout_profile(RankHierarchy((1, 2)), "masked", 1).tolist()
     [2.0, 0.0]
@@ -175,10 +187,14 @@ def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Ar
 
 
 def fitted_profile(profiles: Mapping[int, jax.Array], rank: int) -> jax.Array:
-    """Returns the profile [R] that was fitted to a rank; zeros at rank 0.
+    """Returns the profile [R] that was fitted to a rank, or zeros for rank 0.
+
+    Args:
+      profiles: a dictionary: rank -> the profile [R] that was fitted to it.
+      rank: 0 or a key of `profiles`.
 
     Raises:
-      ValueError: none was fitted to it.
+      ValueError: no profile was fitted to the rank.
     """
     if rank and rank not in profiles:
         raise ValueError(f"the read-out is calibrated at the ranks {', '.join(map(str, profiles))}, not at {rank}")

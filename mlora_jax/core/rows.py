@@ -1,4 +1,4 @@
-"""Looking up a row of a table by its name."""
+"""Looks up a row of a table by its name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def find_row(table: Mapping[str, Row], name: str, kind: str) -> Row:
     Args:
       table: name -> row.
       name: the name of the wanted row.
-      kind: the noun for a row, in the singular, for the message.
+      kind: the noun for a row, in the singular, for the message, such as "policy".
 
     Raises:
-      ValueError: there is none; the message names the nearest and all known ones.
+      ValueError: no row has this name; the message names the nearest and all known ones.
 
     >>> find_row({"one": 1}, "one", "number")
     1

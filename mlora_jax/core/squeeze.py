@@ -1,4 +1,4 @@
-"""Squeezing: ordering the ranks of an adapter by their importance without changing its function.
+"""Squeezing, which orders the ranks of an adapter by their importance and does not change its function.
 
 The trees are those of `mlora_jax.core.product`.
 """
@@ -36,31 +36,31 @@ def squeeze(
     key: jax.Array | None = None,
     grams: Tree | None = None,
 ) -> tuple[Tree, RankHierarchy]:
-    """Replaces the factors by the truncated SVD of ``A B``: the same function, its ranks ordered by singular value.
+    """Replaces the factors by those of the truncated SVD of ``A B``, which orders the ranks by singular value.
 
-    For every pair ``A diag(p) B = U diag(s) V^T`` becomes ``A' = U sqrt(s)``, ``B' = sqrt(s) V^T``, so each prefix of
-    the new adapter is the best approximation of its rank (Eckart-Young). A D x F product is never formed: the
-    function takes the QR of ``A`` and of ``B^T``, then the SVD of an R x R matrix. Where the product has a lower rank
-    than R, the left-over columns of A are drawn afresh and the rows of B are zero; rounding noise is never kept as a
-    direction. A gate is part of the function, ``A diag(p * gate) B``, and comes back as ones.
+    For every pair with ``A diag(p) B = U diag(s) V^T`` the new factors are ``A' = U sqrt(s)`` and ``B' = sqrt(s) V^T``.
+    The function stays the same, and each prefix is its best approximation of that rank (Eckart-Young). A D x F product
+    is never formed: the function takes the QR of ``A`` and of ``B^T``, then the SVD of an R x R matrix. If the product
+    has a lower rank than R, the remaining columns of A are drawn anew and the remaining rows of B are zero; rounding
+    noise is never kept as a direction. A gate is part of the function, ``A diag(p * gate) B``; the new gate is ones.
 
     With `grams` every prefix is the best approximation of each layer's output on the inputs X of the grams: the SVD is
     taken of ``X A diag(p) B``. The columns of A' are then as long as the rows of B', but no longer orthogonal.
 
     Args:
-      adapter: tree of an adapter's leaves.
-      profile: tree of profiles [..., R] of the function to keep. The scale ends up inside the factors.
+      adapter: a tree of an adapter's leaves.
+      profile: a tree of profiles [..., R] of the function to preserve. The new factors contain the scale.
       ranks: S of the new hierarchy; None means the powers of two up to R.
-      key: `jax.random.key` for the fresh columns; None means `jax.random.key(0)`.
-      grams: tree with ``H^T H`` under the key ``gram`` [..., R, R] beside every pair. ``H = X A diag(p)``, or
-        ``X A diag(p * gate)``, is what B is given. The scale of a gram does not matter. With None, or a gram of
-        zeros, all directions of the input count alike.
+      key: a `jax.random.key` for the fresh columns; None means `jax.random.key(0)`.
+      grams: a tree with ``H^T H`` under the key ``gram`` [..., R, R] beside every pair. ``H = X A diag(p)``, or
+        ``X A diag(p * gate)``, is the input of B. The scale of a gram does not matter. With None, or a gram of zeros,
+        all directions of the input have the same importance.
 
     Returns:
       The new adapter (dtypes and shapes as before) and its hierarchy, whose scaling is "none".
 
     Raises:
-      ValueError: a profile is per example; `ranks` is no valid S; a pair without its gram.
+      ValueError: a profile is per example, `ranks` is not a valid S, or a pair has no gram in `grams`.
 
     Source: Eckart and Young (1936); DRONE (NeurIPS 2021) for the products with inputs.
     """
@@ -86,12 +86,18 @@ class Squeezed(NamedTuple):
 def squeeze_factors(
     adapter: Tree, profile: Tree, *, key: jax.Array, grams: Tree | None = None, init: str = "fan_rank"
 ) -> Squeezed:
-    """Does what `squeeze` does and also returns what an optimizer's state needs to follow; traceable.
+    """Does what `squeeze` does, and also returns the matrices that map an optimizer's moments. It is traceable.
 
     Args:
       adapter, profile, grams: as in `squeeze`; one more axis in front holds several adapters.
       key: a `jax.random.key`, or [K] of them, one for each entry of the first axis of every leaf.
       init: the start of the fresh columns, as in `initialize_factors`.
+
+    Returns:
+      The new leaves and the matrices; see `Squeezed`.
+
+    Raises:
+      ValueError: a profile is per example, or a pair has no gram in `grams`.
     """
     factors, profiles = by_parent(adapter), by_parent(profile)
     weights = None if grams is None else by_parent(grams)
@@ -140,7 +146,7 @@ def profile_like(adapter: Tree, p: jax.Array) -> Tree:
     return tree
 
 
-# Name of a leaf -> its gradient by its matrix, both with any leading axes.
+# The name of a leaf -> a function that applies a matrix to its gradient. Both may have leading axes.
 _MAPPED = {
     "a": lambda gradient, matrix: jnp.matmul(gradient, matrix, precision="highest"),
     "b": lambda gradient, matrix: jnp.matmul(matrix, gradient, precision="highest"),
@@ -149,13 +155,16 @@ _MAPPED = {
 
 
 def map_gradients(tree: Tree, gradient_maps: Tree, *, squared: bool = False) -> Tree:
-    """Turns gradients of the old leaves, or averages of them, into those of the new leaves; a gate's become zero.
+    """Turns gradients of the old leaves, or averages of them, into those of the new leaves. A gate's become zero.
 
     Args:
-      tree: like the adapter.
+      tree: a tree like the adapter, with the gradients or their averages.
       gradient_maps: the tree `Squeezed.gradient_maps`.
-      squared: whether `tree` holds averages of squares. Those follow exactly only if the gradients of different columns
-        are uncorrelated.
+      squared: if true, `tree` has averages of squares. The result is then exact only if the gradients of different
+        columns are uncorrelated.
+
+    Returns:
+      A tree like `tree`, with the same shapes and dtypes.
     """
 
     def one(path, leaf, gradient_map):

@@ -1,6 +1,6 @@
 """Update rules: a rule changes Adam's update before it is added to an adapter. `UPDATES` is the table of them.
 
-The rates of columns are data, so rules that differ only in them share an executable. Adding a rule is adding a row.
+The rates of columns are data, so rules that differ only in them share an executable. To add a rule, add a row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Update:
       column_rates: (hierarchy) -> [R], a factor on the update of column i of A, of row i of B and of entry i of a gate;
         0 freezes them.
       proximal: (adapter) -> adapter, the proximal step after the update; None if there is none.
-      needs_gate: whether the rule acts on gates, so that the method must have them.
+      needs_gate: true if the rule acts on gates, which the method must then have.
     """
 
     summary: str
@@ -85,6 +85,6 @@ def get_update(name: str) -> Update:
     """Returns the update rule that has the given name.
 
     Raises:
-      ValueError: there is none; the message names the nearest and all known ones.
+      ValueError: no update rule has this name; the message names the nearest and all known ones.
     """
     return find_row(UPDATES, name, "update")
