@@ -1,4 +1,4 @@
-"""Adapters on the linear layers of any Flax NNX model, and the pytrees that pure functions train and read out."""
+"""Puts adapters on the linear layers of a Flax NNX model, and splits it into pytrees for pure functions."""
 
 from mlora_jax.adapters.layers import LAYERS, AdaptedLayer, AdaptedLinear
 from mlora_jax.adapters.model import adapt, fold_where_cheaper, split, watch_inputs

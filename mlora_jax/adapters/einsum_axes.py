@@ -1,4 +1,4 @@
-"""The einsum of an adapter: the kernel's letters are sorted into letters of A, letters of B and letters of both."""
+"""The einsum of an adapter, for which the kernel's letters are sorted into those of A, those of B and those of both."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ class EinsumAxes:
     """A product ``x,kernel->output`` of one letter per axis.
 
     Attributes:
-      x, kernel, output: the letters of the three arrays; x and output may hold an ellipsis.
-      groups: the kernel's letters that x and output have too: one pair of factors for each of their values.
-      contracted: the kernel's letters that only x has too. D is their product.
-      kept: the kernel's letters that only output has too. F is their product.
+      x, kernel, output: the letters of the three arrays; x and output may have an ellipsis.
     """
 
     x: str
@@ -31,14 +28,17 @@ class EinsumAxes:
 
     @property
     def groups(self) -> str:
+        """Returns the kernel's letters that are in x and in the output. Each of their values has a pair of factors."""
         return "".join(c for c in self.kernel if c in self.x and c in self.output)
 
     @property
     def contracted(self) -> str:
+        """Returns the kernel's letters that are in x and not in the output. D is the product of their sizes."""
         return "".join(c for c in self.kernel if c in self.x and c not in self.output)
 
     @property
     def kept(self) -> str:
+        """Returns the kernel's letters that are not in x. F is the product of their sizes."""
         return "".join(c for c in self.kernel if c not in self.x)
 
     def expanded(self, ndim: int) -> EinsumAxes:
@@ -55,7 +55,7 @@ def parse_einsum(equation: str) -> EinsumAxes:
       equation: the einsum, such as "btd,dnh->btnh".
 
     Raises:
-      ValueError: an equation in which the kernel is not a matrix per group between x and output.
+      ValueError: the kernel is not one matrix per group between x and output.
 
     >>> letters = parse_einsum("btd,ndh->btnh")
     >>> letters.groups, letters.contracted, letters.kept
@@ -100,14 +100,15 @@ def einsum_product(
       x: the input.
       a: [*groups, D, R].
       b: [*groups, R, F].
-      p: [*groups, R]; or [*groups, B, R], [*groups, B, T, R] where B, T are the first axes of x that are no groups.
+      p: [*groups, R]; or [*groups, B, R] or [*groups, B, T, R], where B and T are the first axes of x that are not
+        groups.
       precision: the precision of both products.
 
     Returns:
       An array with the axes of the output, in the dtype of `x`.
 
     Raises:
-      ValueError: a profile per example whose axes are not the first of x, or are contracted.
+      ValueError: a profile per example has axes that are not the first ones of x, or that are contracted.
     """
     size = dict(zip(letters.kernel, sizes, strict=True))
     rank = next(c for c in string.ascii_letters if c not in letters.x + letters.kernel + letters.output)
@@ -131,8 +132,7 @@ def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tup
     Args:
       p: [*groups, ..., R], with the first axes of `batch` between the two.
       groups: the letters of the groups.
-      batch: the letters of the axes that a profile per example may have, from the first on; groups among them are
-        passed over.
+      batch: the letters of the axes that a profile per example may have, in order. Groups among them are skipped.
       hidden: the letters of ``x A``; the last one is the letter of R.
       shape: the shape of ``x A``.
 
@@ -140,7 +140,7 @@ def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tup
       An array with as many axes as `hidden` has; an axis that `p` lacks has size one.
 
     Raises:
-      ValueError: axes of `p` that ``x A`` does not have, or has in another size.
+      ValueError: `p` has an axis that ``x A`` does not have, or has in another size.
     """
     count = p.ndim - 1 - len(groups)
     own = [*groups, *[c for c in batch if c not in groups][:count], hidden[-1]]
@@ -155,7 +155,15 @@ def place_profile(p: jax.Array, groups: str, batch: str, hidden: str, shape: tup
 
 
 def kernel_layout(letters: EinsumAxes, sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns the sizes of the axes of ``A B`` and where the kernel's axes are among them; None if in order."""
+    """Returns the sizes of the axes of ``A B``, and for each axis of the kernel its position among them.
+
+    Args:
+      letters: the letters of the einsum.
+      sizes: the sizes of the kernel's axes.
+
+    Returns:
+      (sizes, positions), or None if the kernel's axes are in the order of those of ``A B``.
+    """
     own = letters.groups + letters.contracted + letters.kept
     if own == letters.kernel:
         return None
@@ -164,7 +172,12 @@ def kernel_layout(letters: EinsumAxes, sizes: Sequence[int]) -> tuple[tuple[int,
 
 
 def group_shape(letters: EinsumAxes, sizes: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
-    """Returns (group sizes, D, F) of a kernel."""
+    """Returns the sizes of a kernel's groups, and D and F.
+
+    Args:
+      letters: the letters of the einsum.
+      sizes: the sizes of the kernel's axes.
+    """
     size = dict(zip(letters.kernel, sizes, strict=True))
     features_in, features_out = (math.prod(size[c] for c in part) for part in (letters.contracted, letters.kept))
     return tuple(size[c] for c in letters.groups), features_in, features_out

@@ -1,8 +1,8 @@
-"""Flax's linear layers with an adapter beside them: one class per kind of layer, and the table of them.
+"""Linear layers of Flax with an adapter. There is a class for each kind of layer, and `LAYERS` is the table of them.
 
 Axes: D is the product of the axes that a kernel contracts. F is the product of the axes that replace them in the
-output. G is a group: an axis that input, kernel and output share, so that each of its values has a matrix and a pair of
-factors of its own.
+output. G is a group, which is an axis that input, kernel and output share; each of its values has a matrix and a pair
+of factors of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Factoring(NamedTuple):
     """The description of a kernel as a stack of matrices.
 
     Attributes:
-      axes: the number of the kernel's axes, not counting those of a stack.
-      groups: the sizes of the axes G, each of whose values has a matrix of its own.
+      axes: the number of the kernel's axes, without those of a stack.
+      groups: the sizes of the axes G.
       features_in, features_out: D and F.
-      layout: the `kernel_layout` that `mlora_jax.core.fold` reads; None if ``A B`` has the axes in the kernel's order.
+      layout: the `kernel_layout` that `mlora_jax.core.fold` reads; None if ``A B`` has its axes in the kernel's order.
     """
 
     axes: int
@@ -46,7 +46,7 @@ class Factoring(NamedTuple):
 
 
 class AdaptedLayer(nnx.Module):
-    """A frozen layer and its adapter: ``y = base(x) + ((dropout(x) A) * p) B``, or with ``p * gate`` for ``p``.
+    """A frozen layer and its adapter: ``y = base(x) + ((dropout(x) A) * p) B``. A gate replaces ``p`` by ``p * gate``.
 
     Attributes:
       base: the frozen layer.
@@ -54,7 +54,8 @@ class AdaptedLayer(nnx.Module):
       b: AdapterParam [..., R, F].
       gate: AdapterParam [..., R], or None if the adapter has no gate.
       p: RankProfile [..., R].
-      dropout: the rate in [0, 1) of dropout on the adapter's input, while `deterministic` is False (`model.train()`).
+      dropout: the rate in [0, 1) of dropout on the adapter's input.
+      deterministic: if true, there is no dropout. `model.eval()` sets it, and `model.train()` resets it.
       frozen: the name of the base layer's matrix.
     """
 
@@ -91,10 +92,13 @@ class AdaptedLayer(nnx.Module):
 
     @staticmethod
     def factoring(base: Any) -> Factoring:
-        """Returns how the layer's matrix is factored.
+        """Returns the description of the layer's kernel as a stack of matrices.
+
+        Args:
+          base: the frozen layer.
 
         Raises:
-          ValueError: an adapter cannot represent the layer with the options that it has.
+          ValueError: the layer has an option with which no adapter can represent it.
         """
         raise NotImplementedError
 
@@ -109,7 +113,7 @@ class AdaptedLayer(nnx.Module):
         """Returns the factor on ``x A``: the profile, times the gate if there is one.
 
         Returns:
-          An array of the profile's shape: [..., R], or [..., B, R] or [..., B, T, R] if it differs between examples.
+          An array of the profile's shape: [..., R], or [..., B, R] per example, or [..., B, T, R] per token.
         """
         p = self.p[...]
         if self.gate is None:
@@ -124,22 +128,22 @@ class AdaptedLayer(nnx.Module):
 
     @property
     def bias(self) -> Any:
-        """The base layer's bias, or None if it has none; no adapter changes it."""
+        """Returns the base layer's bias, which no adapter changes; None if it has none."""
         return getattr(self.base, "bias", None)
 
     @property
     def in_features(self) -> Any:
-        """The base layer's `in_features`, an int or a tuple of ints."""
+        """Returns the base layer's `in_features`, an int or a tuple of ints."""
         return self.base.in_features
 
     @property
     def out_features(self) -> Any:
-        """The base layer's `out_features`, an int or a tuple of ints."""
+        """Returns the base layer's `out_features`, an int or a tuple of ints."""
         return self.base.out_features
 
     @property
     def kernel(self) -> Any:
-        """Raises an AttributeError: a product with the frozen kernel alone would silently leave the adapter out."""
+        """Raises an AttributeError, because a product with the frozen kernel would silently leave the adapter out."""
         raise AttributeError(
             f"an adapted layer has no single {self.frozen}: call the layer, read the frozen one at "
             f"layer.base.{self.frozen}, or get the sum from fold(base, adapter, profile). A model that multiplies by "
@@ -165,9 +169,9 @@ class AdaptedLinear(AdaptedLayer):
     """An `nnx.Linear`, kernel [..., D, F], and its adapter.
 
     Attributes:
-      gram: InputGram if `watch_inputs` was called, else None.
-      watches_inputs: whether the gram sums up the layer's inputs instead of the inputs of B.
-      folds: whether `fold_where_cheaper` was called.
+      gram: an InputGram if `watch_inputs` was called, otherwise None.
+      watches_inputs: if true, the gram is of the layer's inputs, and otherwise it is of the inputs of B.
+      folds: true if `fold_where_cheaper` was called.
     """
 
     gram: InputGram | None = None
@@ -198,7 +202,7 @@ class AdaptedLinear(AdaptedLayer):
             state["kernel"] = kernel.replace(kernel[...] + product.astype(kernel.dtype))
             return nnx.merge(graphdef, state)(x, **_sharded(out_sharding))
 
-        # Accelerators multiply float32 at a precision that would lose what is added to the kernel.
+        # An accelerator multiplies float32 at a lower precision, which would lose most of what is added to the kernel.
         return jax.lax.platform_dependent(x, cpu=folded, default=lambda x: beside(x, out_sharding))
 
     def _folds(self, x: jax.Array) -> bool:
@@ -214,7 +218,7 @@ class AdaptedLinear(AdaptedLayer):
 
     def _watch(self, x: jax.Array, gram: InputGram) -> None:
         if self.watches_inputs:
-            counts = jnp.any(self.p[...] != 0, axis=-1)  # a token whose profile is zero is left out
+            counts = jnp.any(self.p[...] != 0, axis=-1)  # false for a token whose profile is zero
             counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
             hidden = x * counts.astype(x.dtype)  # [..., D]
         else:
@@ -226,12 +230,12 @@ class AdaptedLinear(AdaptedLayer):
 class AdaptedLinearGeneral(AdaptedLayer):
     """An `nnx.LinearGeneral`, kernel [..., *batch_axis, *in_features, *out_features], and its adapter.
 
-    A: [..., *G, D, R], B: [..., *G, R, F]; G are the batch axes.
+    A is [..., *G, D, R] and B is [..., *G, R, F]. The batch axes are the groups G.
     """
 
     @staticmethod
     def factoring(base: nnx.LinearGeneral) -> Factoring:
-        """Takes D and F as the products of the input and the output features."""
+        """Returns the description in which D is the product of the input features and F that of the output features."""
         groups, axes_in, axes_out = tuple(base.batch_axis.values()), base.in_features, base.out_features
         count = len(groups) + len(axes_in) + len(axes_out)
         return Factoring(count, groups, math.prod(axes_in), math.prod(axes_out))
@@ -245,15 +249,15 @@ class AdaptedLinearGeneral(AdaptedLayer):
 
 
 class AdaptedEinsum(AdaptedLayer):
-    """An `nnx.Einsum` and its adapter, in the einsum's own axes.
+    """An `nnx.Einsum` and its adapter.
 
-    A has the contracted axes of the kernel, flattened to D; B has the axes that are new in the output, flattened to F.
-    Axes that input, kernel and output share are groups G: A is [..., *G, D, R].
+    A is [..., *G, D, R] and B is [..., *G, R, F]. D is the product of the kernel's contracted axes, and F is that of
+    the axes that are new in the output. The axes that input, kernel and output share are the groups G.
     """
 
     @staticmethod
     def factoring(base: nnx.Einsum) -> Factoring:
-        """Takes D and F as the products of the sizes of the contracted and of the kept axes."""
+        """Returns the description in which D is the product of the contracted axes and F that of the kept axes."""
         axes = parse_einsum(base.einsum_str)
         sizes = base.kernel.shape[-len(axes.kernel) :]
         return Factoring(len(axes.kernel), *group_shape(axes, sizes), kernel_layout(axes, sizes))
@@ -261,10 +265,14 @@ class AdaptedEinsum(AdaptedLayer):
     def __call__(self, x: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         """Computes what the base layer's call computes, plus the adapter's contribution.
 
-        Another einsum may name other axes of x, but must use the kernel as the layer's own einsum does.
+        Args:
+          x: the input, with the axes that the einsum names.
+          einsum_str: an einsum in place of the layer's own. It may name other axes of x, but must use the kernel in the
+            same way.
+          out_sharding: the sharding of the output, as for the base layer.
 
         Raises:
-          ValueError: an einsum that contracts, keeps or groups other axes of the kernel.
+          ValueError: `einsum_str` contracts, keeps or groups other axes of the kernel.
         """
         y = self.base(x, **({} if einsum_str is None else {"einsum_str": einsum_str}), **_sharded(out_sharding))
         own, axes = (parse_einsum(text) for text in (self.base.einsum_str, einsum_str or self.base.einsum_str))
@@ -281,15 +289,20 @@ class AdaptedEinsum(AdaptedLayer):
 class AdaptedConv(AdaptedLayer):
     """An `nnx.Conv`, kernel [..., *window, Cin / G, Cout], and its adapter.
 
-    A is a convolution of the same window, strides, padding and dilation to R channels, B a matrix on those: D is the
-    window times Cin / G. Each of G feature groups has factors of its own, A [..., G, D, R].
+    Cin and Cout are the numbers of input and output channels. A is a convolution to R channels with the same window,
+    strides, padding and dilation, and B is a matrix on these R channels. D is the size of the window times Cin / G.
+    Each of the G feature groups has its own factors, so A is [..., G, D, R].
 
-    Source: PEFT's LoRA for Conv2d, which is this for one group.
+    Source: LoRA for Conv2d in PEFT, which has one group.
     """
 
     @staticmethod
     def factoring(base: nnx.Conv) -> Factoring:
-        """Takes D as the window times the input channels of a group."""
+        """Returns the description in which D is the size of the window times the input channels of a group.
+
+        Raises:
+          ValueError: the convolution has a mask.
+        """
         if base.mask is not None:
             raise ValueError("a masked convolution has no adapter: a product A B cannot be kept to a mask")
         window, groups = base.kernel_size, base.feature_group_count
@@ -318,7 +331,7 @@ class AdaptedConv(AdaptedLayer):
         return y.reshape(*y.shape[: len(axes)], -1)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        # The base layer with another kernel: Flax's own reading of strides, padding and batch axes.
+        # A copy of the base layer with another kernel lets Flax itself apply strides, padding and batch axes.
         layer = nnx.clone(self.base)
         layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), nnx.data(None), False
         layer.dtype, layer.preferred_element_type = x.dtype, None
@@ -329,10 +342,11 @@ class AdaptedConv(AdaptedLayer):
 class AdaptedEmbed(AdaptedLayer):
     """An `nnx.Embed`, embedding [..., V, D], and its adapter: ``y = embedding[i] + (A[i] * p) B``.
 
-    A is [..., V, R], B [..., R, D]. `attend` multiplies by the transposed sum. Dropout acts on the input of `attend`
-    only: ids have no features to drop.
+    A is [..., V, R] and B is [..., R, D]; here D is the length of an embedding. `attend` multiplies by the transposed
+    sum. Dropout only acts on the input of `attend`, because ids have no features to drop.
 
-    Source: PEFT's LoRA for Embedding. With `init="fan_in"` it also starts as there: A zero, B standard normal.
+    Source: LoRA for Embedding in PEFT. With `init="fan_in"` the factors also start as in PEFT: A is zero, and B is
+    drawn from the standard normal distribution.
     """
 
     frozen: ClassVar[str] = "embedding"
@@ -348,28 +362,28 @@ class AdaptedEmbed(AdaptedLayer):
         return (jnp.zeros_like(a), jax.random.normal(key, b.shape, b.dtype)) if init == "fan_in" else (a, b)
 
     def __call__(self, ids: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Returns rows of the adapted table: ids [...] to [..., D]."""
+        """Returns the rows [..., D] of the adapted table for integers [...], in the base layer's dtype."""
         y = self.base(ids, **_sharded(out_sharding))
-        # A vocabulary of one is not indexed: Flax gives its row whatever the ids.
+        # A table of one entry is not indexed: Flax returns its row for any ids.
         rows = jnp.take(self.a[...], ids if self.num_embeddings > 1 else jnp.zeros_like(ids), axis=0)  # [..., R]
         wide = jnp.promote_types(y.dtype, jnp.float32)
         hidden = apply_profile(rows.astype(y.dtype).astype(wide), self._rank_scales()).astype(y.dtype)
         return _add(y, hidden @ self.b[...].astype(y.dtype), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Returns the products with every row of the adapted table: [..., D] to [..., V]."""
+        """Returns the products [..., V] of queries [..., D] with all rows of the table, in the base layer's dtype."""
         y = self.base.attend(query, **_sharded(out_sharding))
         query = self._input(query, y.dtype)
         return _add(y, p_scaled_product(query, self.b[...].T, self.a[...].T, self._rank_scales()), out_sharding)
 
     @property
     def num_embeddings(self) -> int:
-        """V, the number of entries of the table."""
+        """Returns V, the number of entries of the table."""
         return self.base.num_embeddings
 
     @property
     def features(self) -> int:
-        """D, the length of an embedding."""
+        """Returns D, the length of an embedding."""
         return self.base.features
 
     @property
@@ -378,7 +392,7 @@ class AdaptedEmbed(AdaptedLayer):
         return self.kernel
 
 
-# Adding a kind of layer is adding a row.
+# To add a kind of layer, add a row.
 LAYERS: dict[type[nnx.Module], type[AdaptedLayer]] = {
     nnx.Linear: AdaptedLinear,
     nnx.LinearGeneral: AdaptedLinearGeneral,

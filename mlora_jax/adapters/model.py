@@ -28,31 +28,34 @@ def adapt(
 ) -> nnx.Module:
     """Puts an adapter of one rank on every linear layer that a pattern names.
 
-    Works on any Flax NNX model and its `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` and `nnx.Embed`. A
-    kernel with leading axes (layers stacked for a scan) gets factors and a profile with the same leading axes. The
-    given model is left as it is; the frozen arrays are shared, not copied.
+    The model may be any Flax NNX model. Adapters fit its `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`
+    and `nnx.Embed`, which are called linear layers here. If a kernel has leading axes because layers are stacked for a
+    scan, its factors and its profile have the same leading axes. The given model is not changed, and the new model
+    shares its frozen arrays.
 
     Args:
-      model: the model; its arrays may have any dtype. The factors have jax's default float dtype.
+      model: the base model. Its arrays may have any dtype; the factors have jax's default float dtype.
       rank: R, at least 1.
-      targets: regular expressions for dotted module paths; each must match a whole path or a whole tail of it that
-        begins after a dot. "q_proj" matches layers.self_attn.q_proj, r"mlp\\..*" everything under an mlp.
-      key: `jax.random.key`; a layer's draw depends on the key and its own path only (the first of a shared layer).
-      init: "fan_rank" or "fan_in", see `mlora_jax.core.initialize_factors`; D is the product of the axes that a kernel
-        contracts, a convolution's window among them. An embedding with "fan_in" starts as PEFT's: A zero, B normal.
+      targets: regular expressions for dotted module paths. Each must match a whole path, or the whole part of a path
+        after one of its dots: "q_proj" matches layers.self_attn.q_proj, and r"mlp\\..*" matches everything in an mlp.
+      key: a `jax.random.key`. The draw of a layer depends only on the key and the layer's path; a shared layer uses its
+        first path.
+      init: "fan_rank" or "fan_in", see `mlora_jax.core.initialize_factors`. D is the product of the axes that a kernel
+        contracts, with the window of a convolution. For an embedding, "fan_in" starts as PEFT does: A is zero, and B is
+        normal.
       dropout: the rate of dropout on the adapters' inputs, in [0, 1).
-      gate: whether every adapter also has a trained vector ``gate`` [..., R], by which its profile is multiplied:
-        ``y = x W + ((x A) * (p * gate)) B``. True starts it at ones; a key of `mlora_jax.core.GATE_INITIALIZERS` names
-        another start.
+      gate: if it is not False, every adapter also has a trained vector ``gate`` [..., R] that multiplies its profile:
+        ``y = x W + ((x A) * (p * gate)) B``. With True the gate starts at ones; a key of
+        `mlora_jax.core.GATE_INITIALIZERS` selects another start.
 
     Returns:
-      A new model with every profile at one. ``A B`` is zero, so the model computes what `model` computes.
+      A new model in which every profile is one. ``A B`` is zero, so the new model computes what `model` computes.
 
     Raises:
-      ValueError: a pattern that matches no linear layer (the message lists the layers there are), a pattern that is
-        no regular expression, an adapted model, a rank below 1, an unknown init or gate, a dropout rate outside
-        [0, 1); a layer whose options leave no room for an adapter, such as a masked convolution; a kernel that is also
-        another layer's (one `nnx.Param` under both): folding into one would change the other.
+      ValueError: a pattern is not a regular expression or matches no linear layer, and the message lists the layers;
+        the model already has adapters; the rank is below 1; `init` or `gate` is unknown; the dropout rate is outside
+        [0, 1); a layer has an option with which no adapter can represent it, such as a masked convolution; or the
+        `nnx.Param` of a kernel is also in another module, which folding into the kernel would change.
 
     >>> model = adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, (".*",), key=jax.random.key(0))
     >>> model.a.shape, model.b.shape
@@ -86,17 +89,17 @@ def adapt(
 
 
 def fold_where_cheaper(model: nnx.Module) -> nnx.Module:
-    """Lets every adapted `nnx.Linear` compute ``x (W + A diag(p) B)`` where that takes fewer multiplications.
+    """Lets every adapted `nnx.Linear` compute ``x (W + A diag(p) B)`` if that takes fewer multiplications.
 
-    That is on a CPU, with one profile for all of many tokens. The kernel must be float32 or wider: a narrower one would
-    lose what is added to it. For models that are run, not trained: the gradient of a factor would go through one of the
-    kernel's size.
+    This is the case for many tokens with the same profile. A layer only does it on a CPU, and only if its kernel is
+    float32 or wider, because a narrower kernel would lose what is added to it. Use the function for models that are not
+    trained: in training, the gradient of a factor would need a gradient of the kernel's size.
 
     Args:
-      model: an adapted model; changed in place.
+      model: an adapted model. It is changed in place.
 
     Returns:
-      The model.
+      The same model.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, AdaptedLinear):
@@ -105,17 +108,17 @@ def fold_where_cheaper(model: nnx.Module) -> nnx.Module:
 
 
 def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
-    """Lets every adapted `nnx.Linear` sum up ``H^T H`` of the inputs of its B, ``H = (x A) * p``, in an `InputGram`.
+    """Lets every adapted `nnx.Linear` add ``H^T H`` to an `InputGram` at each call; ``H = (x A) * p`` is B's input.
 
-    `split(model, mutable=InputGram)` then gives a fifth tree, which `mlora_jax.core.squeeze` takes as its `grams`. A
-    profile per token that is zero leaves the token out.
+    `split(model, mutable=InputGram)` then returns a fifth tree, which `mlora_jax.core.squeeze` takes as its `grams`. A
+    token whose profile is zero adds nothing.
 
     Args:
-      model: an adapted model; changed in place.
-      inputs: whether ``X^T X`` [..., D, D] of the layer's inputs is summed up instead.
+      model: an adapted model. It is changed in place.
+      inputs: if true, the gram is ``X^T X`` [..., D, D] of the layer's inputs, and otherwise ``H^T H`` [..., R, R].
 
     Returns:
-      The model.
+      The same model.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, AdaptedLinear):
@@ -128,28 +131,32 @@ def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
 def split(model: nnx.Module, *, mutable: Any = None) -> tuple:
     """Splits a model into the pytrees that pure functions work on.
 
-    `nnx.merge(graphdef, base, adapter, profile)` puts them together again.
+    `nnx.merge(graphdef, base, adapter, profile)` returns the model again. To train only the adapter, differentiate with
+    respect to `adapter` alone.
 
-    Differentiate with respect to `adapter` only and the rest is frozen. What a call of the merged model writes to
-    its variables is lost, so variables that a call would write (random-number counts, batch statistics) are refused
-    unless they are threaded: name them by `mutable`, merge the fifth tree too, and carry
-    `nnx.state(model, mutable)` from call to call. In `model.eval()` mode dropout and batch norm write nothing
-    and are accepted as they are.
+    A pure function loses what a call of the merged model writes to its variables. Random-number counts and batch
+    statistics are such variables, and a model in which a call would write them is an error by default. There are two
+    ways to split it. In `model.eval()` mode, dropout and batch norm write nothing. Or the variables are threaded: name
+    them by `mutable`, pass the fifth tree to `nnx.merge` too, and after each call take the tree for the next call from
+    `nnx.state(model, mutable)`.
 
-    Merge with `copy=True` where a tree comes from outside the innermost transform (`jax.grad` over `adapter` alone
-    with `base` closed over, say) and the model runs an NNX transform such as `nnx.scan` or threads variables: NNX
-    refuses to hand on or write variables of another trace level.
+    Merge with `copy=True` if two things are true. First, a tree comes from outside the innermost transform; for
+    example, `jax.grad` differentiates with respect to `adapter`, and `base` is a closed-over value. Second, the model
+    runs an NNX transform such as `nnx.scan`, or has threaded variables. Without the copy NNX raises an error, because
+    it does not pass on or write variables of another trace level.
 
     Args:
       model: an adapted model.
-      mutable: an NNX filter such as `nnx.RngState` or `(nnx.RngState, nnx.BatchStat)`.
+      mutable: an NNX filter for the threaded variables, such as `nnx.RngState` or `(nnx.RngState, nnx.BatchStat)`; None
+        if there are none.
 
     Returns:
-      (graphdef, base, adapter, profile), and a fifth tree of the `mutable` variables if asked for. Each is an
-      `nnx.State`; `adapter` holds the factors, `profile` the rank profiles and dropout keys.
+      (graphdef, base, adapter, profile), and with `mutable` a fifth tree of the threaded variables. `graphdef` is an
+      `nnx.GraphDef`, and each tree is an `nnx.State`: `base` has the frozen variables, `adapter` has the factors and
+      gates, and `profile` has the rank profiles and dropout keys. Shapes and dtypes are those of the model.
 
     Raises:
-      ValueError: the model has no adapters, or variables that would be frozen by accident.
+      ValueError: the model has no adapters, or a call would write variables that `mutable` does not name.
     """
     if not _has_adapters(model):
         raise ValueError("the model has no adapters: call adapt(model, rank, targets, key=...) first")
@@ -169,7 +176,7 @@ def _has_adapters(model: nnx.Module) -> bool:
 
 
 def _gate_initializer(gate: bool | str) -> str | None:
-    """Returns the key of `GATE_INITIALIZERS` that the argument stands for; None for no gate."""
+    """Returns the key of `GATE_INITIALIZERS` that the argument of `adapt` selects; None if there is no gate."""
     if isinstance(gate, bool):
         return "ones" if gate else None
     if gate not in GATE_INITIALIZERS:
@@ -178,7 +185,7 @@ def _gate_initializer(gate: bool | str) -> str | None:
 
 
 def _adapted(layer: nnx.Module, names: tuple[str, ...], rank: int, key: jax.Array, **options) -> AdaptedLayer:
-    """Returns a layer with its adapter; `names` are all of its paths."""
+    """Returns a layer with its adapter; `names` are all paths of the layer."""
     first, *others = names
     layer_key = jax.random.fold_in(key, path_hash(first))
     try:
@@ -198,9 +205,9 @@ def _layer_paths(node, path: tuple[str, ...] = (), above: tuple = ()) -> Iterato
 
 
 def _refuse_tied_kernels(model: nnx.Module, layers: Sequence[nnx.Module]) -> None:
-    """Raises if anything but a kernel's own layer holds the kernel; a layer may be shared as a whole."""
+    """Raises a ValueError if a kernel is also in another module than its layer. A layer may be shared as a whole."""
     own = {id(getattr(layer, kind.frozen)): layer for layer in reversed(layers) if (kind := layer_kind(layer))}
-    found: dict[int, dict[int, str]] = {}  # kernel: {what holds it: the first path there}
+    found: dict[int, dict[int, str]] = {}  # id of a kernel -> {id of a module that has it: the first path there}
     for path, holder, variable in _variable_paths(model):
         if id(variable) in own:
             found.setdefault(id(variable), {}).setdefault(id(holder), path)
@@ -254,18 +261,19 @@ def _replaced(child: Any, wrapped: Mapping[int, AdaptedLayer]) -> Any:
 
 
 def _written_variables(model: nnx.Module) -> list[tuple]:
-    """Paths of random-number and batch-statistics variables whose owner is not in evaluation mode."""
+    """Returns the paths of random-number and batch-statistics variables whose owner is not in evaluation mode."""
     nodes = dict(nnx.iter_graph(model))
     threadable = [path for path, node in nodes.items() if isinstance(node, (nnx.RngState, nnx.BatchStat))]
     return [tuple(path) for path in threadable if _evaluates(nodes, path) is not True]
 
 
 def _evaluates(nodes: Mapping, path: tuple) -> bool | None:
-    """Whether the owner of a written variable is in evaluation mode; None if no owner has such a mode."""
+    """Returns true if the owner of a written variable is in evaluation mode; None if no owner has such a mode."""
     switch = "use_running_average" if isinstance(nodes[path], nnx.BatchStat) else "deterministic"
     owners = (nodes.get(path[:depth]) for depth in range(len(path) - 1, -1, -1))
     states = (getattr(owner, switch, None) for owner in owners)
-    return next((state for state in states if isinstance(state, bool)), None)  # nnx.Rngs has an answer to any name
+    # An nnx.Rngs returns a value for any name, but never a bool.
+    return next((state for state in states if isinstance(state, bool)), None)
 
 
 def _refuse_to_freeze(model: nnx.Module, paths: Sequence[tuple]) -> None:

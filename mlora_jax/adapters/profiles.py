@@ -1,4 +1,4 @@
-"""Rank profiles and dropout keys as data: new values for the profile tree of a split model."""
+"""Sets the rank profiles and dropout keys in the profile tree of a split model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def set_profile(
 
     Args:
       profile_tree: the profile tree that `split` returned.
-      p: [R] for all layers; the leading axes of a stacked kernel and R, such as [L, R], for one profile per layer;
-        with `per_example` [B, R], or per token [B, T, R], for all layers; or {path pattern: p} with p in
-        any of these forms. Patterns are those of `adapt`, the first that matches wins, a layer that none matches keeps
-        its profile.
-      per_example: whether the axes of `p` before R are those of the batch. It is never guessed from a shape.
+      p: [R] for all layers; or [L, R], the leading axes of a stacked kernel and R, for one profile per layer; or, with
+        `per_example`, [B, R] per example or [B, T, R] per token, for all layers; or a dictionary: pattern -> p in one
+        of these forms. Patterns are those of `adapt`. The first pattern that matches a layer counts, and a layer that
+        no pattern matches keeps its profile.
+      per_example: if true, the axes of `p` before R are those of the batch. This is never guessed from a shape.
 
     Returns:
-      A new profile tree.
+      A new profile tree, in the dtypes of the old one.
 
     Raises:
-      ValueError: a shape that fits no layer, a pattern that matches none (a shared layer goes by its first path, which
-        the message names), no pattern at all, or a tree without rank profiles.
+      ValueError: a shape does not fit a layer; a pattern matches no layer, or matches a path of a shared layer that is
+        not its first; the dictionary is empty; or the tree has no rank profiles.
     """
     is_profile = lambda node: isinstance(node, RankProfile)  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(profile_tree, is_leaf=is_profile)
@@ -60,11 +60,14 @@ def set_profile(
 
 
 def set_dropout_key(profile_tree: nnx.State, key: jax.Array) -> nnx.State:
-    """Gives every adapter's dropout its own random key; a tree without dropout comes back as it was. Traceable.
+    """Gives every adapter's dropout its own random key. It is traceable, and leaves a tree without dropout unchanged.
 
     Args:
       profile_tree: the profile tree that `split` returned.
-      key: a `jax.random.key`, another one at every step.
+      key: a `jax.random.key`; use another one at every step.
+
+    Returns:
+      A new profile tree.
     """
     is_key = lambda node: isinstance(node, DropoutKey)  # noqa: E731
 
@@ -91,6 +94,6 @@ def _fit_profile(name: str, node: RankProfile, value: jax.Array, per_example: bo
             f"a profile of {name} must have shape {(rank,)} or {by_layer}, got {value.shape}; "
             "pass per_example=True for a profile per example"
         )
-    elif value.shape == by_layer:  # the same for every group of a layer
+    elif value.shape == by_layer:  # all groups of a layer get the same profile
         value = value.reshape(*by_layer[:-1], *(1,) * node.groups, rank)
     return jnp.broadcast_to(value, full).astype(old.dtype)

@@ -1,4 +1,4 @@
-"""Patterns that name layers by their paths."""
+"""Finds the layers whose paths match patterns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-# The kinds of layers with a kernel that an adapter fits, for messages.
+# Messages list these kinds of layers, which have a kernel that an adapter fits.
 SUPPORTED = "nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed"
 
 
@@ -21,13 +21,13 @@ def matching(
 
     Args:
       paths: the paths of all layers that an adapter fits.
-      patterns: regular expressions for whole paths or whole tails that begin after a dot.
+      patterns: regular expressions. Each must match a whole path, or the whole part of a path after one of its dots.
       shared: a dictionary: a further path of a shared layer -> its first path. Patterns match first paths only; the
         error message needs the others.
       others: a dictionary: the path of a module that no adapter fits -> its kind, for the error message.
 
     Raises:
-      ValueError: a pattern that is no regular expression or matches nothing, no patterns, or a string in their place.
+      ValueError: a pattern is not a regular expression or matches nothing; or `patterns` is empty, or one string.
     """
     if isinstance(patterns, str):
         raise ValueError(f"targets must be a sequence of patterns, got the string {patterns!r}")
@@ -36,7 +36,7 @@ def matching(
     found: set[str] = set()
     for pattern in patterns:
         try:
-            re.compile(pattern)  # alone first: "a)|(b" would compile inside the group
+            re.compile(pattern)  # by itself, because "a)|(b" compiles inside the group below
             compiled = re.compile(rf"(?:.*\.)?(?:{pattern})")
         except re.error as error:
             raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None

@@ -8,7 +8,7 @@ from flax import nnx
 class AdapterParam(nnx.Variable):
     """A trained leaf of an adapter: A [..., D, R], B [..., R, F] or a gate [..., R].
 
-    Its metadata: `kernel_layout`, which an A has if its product ``A B`` has the kernel's axes in another order, see
+    An A has the metadata `kernel_layout` if the axes of ``A B`` have another order than those of the kernel; see
     `mlora_jax.core.fold`.
     """
 
@@ -16,8 +16,8 @@ class AdapterParam(nnx.Variable):
 class RankProfile(nnx.Variable):
     """A rank profile p [..., R].
 
-    Its metadata: `leading` counts the axes that it shares with its factors, the axes of a stack and then the axes of
-    groups; `groups` counts the latter; `names` are all paths of a shared layer.
+    It has three items of metadata. `leading` is the number of axes that it shares with its factors: the axes of a stack
+    and then the axes of groups. `groups` is the number of axes of groups. `names` are all paths of a shared layer.
     """
 
 

@@ -1,4 +1,4 @@
-"""What measures an experiment's adapters on its own rows: the task's metric, and the loss on validation rows."""
+"""Makes the functions that measure adapters on an experiment's rows: the task's metric, and the validation loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ def make_evaluator(
     profile: nnx.State,
     rows: Sequence[dict[str, Any]],
 ) -> Evaluator:
-    """The evaluator of the task's metric on some rows: (adapter, p [R]) -> verdicts [items]."""
+    """Returns the evaluator of the task's metric on some rows: (adapter, p [R]) -> verdicts [items] bool.
+
+    Args:
+      experiment: the experiment.
+      graphdef, base, profile: the trees of `mlora_jax.split`, in evaluation mode.
+      rows: the rows to measure on.
+    """
     config, data = experiment.config, experiment.data
     shapes: dict[str, Any] = dict(
         max_length=config.data.max_length,
@@ -62,7 +68,12 @@ def make_evaluator(
 def make_validation_loss(
     experiment: Experiment, graphdef: nnx.GraphDef[Any], base: nnx.State, profile: nnx.State
 ) -> Callable[[Any, jax.Array], float]:
-    """(adapter, p [R]) -> nats per answer token on the validation rows."""
+    """Returns the validation loss: (adapter, p [R]) -> nats per answer token on the validation rows.
+
+    Args:
+      experiment: the experiment.
+      graphdef, base, profile: the trees of `mlora_jax.split`, in evaluation mode.
+    """
     config, examples, mesh = experiment.config, experiment.validation.examples, experiment.mesh
     shards = shards_of(mesh, EVALUATED)
     size = -(-config.evaluation.batch_size // shards) * shards

@@ -165,9 +165,12 @@ class Experiment:
         }
 
     def batches(self, trials: Sequence[Trial]) -> grain.DatasetIterator[dict[str, np.ndarray]] | GlobalBatches:
-        """An iterator over the batches of these trials, with `get_state` and `set_state`.
+        """Returns an iterator over the batches of some trials, with `get_state` and `set_state`.
 
-        With several processes each of them makes the rows that its devices hold.
+        With several processes, each makes only the rows that its devices hold.
+
+        Args:
+          trials: the trials that train together.
         """
         if self.mesh is None or hosts.count() == 1:
             return iter(self.pipeline(trials))

@@ -41,17 +41,26 @@ def threads() -> int:
 
 
 def stored_threads(workdir: str | os.PathLike[str]) -> int | None:
-    """How many threads a run in this folder began with, if there is one: the last bits depend on it."""
+    """Returns the number of threads with which the run in a folder began; None if there is no run.
+
+    The last bits of the run's results depend on this number.
+
+    Args:
+      workdir: the folder.
+    """
     ledger = pathlib.Path(workdir) / LEDGER
     return json.loads(ledger.read_text(encoding="utf-8"))["machine"]["threads"] if ledger.is_file() else None
 
 
 @contextlib.contextmanager
 def only_one_run(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps a second process out of a run's folder until this one leaves it, in whatever way.
+    """Keeps other processes out of a run's folder until the context ends.
+
+    Args:
+      path: the folder, which is made if it does not exist.
 
     Raises:
-      ValueError: another process is in it; a URL.
+      ValueError: another process runs in the folder, or `path` is a URL.
     """
     if "://" in str(path):
         raise ValueError(f"--workdir must be a folder, got {path}: mount the bucket, by gcsfuse for example")
@@ -70,7 +79,7 @@ def only_one_run(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def find_trial(path: str | os.PathLike[str], name: str) -> tuple[ConfigDict, Trial, pathlib.Path]:
-    """A trained trial of a run: the run's config, the trial, and the folder of its adapter. Nothing is changed.
+    """Returns the run's config, a trained trial of the run, and the folder of the trial's adapter. It changes no file.
 
     Args:
       path: the folder of a run.
@@ -292,7 +301,14 @@ def _machine() -> dict[str, Any]:
 
 
 def load_verdicts(path: str | os.PathLike[str], trial: str, readout: str, measured_on: str) -> np.ndarray | None:
-    """The per-item results [ranks, items] bool that `RunFolder.save_verdicts` kept in a run's folder, or None."""
+    """Returns the per-item results [ranks, items] bool that `RunFolder.save_verdicts` wrote; None if there are none.
+
+    Args:
+      path: the folder of the run.
+      trial: the name of the trial.
+      readout: the read-out.
+      measured_on: the split, or the key of a task that `task_key` returns.
+    """
     file = _verdicts(pathlib.Path(path), trial, readout, measured_on)
     return np.load(file) if file.is_file() else None
 
