@@ -84,7 +84,10 @@ def print_estimate(config: ConfigDict) -> None:
     from mlora_jax.cost.estimate import estimate
 
     found = estimate(config)
-    parameters = ", ".join(f"{count:,} (R = {rank})" for rank, count in found.adapter_parameters.items())
+    parameters = ", ".join(
+        f"{count:,} (R = {form.rank}{', with gates' if form.gate else ''})"
+        for form, count in found.adapter_parameters.items()
+    )
     work = {
         "training": found.training_operations,
         "curves on its own rows": found.own_operations,

@@ -20,12 +20,14 @@ from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
 from mlora_jax.parallel.mesh import EVALUATED, make_mesh
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
-from mlora_jax.training.phases import TrialPhases
+from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.training.step import Schedule, init_state, make_optimizer
 from mlora_jax.training.trial_trees import stack_trees, trial_keys
 from mlora_jax.training.trials_step import TrialsStep
 from mlora_jax.trials import Trial, expand_trials
 
+# A number of steps that has room for every phase; the programs do not depend on it.
+STEPS_OF_A_RUN = 1000
 OPTIMIZER = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
 
 
@@ -50,14 +52,14 @@ class Abstract:
 
 
 def abstract_model(
-    config: ConfigDict, shape: DecoderConfig, rank: int, mesh: Mesh | None, flash_from: int | None
+    config: ConfigDict, shape: DecoderConfig, form: AdapterForm, mesh: Mesh | None, flash_from: int | None
 ) -> Abstract:
     """Returns the adapted decoder of an experiment on a mesh, without allocating its arrays.
 
     Args:
       config: the resolved config.
       shape: the shape of the decoder.
-      rank: R.
+      form: the form of the adapter.
       mesh: the mesh, or None for one device.
       flash_from: see `Decoder`.
     """
@@ -68,7 +70,9 @@ def abstract_model(
         model.remat, model.flash_from = config.train.remat, flash_from
         model.placement = None if mesh is None else Placement(mesh)
         key = jax.random.key(0)
-        return adapt(model, rank, options.targets, key=key, init=options.init, dropout=options.dropout)
+        return adapt(
+            model, form.rank, options.targets, key=key, init=options.init, dropout=options.dropout, gate=form.gate
+        )
 
     model = nnx.eval_shape(make)
     graphdef, base, adapter, profile = split(model)
@@ -83,7 +87,7 @@ def base_bytes(config: ConfigDict, shape: DecoderConfig) -> int:
       config: the resolved config.
       shape: the shape of the decoder.
     """
-    base = abstract_model(config, shape, 1, None, None).base
+    base = abstract_model(config, shape, AdapterForm(1), None, None).base
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
 
 
@@ -115,7 +119,8 @@ class Programs:
     @functools.cached_property
     def model(self) -> Abstract:
         """The adapted decoder."""
-        return abstract_model(self.config, self.shape, self.rank, self.mesh, self.flash_from)
+        form = TrialPhases(self.config, STEPS_OF_A_RUN).form(self._trial())
+        return abstract_model(self.config, self.shape, form, self.mesh, self.flash_from)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -166,7 +171,8 @@ class Programs:
         with sized.unlocked():
             sized.train.batch_size, sized.train.accumulation = batch, accumulation
         trial = self._trial()
-        draws = TrialPhases(sized, 1000).draws([trial], 0, stack_trees([trial_keys(0)]))
+        phases = TrialPhases(sized, STEPS_OF_A_RUN)
+        draws = phases.draws([trial], 0, stack_trees([trial_keys(0)]))
         draw = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((trials, *leaf.shape[1:]), leaf.dtype), jax.eval_shape(draws, 0)
         )
@@ -174,7 +180,8 @@ class Programs:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), trials))
         step = TrialsStep(self.model.graphdefs[0], self.optimizer, chunk=config.train.loss_chunk, mesh=self.mesh)
         base, profile = self.weights(self.model.base), self.weights(self.model.profile)
-        return step.compile(base, profile, self.state(trials), rows, draw, schedule, keys)
+        arguments = base, profile, self.state(trials), rows, draw, schedule, keys
+        return step.compile(*arguments, proximal=phases.shape(trial)[0].proximal)
 
     def prefill(self, batch: int) -> jax.stages.Compiled:
         """Compiles the prefill of prompts that are as long as the longest training row, with room for an answer.

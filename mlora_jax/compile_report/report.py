@@ -19,6 +19,7 @@ from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.evaluate.generation import STEPS
 from mlora_jax.parallel.chips import Slice, topology
+from mlora_jax.trials import expand_trials
 
 LARGEST = "largest"
 PROGRAMS = ("train", "prefill", "decode")
@@ -195,6 +196,7 @@ class Reporter:
 
     def _key(self, row: Row, layout: Layout, program: str) -> dict[str, Any]:
         config = {name: self._config[name] for name in DECIDING} | {"dtype": self._config.model.dtype}
+        config["method"] = expand_trials(self._config)[0].method
         config = json.dumps(config, sort_keys=True, default=lambda node: node.to_dict())
         return {
             "program": program,

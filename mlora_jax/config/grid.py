@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mlora_jax.config.keys_of_trials import TRIALS
 from mlora_jax.config.methods import further_methods
 from mlora_jax.config.schema import Group, Key
-from mlora_jax.core import METHODS, get_method
+from mlora_jax.core import METHODS, Method, get_action, get_method
 from mlora_jax.trials import expand_trials
 
 # An entry of the list may name every key of `config.trials` except the list itself.
@@ -50,8 +50,9 @@ def check_trials(config: Mapping[str, Any]) -> None:
       config: a config with every key, whose values are each allowed, with the entries that `read_entries` returned.
 
     Raises:
-      ValueError: an entry of the list holds a value that is not allowed, a method is unknown, or a trial cannot be
-        trained: its rank, S and weights do not go together.
+      ValueError: an entry of the list holds a value that is not allowed, a method is unknown, a trial cannot be
+        trained since its rank, S and weights do not go together, or `config.adapter.start_from` does not fit the
+        methods.
     """
     methods = further_methods(config)
     for number, entry in enumerate(config["trials"]["list"]):
@@ -59,7 +60,9 @@ def check_trials(config: Mapping[str, Any]) -> None:
     for axes in (config["trials"], *config["trials"]["list"]):
         for method in axes.get("method", ()):
             get_method(method, methods)
-    for trial in expand_trials(ConfigDict(config)):
+    trials = expand_trials(ConfigDict(config))
+    _check_starts({trial.method: get_method(trial.method, methods) for trial in trials}, config["adapter"])
+    for trial in trials:
         try:
             trial.hierarchy(config["adapter"]["ranks"])
         except ValueError as error:
@@ -70,3 +73,17 @@ def check_trials(config: Mapping[str, Any]) -> None:
                 f"config.trials.weights {trial.weights} would change nothing for {trial.method!r}; methods with "
                 f"weights: {users}. config.trials.list can give them weights of their own"
             )
+
+
+def _check_starts(methods: Mapping[str, Method], adapter: Mapping[str, Any]) -> None:
+    """Raises ValueError if a method starts from a PEFT adapter that is not given, or none starts from the given one."""
+    starts = {name: method.phases[0].start for name, method in methods.items()}
+    from_peft = [name for name, start in starts.items() if start and "peft_adapter" in get_action(start).needs]
+    if from_peft and not adapter["start_from"]:
+        raise ValueError(
+            f"the method {from_peft[0]!r} starts with {starts[from_peft[0]]!r}: set config.adapter.start_from to the "
+            "folder of a PEFT adapter"
+        )
+    if adapter["start_from"] and not from_peft and all(starts.values()):
+        named = ", ".join(f"{name} with {start!r}" for name, start in starts.items())
+        raise ValueError(f"no trial would start from config.adapter.start_from, since the methods start: {named}")

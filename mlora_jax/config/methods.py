@@ -10,8 +10,9 @@ from typing import Any
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import METHODS, Method, Phase, get_method
 
-# Words behind the phases of a method, and what they stand for.
+# Words behind the phases of a method, and what they stand for. "reset" says what holds without it; run folders have it.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "reset": {},
     "rotate": {"start": "squeeze_rotated"},
     "restart": {"schedule": "phase"},
     "gate": {"gate": True},
@@ -52,14 +53,24 @@ def _method(entries: Iterable[Any]) -> Method:
     if unknown:
         raise ValueError(f"unknown word {unknown[0]!r}; known: {', '.join(METHOD_OPTIONS)}")
     options = {key: value for word in words for key, value in METHOD_OPTIONS[word].items()}
-    # A later phase that says nothing else begins with a squeeze.
+    listed = [_phase(entry) for entry in entries if not isinstance(entry, str)]
+    if "start" in options and all(phase.start for phase in listed[1:]):
+        raise ValueError("'rotate' changes how later phases start, and every one of them names its own action")
+    # A later phase that names no action starts with a squeeze.
     start = options.pop("start", "squeeze")
-    phases = []
-    for entry in (entry for entry in entries if not isinstance(entry, str)):
-        policy, fraction, *rest = entry
-        begins = rest[0] if rest else (start if phases else "")
-        phases.append(Phase(policy, float(fraction), begins, *rest[1:]))
-    return Method(phases=tuple(phases), summary=_summary(phases, options), **options)
+    later = (dataclasses.replace(phase, start=phase.start or start) for phase in listed[1:])
+    phases = (*listed[:1], *later)
+    return Method(phases=phases, summary=_summary(phases, options), **options)
+
+
+def _phase(entry: Any) -> Phase:
+    """Returns a phase as it is listed; its start is empty where none is named."""
+    if not isinstance(entry, Sequence) or not 2 <= len(entry) <= 4:
+        raise ValueError(
+            f"a phase is a policy and its share of the steps, and then perhaps a start and an update; got {entry!r}"
+        )
+    policy, fraction, *others = entry
+    return Phase(policy, float(fraction), *others)
 
 
 def _summary(phases: Sequence[Phase], options: Mapping[str, Any]) -> str:

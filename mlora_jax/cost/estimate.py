@@ -18,7 +18,7 @@ from mlora_jax.config_type import ConfigDict
 from mlora_jax.data import find_task, load_task
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.run.inputs import model_folder
-from mlora_jax.training.phases import TrialPhases
+from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.trials import Trial, expand_trials, readouts_of
 
 # English with numbers under a vocabulary of 128k; smaller vocabularies need more tokens.
@@ -86,7 +86,7 @@ class Estimate:
       passes: the mean cost of a step in LoRA steps.
       parameters: the number of parameters of the base.
       base_bytes: the bytes of the base in `config.model.dtype`.
-      adapter_parameters: the number of adapter parameters of one trial at each rank of the grid.
+      adapter_parameters: the number of adapter parameters of one trial at each form, a rank with or without gates.
       adapter_bytes: the bytes of all trained adapters in float32.
       trial_bytes: one trial's adapter, gradients and optimizer at the largest rank, in float32.
       training_operations: floating-point operations of all training, roughly.
@@ -103,7 +103,7 @@ class Estimate:
     passes: float
     parameters: int
     base_bytes: int
-    adapter_parameters: dict[int, int]
+    adapter_parameters: dict[AdapterForm, int]
     adapter_bytes: int
     trial_bytes: int
     training_operations: float
@@ -148,15 +148,16 @@ def estimate(config: ConfigDict | dict) -> Estimate:
     answer = min(size.answer / CHARACTERS_PER_TOKEN + 1, length)
     dtype = jnp.dtype(resolved.model.dtype or "bfloat16")
     base = _base(shape, dtype)
-    adapters = {rank: _adapter_parameters(base, resolved, rank) for rank in dict.fromkeys(t.rank for t in trials)}
     phases = TrialPhases(resolved, steps)
+    forms = [phases.form(trial) for trial in trials]
+    adapters = {form: _adapter_parameters(base, resolved, form) for form in dict.fromkeys(forms)}
     passes = [phases.cost(trial) for trial in trials]
     tokens = train * resolved.train.epochs * length
     backward = 3 if resolved.train.remat else 2
     each = {
-        rank: tokens * (backward * _per_token(shape, length) + 2 * 3 * extra)
+        form: tokens * (backward * _per_token(shape, length) + 2 * 3 * extra)
         + tokens / length * answer * 2 * (2 * shape.vocab_size * shape.hidden_size)
-        for rank, extra in adapters.items()
+        for form, extra in adapters.items()
     }
     points = _points(resolved, trials)
     generates = find_task(resolved.data.task).metric == "exact_match"
@@ -171,9 +172,9 @@ def estimate(config: ConfigDict | dict) -> Estimate:
         parameters=_size(base),
         base_bytes=_size(base) * dtype.itemsize,
         adapter_parameters=adapters,
-        adapter_bytes=sum(4 * adapters[trial.rank] for trial in trials),
+        adapter_bytes=sum(4 * adapters[form] for form in forms),
         trial_bytes=4 * 4 * max(adapters.values()),
-        training_operations=sum(each[trial.rank] * cost for trial, cost in zip(trials, passes, strict=True)),
+        training_operations=sum(each[form] * cost for form, cost in zip(forms, passes, strict=True)),
         curves=len(evaluated) * sum(len(readouts_of(resolved, trial)) for trial in trials),
         own_operations=(points + 1) * own * _per_token(shape, length, head=generates),
         tasks=tasks,
@@ -254,12 +255,14 @@ def _size(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(tree)))
 
 
-def _adapter_parameters(base: nnx.Module, config: ConfigDict, rank: int) -> int:
+def _adapter_parameters(base: nnx.Module, config: ConfigDict, form: AdapterForm) -> int:
     graphdef, state = nnx.split(base)
     options = config.adapter
 
     def adapted(state):
-        model = adapt(nnx.merge(graphdef, state), rank, options.targets, key=jax.random.key(0), init=options.init)
+        model = nnx.merge(graphdef, state)
+        key = jax.random.key(0)
+        model = adapt(model, form.rank, options.targets, key=key, init=options.init, gate=form.gate)
         return split(model)[2]
 
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(adapted, state)))

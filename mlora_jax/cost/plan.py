@@ -18,11 +18,10 @@ from mlora_jax.config import resolve
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.cost.estimate import Requests, task_requests
 from mlora_jax.data import batch_shape
-from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.sizing import plan_batches, time_steps
 from mlora_jax.training.grid import TrialBatch
-from mlora_jax.training.phases import PhaseShape
+from mlora_jax.training.phases import AdapterForm, PhaseShape
 from mlora_jax.trials import Trial, expand_trials, readouts_of
 
 
@@ -176,20 +175,20 @@ def _shapes(
 
 
 def evaluation_cost(
-    experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]
+    experiment: Experiment, trials: list[Trial], timed: Callable[[AdapterForm, str], float]
 ) -> tuple[int, float]:
     """Returns the number of curves at the end, and the seconds to measure them and the base."""
-    curves, seconds = 0, sum(timed(trials[0].rank, split) for split in experiment.rows)
+    curves, seconds = 0, sum(timed(experiment.form(trials[0]), split) for split in experiment.rows)
     for trial in trials:
         readouts = readouts_of(experiment.config, trial)
         for split in experiment.rows:
             curves += len(readouts)
-            seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed(trial.rank, split)
+            seconds += len(readouts) * len(experiment.hierarchy(trial).ranks) * timed(experiment.form(trial), split)
     return curves, seconds
 
 
 def validation_cost(
-    experiment: Experiment, trials: list[Trial], timed: Callable[[int, str], float]
+    experiment: Experiment, trials: list[Trial], timed: Callable[[AdapterForm, str], float]
 ) -> tuple[int, float]:
     """Returns the number of validations while training, and the seconds that they take."""
     options = experiment.config.validation
@@ -198,26 +197,26 @@ def validation_cost(
     each = -(-experiment.steps // options.every)
     if options.measure == "loss":
         loss = functools.cache(functools.partial(time_loss, experiment))
-        one_rank = lambda trial: loss(trial.rank)  # noqa: E731
+        one_rank = lambda trial: loss(experiment.form(trial))  # noqa: E731
     else:
-        one_rank = lambda trial: timed(trial.rank, "validation")  # noqa: E731
+        one_rank = lambda trial: timed(experiment.form(trial), "validation")  # noqa: E731
     seconds = sum(each * len(experiment.hierarchy(trial).ranks) * one_rank(trial) for trial in trials)
     return each * len(trials), seconds
 
 
-def _time_evaluation(experiment: Experiment, rank: int, split: str) -> float:
+def _time_evaluation(experiment: Experiment, form: AdapterForm, split: str) -> float:
     """Seconds for one rank on one split, from its middle batch of requests."""
-    adapted = experiment.adapted(rank)
+    adapted = experiment.adapted(*form)
     evaluator = adapted.evaluators[split]
     middle = len(evaluator) // 2
-    return _time_second(lambda: evaluator.run_batch(middle, adapted.adapter, jnp.zeros(rank))) * len(evaluator)
+    return _time_second(lambda: evaluator.run_batch(middle, adapted.adapter, jnp.zeros(form.rank))) * len(evaluator)
 
 
-def time_loss(experiment: Experiment, rank: int) -> float:
+def time_loss(experiment: Experiment, form: AdapterForm) -> float:
     """Seconds for the loss at one rank on the validation split."""
-    adapted = experiment.adapted(rank)
+    adapted = experiment.adapted(*form)
     loss = adapted.validation_loss()
-    return _time_second(lambda: loss(adapted.adapter, jnp.zeros(rank)))
+    return _time_second(lambda: loss(adapted.adapter, jnp.zeros(form.rank)))
 
 
 def _time_second(run: Callable[[], Any]) -> float:

@@ -120,14 +120,18 @@ def dequantize_decoder(model: Decoder) -> Decoder:
     >>> dequantize_decoder(model).layers.mlp.up_proj.kernel.shape  # doctest: +SKIP
     (2, 16, 32)
     """
-    qwix = _qwix()
     dense = nnx.clone(model)
     for _, layer in nnx.iter_modules(dense.layers):
         if isinstance(layer, nnx.Linear):
-            layer.kernel.set_value(jax.jit(qwix.dequantize)(layer.kernel.get_value()))
+            layer.kernel.set_value(dense_kernel(layer.kernel.get_value()))
             layer.promote_dtype, layer.dot_general = promote_dtype, jax.lax.dot_general
     dense.quantization = None
     return dense
+
+
+def dense_kernel(kernel: Any) -> jax.Array:
+    """Returns a kernel [..., D, F] as an array; a quantised one with the values that the layer computes with."""
+    return kernel if isinstance(kernel, jax.Array) else jax.jit(_qwix().dequantize)(kernel)
 
 
 def compare_logits(dense: Decoder, quantized: Decoder) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
@@ -14,23 +14,12 @@ from flax import nnx
 from mlora_jax.adapters import AdaptedLayer, adapt, split
 from mlora_jax.parallel.arrays import put_weights
 from mlora_jax.run.evaluators import Evaluator, make_evaluator, make_validation_loss
+from mlora_jax.training.phases import AdapterForm
 from mlora_jax.training.step import make_optimizer
 from mlora_jax.training.trials_step import TrialsStep
 
 if TYPE_CHECKING:
     from mlora_jax.run.experiment import Experiment
-
-
-class AdapterForm(NamedTuple):
-    """The settings of a trial that decide the shapes of its adapter.
-
-    Attributes:
-      rank: R.
-      gate: whether every adapted layer has a gate.
-    """
-
-    rank: int
-    gate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

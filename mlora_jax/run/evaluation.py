@@ -17,19 +17,19 @@ from mlora_jax.training.curve_records import BASE, CurveKey, CurveRecord, failed
 from mlora_jax.trials import Trial, readouts_of
 
 
-def evaluate_base(run: Stage, rank: int) -> None:
+def evaluate_base(run: Stage, trial: Trial) -> None:
     """Measures the base on every split on which it is not on record yet.
 
     Args:
       run: the run.
-      rank: the rank of the adapter that is switched off for this.
+      trial: the trial whose adapter, before training, is switched off for this.
     """
     measured = run.folder.curves().base()
     for split in run.experiment.rows:
         if split not in measured:
-            adapted = run.experiment.adapted(rank)
+            adapted = run.experiment.adapted_for(trial)
             evaluator = adapted.evaluators[split]
-            verdicts = _evaluate(run, evaluator, adapted.adapter, jnp.zeros(rank))
+            verdicts = _evaluate(run, evaluator, adapted.adapter, jnp.zeros(trial.rank))
             accuracy, error = accuracy_and_error(verdicts)
             run.folder.save_verdicts(BASE, BASE, split, verdicts[None])
             task, items, truncated = run.experiment.data.task.name, len(verdicts), evaluator.truncated

@@ -23,7 +23,7 @@ from mlora_jax.models import Decoder, Tokenizer
 from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import GlobalBatches, local_rows
-from mlora_jax.run.adapted import Adapted, AdapterForm, make_adapted
+from mlora_jax.run.adapted import Adapted, make_adapted
 from mlora_jax.run.inputs import (
     check_context,
     hold_out_validation,
@@ -33,7 +33,7 @@ from mlora_jax.run.inputs import (
     model_folder,
     run_mesh,
 )
-from mlora_jax.training.phases import TrialPhases
+from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.trials import Trial
 
 
@@ -148,7 +148,7 @@ class Experiment:
 
     def form(self, trial: Trial) -> AdapterForm:
         """The form of a trial's adapter."""
-        return AdapterForm(trial.rank, self.phases.method(trial).gate)
+        return self.phases.form(trial)
 
     def adapted_for(self, trial: Trial) -> Adapted:
         """The adapted model that a trial trains."""

@@ -13,12 +13,12 @@ import numpy as np
 from mlora_jax.config import harness_tasks
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.evaluate import Generator, RankCurve, Scorer, accuracy_and_error
-from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import RunFolder, task_key
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.training.adapter_file import load_adapter
 from mlora_jax.training.curve_records import BASE, CurveKey, CurveRecord, HarnessRun
+from mlora_jax.training.phases import AdapterForm
 from mlora_jax.trials import Trial, readouts_of
 
 logger = logging.getLogger(__name__)

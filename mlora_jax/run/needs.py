@@ -6,6 +6,7 @@ Adding a need is adding a row to `NEEDS`; an action names it in `Action.needs`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from mlora_jax.adapters import InputGram, set_profile, split, watch_inputs
 from mlora_jax.core import RankHierarchy
 from mlora_jax.core.rank_axes import by_parent, path_names
 from mlora_jax.interop import start_from_peft
+from mlora_jax.models.quantized import dense_kernel
 from mlora_jax.parallel.arrays import on_one_device, put_replicated, put_rows, put_weights, split_rows
 from mlora_jax.parallel.mesh import ROWS, shards_of
 from mlora_jax.run.adapted import adapt_model
@@ -89,14 +91,22 @@ def _peft_adapter(asked: Asked) -> Any:
 
 
 def _kernels(asked: Asked) -> Any:
-    """The frozen kernel [..., D, F] of every adapted layer, under the key ``kernel`` beside the factors' place."""
-    adapted = asked.experiment.adapted_for(asked.trial)
+    """The frozen kernel [..., D, F] of every adapted layer, under the key ``kernel`` beside the factors' place.
+
+    A quantised kernel is given as the array that the layer computes with.
+    """
+    experiment, adapted = asked.experiment, asked.experiment.adapted_for(asked.trial)
     parents, tree = set(by_parent(adapted.adapter)), {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapted.base):
+    kernels = jax.tree_util.tree_leaves_with_path(adapted.base, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    for path, variable in kernels:
         *parent, layer, name = path_names(path)
         if layer == "base" and name == "kernel" and tuple(parent) in parents:
             node = functools.reduce(lambda found, part: found.setdefault(part, {}), parent, tree)
-            node["kernel"] = leaf
+            kernel = dense_kernel(variable.get_value())
+            node["kernel"] = kernel if experiment.mesh is None else on_one_device(kernel)
+    if by_parent(tree).keys() != parents:
+        missing = ", ".join(sorted(".".join(parent) for parent in parents - by_parent(tree).keys()))
+        raise ValueError(f"these adapted layers have no kernel [D, F] of their own: {missing}")
     return tree
 
 
@@ -107,7 +117,7 @@ def _gradients(asked: Asked) -> Any:
     adapter, profile = put_weights(asked.adapter, mesh), put_replicated(adapted.profile, mesh)
     loss = _loss_of(adapted.evaluation_graphdef, experiment.config.train.loss_chunk, mesh)
     gradient, answers = jax.tree.map(jnp.zeros_like, adapter), 0.0
-    for batch in _some_batches(asked):
+    for batch in _some_micro_batches(asked):
         p = np.broadcast_to(asked.trained_profile, (len(batch["tokens"]), len(asked.trained_profile)))
         rows = put_rows((np.array(p), batch), mesh, 0)
         found = _gradient(loss, adapted.base, adapter, profile, *rows)
@@ -208,14 +218,21 @@ def _parts(rows: Any, mesh: Any) -> Any:
 
 
 def _some_batches(asked: Asked) -> Iterator[dict[str, np.ndarray]]:
-    batches = _batches(asked.experiment, asked.trial)
-    return (batch for _, batch in zip(range(asked.experiment.config.calibration.batches), batches, strict=False))
+    return itertools.islice(_batches(asked.experiment, asked.trial), asked.experiment.config.calibration.batches)
 
 
 def _batches(experiment: Experiment, trial: Trial) -> Iterator[dict[str, np.ndarray]]:
     """The training batches of a trial in its own order, micro-batches joined."""
     for arrays in experiment.pipeline([trial]):
         yield {name: np.reshape(part, (-1, part.shape[-1])) for name, part in arrays.items()}  # [M * B, ...]
+
+
+def _some_micro_batches(asked: Asked) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of `_some_batches`, as many at once as a training step holds."""
+    experiment = asked.experiment
+    for arrays in itertools.islice(experiment.pipeline([asked.trial]), experiment.config.calibration.batches):
+        for number in range(experiment.config.train.accumulation):
+            yield {name: part[0, number] for name, part in arrays.items()}  # of [1, M, B, ...]
 
 
 NEEDS: dict[str, Callable[[Asked], Any]] = {

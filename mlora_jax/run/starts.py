@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core import ActionInput
-from mlora_jax.core.actions import run_action
+from mlora_jax.core.actions import ACTIONS, run_action
 from mlora_jax.parallel.arrays import on_one_device, put_weights
 from mlora_jax.parallel.rules import shardings
 from mlora_jax.run.experiment import Experiment
@@ -59,9 +59,9 @@ def check_first_adapters(experiment: Experiment, trials: Sequence[Trial]) -> Non
     Raises:
       ValueError, FileNotFoundError: the adapter cannot be used; the message names it.
     """
-    if experiment.config.adapter.start_from:
-        alike = {(trial.rank, trial.method, trial.scaling): trial for trial in trials}
-        for trial in alike.values():
+    alike = {(trial.rank, trial.method, trial.scaling): trial for trial in trials}
+    for trial in alike.values():
+        if "peft_adapter" in experiment.phases.start(trial, 0).needs:
             first_adapter(experiment, trial, jax.random.key(0))
 
 
@@ -88,6 +88,8 @@ def _start_phase(
     """The state at the end of a phase as that at the beginning of the next one, `phase`."""
     adapted, ended = experiment.adapted_for(trials[0]), phase - 1
     action = experiment.phases.start(trials[0], phase)
+    if action is ACTIONS["none"]:
+        return state
     profiles = jnp.stack([experiment.phases.trained_profile(trial, ended) for trial in trials])
     fresh = jax.vmap(lambda key: jax.random.fold_in(key, ended))(keys.adapter)
     act = functools.partial(act_on_trials, action, adapted.optimizer, init=experiment.config.adapter.init)
@@ -95,10 +97,11 @@ def _start_phase(
     def needed(slots: Sequence[int]) -> dict[str, Any]:
         if not action.needs:
             return {}
-        each = [
-            collect(action.needs, experiment, trials[slot], take_trial(state.adapter, slot), profiles[slot])
-            for slot in slots
-        ]
+        each = []
+        for slot in slots:
+            hierarchy = experiment.phases.hierarchy(trials[slot], ended)
+            one = take_trial(state.adapter, slot), profiles[slot]
+            each.append(collect(action.needs, experiment, trials[slot], *one, hierarchy=hierarchy))
         return stack_trees(each)
 
     if experiment.mesh is None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from mlora_jax.core.actions import ACTIONS, Action, ActionInput
+from mlora_jax.core.actions import Action, ActionInput
 from mlora_jax.core.squeeze import Tree, map_gradients
 from mlora_jax.training.step import TrialState
 
@@ -38,8 +38,6 @@ def act_on_trials(
     Returns:
       The state with the new adapters and with the optimizer state that the action's `moments` prescribes.
     """
-    if action is ACTIONS["none"]:
-        return state
     given = ActionInput(
         adapter=state.adapter, trained_profile=trained_profiles, key=keys, needed=dict(needed), init=init
     )

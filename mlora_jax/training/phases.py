@@ -21,6 +21,18 @@ from mlora_jax.training.trials_step import Proximal
 from mlora_jax.trials import Trial
 
 
+class AdapterForm(NamedTuple):
+    """The settings of a trial that decide the shapes of its adapter.
+
+    Attributes:
+      rank: R.
+      gate: whether every adapted layer has a gate.
+    """
+
+    rank: int
+    gate: bool = False
+
+
 class PhaseShape(NamedTuple):
     """The properties of a phase that decide its executable, and which trials can go through it together.
 
@@ -56,6 +68,10 @@ class TrialPhases:
     def method(self, trial: Trial) -> Method:
         """Returns the method that trains a trial."""
         return get_method(trial.method, further_methods(self.config))
+
+    def form(self, trial: Trial) -> AdapterForm:
+        """Returns the form of a trial's adapter."""
+        return AdapterForm(trial.rank, self.method(trial).gate)
 
     def hierarchy(self, trial: Trial, phase: int = -1) -> RankHierarchy:
         """Returns the ranks, scales and weights of a trial in a phase, by default in the last one."""

@@ -60,7 +60,7 @@ def test_a_shipped_config_with_overrides(tmp_path):
     [
         (["--config.train.clp=1"], "unknown config key config.train.clp; did you mean config.train.clip?"),
         (["--config.trials.method=('lor',)"], "unknown method 'lor'; did you mean 'lora'?"),
-        (["--config.methods.mine=(('lora', 1.0), 'turn')"], "unknown word 'turn'; known: rotate, restart, gate"),
+        (["--config.methods.mine=(('lora', 1.0), 'turn')"], "unknown word 'turn'; known: reset, rotate, restart, gate"),
         (
             ["--config.trials.scaling=('half',)"],
             "an entry of config.trials.scaling must be one of 'none', 'rank', 'sqrt', got 'half'",

@@ -16,6 +16,12 @@ from mlora_jax.parallel.chips import CHIPS, GIB, Slice, parse_topology, topology
 from mlora_jax.parallel.hlo_text import Shape
 from tests.tiny import tiny_config
 
+
+def four_devices(name):
+    """Four of a CPU's devices in place of chips."""
+    return Slice(name, CHIPS["v5e"], 4, tuple(jax.devices()[:4]))
+
+
 OPEN = {"trial": 1, "data": -1, "fsdp": 1, "tensor": 1}
 
 
@@ -141,9 +147,8 @@ def test_the_largest_batch(monkeypatch, each, held):
         tried.append(layout.rows)
         return record({}, needed(layout.rows), parameters=int(held * GIB))
 
-    slices = lambda name: Slice(name, CHIPS["v5e"], 4, tuple(jax.devices()[:4]))  # noqa: E731
     monkeypatch.setattr(Reporter, "_train", train)
-    reporter = Reporter(resolve({}), Records(), flash_from=None, programs=["train"], slices=slices)
+    reporter = Reporter(resolve({}), Records(), flash_from=None, programs=["train"], slices=four_devices)
     result = reporter.result(Row("Llama-3.2-1B", "v5e:2x2", 8, LARGEST))
     most = max(rows for rows in range(1, 5000) if needed(rows) <= 16 * GIB)
     assert result.records["train"].fits and result.layout.accumulation == 1
@@ -152,22 +157,21 @@ def test_the_largest_batch(monkeypatch, each, held):
     assert len(tried) <= 4
 
 
+TINY = {
+    "model": {"dtype": "float32"},
+    "data": {"max_length": 32},
+    "train": {"batch_size": 8, "accumulation": 2, "loss_chunk": 64},
+    "evaluation": {"batch_size": 6, "max_new_tokens": 8},
+}
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A reporter on four of a CPU's devices in place of chips, and the model's folder."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(tiny_config().to_hugging_face()))
-    config = resolve(
-        {
-            "model": {"dtype": "float32"},
-            "data": {"max_length": 32},
-            "train": {"batch_size": 8, "accumulation": 2, "loss_chunk": 64},
-            "evaluation": {"batch_size": 6, "max_new_tokens": 8},
-        }
-    )
-    slices = lambda name: Slice(name, CHIPS["v5e"], 4, tuple(jax.devices()[:4]))  # noqa: E731
     said = []
-    return Reporter(config, Records(), flash_from=None, say=said.append, slices=slices), str(folder), said
+    return Reporter(resolve(TINY), Records(), flash_from=None, say=said.append, slices=four_devices), str(folder), said
 
 
 def test_a_row_from_end_to_end(tiny):
@@ -199,6 +203,20 @@ def test_a_row_from_end_to_end(tiny):
         assert part in text
     reporter.result(row)
     assert len(said) == 3
+
+
+def test_gates_and_a_proximal_step_are_part_of_the_program(tiny):
+    """Four numbers more in every adapted matrix, with as many gradients, moments and bytes to reduce."""
+    reporter, folder, _ = tiny
+    own = {"methods": {"gated": (("lora", 1.0, "", "soft_threshold"), "gate")}, "trials": {"method": ("gated",)}}
+    gated = Reporter(resolve({**TINY, **own}), records := Records(), flash_from=None, slices=four_devices)
+    row = Row(folder, "v5e:2x2", 4, 8)
+    plain, other = (each.result(row).records["train"] for each in (reporter, gated))
+    ungated = Reporter(resolve({**TINY, "methods": own["methods"]}), records, flash_from=None, slices=four_devices)
+    assert ungated.result(row).records["train"].optimizer == plain.optimizer  # not the gated program from the records
+    gates = 4 * 7 * tiny_config().num_layers
+    assert other.optimizer - plain.optimizer == pytest.approx(3 * 4 * gates, rel=0.05)
+    assert other.moved > plain.moved
 
 
 def test_the_table(tiny, tmp_path):

@@ -73,7 +73,7 @@ def test_methods_of_ones_own():
         ({"methods": {"a/b": MINE}}, "config.methods.a/b: a name is made of letters"),
         (
             {"methods": {"mine": (*MINE, "rotat")}},
-            "config.methods.mine .*unknown word 'rotat'; known: rotate, restart, gate",
+            "config.methods.mine .*unknown word 'rotat'; known: reset, rotate, restart, gate",
         ),
         ({"calibration": {"learning_rate": math.nan}}, "config.calibration.learning_rate must be positive and finite"),
         ({"train": {"epsilon": math.inf}}, "config.train.epsilon must be at least 0.0 and finite, got inf"),
@@ -82,6 +82,20 @@ def test_methods_of_ones_own():
         ({"methods": {"mine": (("lroa", 1.0),)}}, "config.methods.mine .*unknown policy 'lroa'; did you mean 'lora'"),
         ({"methods": {"mine": (("lora", 1.0), "turn")}}, "config.methods.mine .*unknown word 'turn'"),
         ({"methods": {"mine": "lora"}}, "config.methods.mine must be a tuple"),
+        (
+            {"methods": {"mine": (("lora",),)}},
+            r"config.methods.mine .*a phase is a policy and its share .*got \('lora',\)",
+        ),
+        ({"methods": {"mine": (("lora", 1.0, "", "none", 5),)}}, "config.methods.mine .*a phase is a policy and its"),
+        (
+            {"methods": {"mine": (1.0,)}},
+            "config.methods.mine .*a phase is a policy and its share of the steps.*got 1.0",
+        ),
+        ({"methods": {"mine": (("lora", 1.0), "rotate")}}, "config.methods.mine .*'rotate' changes how later phases"),
+        (
+            {"methods": {"mine": (("lora", 0.5), ("lora", 0.5, "none"), "rotate")}},
+            "config.methods.mine .*'rotate' changes how later phases start, and every one of them names its own action",
+        ),
         ({"trials": {"method": ("mine",)}}, "unknown method 'mine'"),
         (
             {"evaluation": {"readouts": {"matroyshka": ("prefix",)}}},
@@ -285,6 +299,32 @@ def test_a_value_of_another_type_is_refused(name, value, message):
 def test_a_value_that_is_not_allowed_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         resolve(config)
+
+
+def test_a_method_as_older_versions_wrote_it():
+    """The last word "reset" was the way to say that the moments start anew, which is what happens without it."""
+    pairs = (("lora", 0.5), ("per_example", 0.5))
+    config = resolve({"methods": {"old": (*pairs, "reset"), "plain": pairs, "empty": (pairs[0], (*pairs[1], ""))}})
+    found = further_methods(config)
+    assert found["old"] == found["plain"] == found["empty"]
+    assert [phase.start for phase in found["old"].phases] == ["", "squeeze"]
+
+
+def test_the_start_from_a_peft_adapter_fits_the_methods():
+    """Of the trials' methods: those of the table that no trial has do not count."""
+    methods = {"warm": (("lora", 1.0, "peft"),), "cold": (("lora", 1.0, "fan_in"),)}
+
+    def start(folder, *names):
+        return resolve({"methods": methods, "trials": {"method": names}, "adapter": {"start_from": folder}})
+
+    with pytest.raises(
+        ValueError, match=r"method 'warm' starts with 'peft': set config.adapter.start_from to the folder"
+    ):
+        start("", "lora", "warm")
+    with pytest.raises(ValueError, match=r"no trial would start from config.adapter.start_from.*: cold with 'fan_in'"):
+        start("folder", "cold")
+    for folder, names in [("", ("cold", "lora")), ("folder", ("cold", "lora")), ("folder", ("cold", "warm"))]:
+        assert start(folder, *names).adapter.start_from == folder
 
 
 def test_a_method_that_became_one_of_the_table_stays_readable():

@@ -13,6 +13,7 @@ from mlora_jax.cli.plan import print_estimate
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config import resolve
 from mlora_jax.cost.estimate import CHARACTERS_PER_TOKEN, HARNESS, estimate, task_requests
+from mlora_jax.training.phases import AdapterForm
 from mlora_jax.trials import expand_trials
 from tests.tiny import QUESTIONS, write_checkpoint, write_trec
 
@@ -29,7 +30,7 @@ def test_the_papers_grids_are_counted_without_their_models(name, variant, rank):
     width, q, kv, mlp, layers = SHAPES[name]
     ends = 2 * (width + q) + 2 * (width + kv) + 3 * (width + mlp)
     assert found.parameters == PARAMETERS[name] and found.base_bytes == 2 * PARAMETERS[name]
-    assert found.adapter_parameters == {rank: layers * rank * ends}
+    assert found.adapter_parameters == {AdapterForm(rank): layers * rank * ends}
     assert found.adapter_bytes == 621 * 4 * layers * rank * ends
     assert found.trial_bytes == 16 * layers * rank * ends  # adapter, gradients, two moments
     assert (found.trials, found.rows, found.steps, found.passes) == (621, 7473 - 512, math.ceil(6961 * 3 / 32), 1.0)
@@ -58,13 +59,24 @@ def config(tmp_path_factory):
 def test_local_rows_are_counted_and_no_weights_are_read(config):
     found = estimate(config)
     assert (found.trials, found.rows, found.steps) == (4, 9, 3)  # 12 rows, 3 of them held out
-    assert found.adapter_parameters == {6: 2 * 6 * (16 + 8)}  # two layers; v_proj of 2 heads of 4 features
+    assert found.adapter_parameters == {AdapterForm(6): 2 * 6 * (16 + 8)}  # two layers; v_proj of 2 heads of 4 features
     assert found.passes == (1 + 3) / 2  # sandwich: three profiles a step
     assert found.curves == 2 * (2 * 2 + 2)  # two splits; lora has two read-outs
     characters = [len(f"Question: {text}\nType:") for texts in QUESTIONS.values() for text in texts]
     length = sum(characters) / 12 / CHARACTERS_PER_TOKEN
     assert found.tokens / (4 * 9 * 2) == pytest.approx(length + 2 + 8 / CHARACTERS_PER_TOKEN, rel=0.1)
     assert found.tasks == (0, 0, 0, ()) and found.task_operations == 0
+
+
+def test_gates_are_counted(config, capsys, monkeypatch):
+    methods = {"gated": (("lora", 1.0), "gate")}
+    asked = {**config, "methods": methods, "trials": {**config["trials"], "method": ("lora", "gated")}}
+    found, factors = estimate(asked), 2 * 6 * (16 + 8)
+    assert found.adapter_parameters == {AdapterForm(6): factors, AdapterForm(6, gate=True): factors + 2 * 6}
+    assert found.adapter_bytes == 4 * (2 * factors + 2 * (factors + 12)) and found.trial_bytes == 16 * (factors + 12)
+    monkeypatch.setattr("mlora_jax.cli.plan.TERAFLOPS", types.SimpleNamespace(value=100.0))
+    print_estimate(resolve(asked))
+    assert "288 (R = 6), 300 (R = 6, with gates)" in capsys.readouterr().out
 
 
 def test_recomputing_and_more_profiles_cost_more(config):

@@ -14,6 +14,7 @@ from mlora_jax.config import resolve
 from mlora_jax.cost.plan import Plan, evaluation_cost, plan, time_loss, validation_cost
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.train import train
+from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.training.records import read_json_lines
 from mlora_jax.trials import expand_trials
 from tests.tiny import write_checkpoint, write_trec
@@ -51,7 +52,7 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     experiment = Experiment.load(resolve(config))
     tokens = 2 * sum(len(example.tokens) for example in experiment.examples.examples)
     assert [group.tokens for group in found.groups] == [4 * tokens, 2 * tokens]
-    assert time_loss(experiment, 6) > 0
+    assert time_loss(experiment, AdapterForm(6)) > 0
     for group in found.groups:
         assert group.padded_tokens % (6 * 4 * group.profiles) == 0
         assert group.padded_tokens >= group.tokens * group.profiles
@@ -66,6 +67,22 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     assert found.seconds == pytest.approx(sum(g.training_seconds for g in found.groups) + found.evaluation_seconds)
 
 
+def test_a_gated_run_makes_one_form_of_adapter(config, tmp_path):
+    """The base, too, is measured and timed with it: no executable is made for a model without gates."""
+    methods = {"gated": (("lora", 1.0, "", "soft_threshold"), "gate")}
+    trials = {"rank": (6,), "method": ("gated",), "learning_rate": (0.01,)}
+    data = {**config["data"], "pad_multiple": 40}
+    gated = {**config, "methods": methods, "trials": trials, "data": data}
+    found, results = plan(gated, timed_steps=1), train(gated, tmp_path)
+    plain = train({**gated, "trials": {**trials, "method": ("lora",)}}, tmp_path / "plain")
+    assert results.compilations["evaluation"] == plain.compilations["evaluation"]
+    assert [group.compilations for group in found.groups] == [results.compilations["train"]]
+    (trial,) = results.trials
+    assert found.adapter_bytes == sum(
+        array.nbytes for array in load_file(trial.adapter / "adapter.safetensors").values()
+    )
+
+
 @pytest.mark.parametrize(("every", "measure", "one"), [(0, "aurac", 0), (4, "aurac", 10), (4, "loss", 1000)])
 def test_validations_and_the_base_are_counted(monkeypatch, every, measure, one):
     """10 steps, S = (1, 2, 4), read-outs by prefix and squeeze; seconds for one rank are given."""
@@ -77,10 +94,14 @@ def test_validations_and_the_base_are_counted(monkeypatch, every, measure, one):
     )
     trials = expand_trials(config)
     experiment = types.SimpleNamespace(
-        config=config, steps=10, rows={"test": [], "validation": []}, hierarchy=lambda trial: trial.hierarchy(())
+        config=config,
+        steps=10,
+        rows={"test": [], "validation": []},
+        hierarchy=lambda trial: trial.hierarchy(()),
+        form=TrialPhases(config, 10).form,
     )
-    monkeypatch.setattr("mlora_jax.cost.plan.time_loss", lambda experiment, rank: 1000)
-    timed = {(4, "test"): 1, (4, "validation"): 10}
+    monkeypatch.setattr("mlora_jax.cost.plan.time_loss", lambda experiment, form: 1000)
+    timed = {(AdapterForm(4), "test"): 1, (AdapterForm(4), "validation"): 10}
     curves = 2 * 2 * 2
     assert evaluation_cost(experiment, trials, lambda *key: timed[key]) == (curves, 11 + 2 * 2 * 3 * 11)
     validations = 2 * 3 if every else 0  # after 4, 8 and 10 steps

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config import resolve
@@ -18,9 +19,12 @@ from mlora_jax.parallel.mesh import AXES, EVALUATED, make_mesh, mesh_sizes, shar
 from mlora_jax.parallel.rules import shardings, spec_of
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.inputs import run_mesh
+from mlora_jax.run.needs import NEEDS, collect
 from mlora_jax.run.readouts import read_out_trial
 from mlora_jax.run.sizing import compile_largest
 from mlora_jax.run.starts import first_state
+from mlora_jax.run.train import train
+from mlora_jax.training.records import read_json_lines
 from mlora_jax.trials import expand_trials
 from tests.tiny import tiny_config
 
@@ -229,3 +233,81 @@ def test_readouts_that_run_the_model_are_the_same_on_a_mesh(tmp_path):
         np.testing.assert_allclose(profiles, expected[0], rtol=1e-4, atol=1e-5, err_msg=f"{name} {readout}")
         for product, other in zip(products, expected[1], strict=True):
             np.testing.assert_allclose(product, other, rtol=1e-3, atol=1e-5, err_msg=f"{name} {readout}")
+
+
+@pytest.fixture(scope="module")
+def quickstart_config(tmp_path_factory):
+    """A small run, off the narrow path: R 3, a scaling, two micro-batches."""
+    return {
+        "model": {"path": "quickstart"},
+        "data": {
+            "task": "quickstart",
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
+            "limit": 32,
+            "pad_multiple": 16,
+        },
+        "adapter": {"targets": ("v_proj", "o_proj")},
+        "trials": {"method": ("lora",), "rank": (3,), "scaling": ("rank",), "learning_rate": (0.02,)},
+        "train": {"batch_size": 8, "accumulation": 2, "log_every": 1, "epochs": 1, "trials_at_once": 2},
+        "validation": {"holdout": 0.0},
+        "calibration": {"steps": 3, "batches": 2},
+        "evaluation": {"limit": 4},
+    }
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}])
+def test_what_actions_need_is_the_same_on_a_mesh(quickstart_config, axes):
+    names = [name for name in NEEDS if name not in ("peft_adapter", "fitted_profiles")]
+    (trial,) = expand_trials(resolve(quickstart_config))
+    found = []
+    for own_axes, device in ((None, FOUR[0]), (axes, None)):
+        with jax.default_device(device):
+            experiment = Experiment.load(resolve({**quickstart_config, "parallel": own_axes or {}}))
+            assert (experiment.mesh is None) == (own_axes is None)
+            random = np.random.default_rng(0)
+            adapter = jax.tree.map(
+                lambda x, random=random: random.normal(size=x.shape[1:], scale=0.2).astype("f"),
+                first_state(experiment, [trial])[0].adapter,
+            )
+            needed = collect(names, experiment, trial, adapter, experiment.phases.trained_profile(trial))
+            # An action is run with what was collected for it, so all of it lies on one device.
+            assert own_axes is None or all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(needed))
+            found.append(jax.tree.map(np.asarray, needed))
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True
+    ):
+        scale = np.abs(one).max()
+        np.testing.assert_allclose(other / scale, one / scale, rtol=1e-3, atol=1e-4, err_msg=str(path))
+
+
+@pytest.mark.parametrize("axes", [{"trial": 2, "fsdp": 2}, pytest.param({"data": 4}, marks=pytest.mark.slow)])
+def test_gates_updates_and_starts_from_data_train_the_same_on_a_mesh(quickstart_config, axes, tmp_path):
+    methods = {
+        "gated": (("lora", 0.5), ("per_example", 0.5, "none", "soft_threshold"), "gate"),
+        "by_inputs": (("lora", 0.5), ("per_example", 0.5, "squeeze_inputs", "first_column_3")),
+    }
+    trials = quickstart_config["trials"] | {"method": tuple(methods), "seed": (1, 2)}
+    config = {**quickstart_config, "methods": methods, "trials": trials}
+    factors, losses = [], []
+    for own_axes, device in ((None, FOUR[0]), (axes, None)):
+        with jax.default_device(device):
+            folder = tmp_path / ("one" if own_axes is None else "many")
+            results = train({**config, "parallel": own_axes or {}}, folder)
+            factors.append(
+                {each.trial.name: load_file(each.adapter / "adapter.safetensors") for each in results.trials}
+            )
+            records = read_json_lines(folder / "metrics.jsonl")
+            losses.append({(record["trial"], record["step"]): record["loss"] for record in records})
+    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 4 * 4
+    for key, loss in losses[0].items():
+        assert losses[1][key] == pytest.approx(loss, rel=1e-4), key
+    for trial, tensors in factors[0].items():
+        assert any(name.endswith(".gate") for name in tensors) == trial.startswith("gated")
+        for name, tensor in tensors.items():
+            if name.endswith(".a"):  # a truncated SVD leaves the sign of a column open
+                other = factors[1][trial]
+                pairs = [(each[name], each[name[:-1] + "b"]) for each in (tensors, other)]
+                one, two = (np.einsum("...dr,...rf->...rdf", *pair) for pair in pairs)
+                np.testing.assert_allclose(one, two, atol=2e-3 * np.abs(one).max(), err_msg=f"{trial} {name}")
+            elif name.endswith(".gate"):
+                np.testing.assert_allclose(tensor, factors[1][trial][name], atol=1e-4, err_msg=f"{trial} {name}")

@@ -68,6 +68,25 @@ def test_kernels_are_those_of_the_checkpoint(config, loaded):
             np.testing.assert_array_equal(found[parent]["kernel"][layer], expected)
 
 
+def test_kernels_of_a_quantised_base_are_those_that_its_layers_compute_with(config):
+    """By what a layer makes of the rows of the identity."""
+    pytest.importorskip("qwix")
+    experiment = Experiment.load(resolve({**config, "model": config["model"] | {"quantization": "int8"}}))
+    (trial,) = expand_trials(experiment.config)
+    needed = collect(("kernels",), experiment, trial, None, experiment.phases.trained_profile(trial))["kernels"]
+    found = by_parent(needed)
+    layers = {parent: leaves["kernel"] for parent, leaves in found.items()}
+    assert {parent[-1] for parent in layers} == {"v_proj", "up_proj"}
+    for parent, kernel in layers.items():
+        stacked = experiment.model
+        for name in parent:
+            stacked = getattr(stacked, name)
+        graphdef, state = nnx.split(stacked)
+        for number in range(2):
+            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, number=number: leaf[number], state))
+            np.testing.assert_allclose(layer(jnp.eye(kernel.shape[-2])), kernel[number], rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_are_those_of_the_mean_loss(loaded):
     """By the loss written out: cross-entropy of all logits at answer positions."""
     experiment, trial, adapter, p = loaded

@@ -75,6 +75,7 @@ def test_only_a_batch_s_own_records_are_taken_back(stand_in, tmp_path, step):
 def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_for(tmp_path, monkeypatch):
     class TooLarge(Quiet):
         steps, config = 10, resolve({})
+        phases = TrialPhases(config, steps)
 
         def digests(self):
             return {}
@@ -82,7 +83,7 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
     def too_large(experiment, trials, before_each):
         raise ValueError("one trial needs 9 GiB")
 
-    def measure(stages, rank):
+    def measure(stages, trial):
         stages.curves.write(*CurveRecord(None, "trec", "test", BASE, (0,), (0.5,), (0.1,), 26).to_lines())
 
     monkeypatch.setattr(run.Experiment, "load", lambda config: TooLarge())
@@ -119,7 +120,6 @@ def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_pat
     adapted = types.SimpleNamespace(evaluators=dict.fromkeys(("test", "validation"), evaluator), adapter=0, profile=0)
     experiment = types.SimpleNamespace(
         rows={"test": [], "validation": []},
-        adapted=lambda rank: adapted,
         adapted_for=lambda trial: adapted,
         data=types.SimpleNamespace(task=types.SimpleNamespace(name="trec")),
         phases=TrialPhases(config, 10),
@@ -135,7 +135,7 @@ def test_a_signal_during_a_pass_ends_a_run_before_the_next_one(stand_in, tmp_pat
     assert evaluator.passes == 1 and not read_json_lines(tmp_path / "curves.jsonl")
     evaluator.passes = 0
     with pytest.raises(run.Interrupted):
-        evaluation.evaluate_base(stages, 4)  # two splits
+        evaluation.evaluate_base(stages, trial)  # two splits
     assert evaluator.passes == 1 and len(read_json_lines(tmp_path / "curves.jsonl")) == 1
 
 

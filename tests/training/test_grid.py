@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mlora_jax.config import resolve
 from mlora_jax.run import sizing
-from mlora_jax.run.adapted import AdapterForm
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.training.grid import TrialBatch, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
+from mlora_jax.training.phases import AdapterForm
 from mlora_jax.training.step import make_optimizer
 from mlora_jax.trials import expand_trials
 
