@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlora_jax.adapters import AdaptedLinear
+
 WIDTH = 6
 
 
@@ -94,6 +96,14 @@ class Noisy(nnx.Module):
 
     def __call__(self, x):
         return self.out(self.dropout(self.norm(jnp.tanh(self.inner(x)))))
+
+
+def randomize_b(model: nnx.Module, key: jax.Array) -> None:
+    """Gives the B of every adapted linear layer random values in place of zeros."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, AdaptedLinear):
+            own = jax.random.fold_in(key, len(path) + module.b.shape[-1])
+            module.b[...] = 0.3 * jax.random.normal(own, module.b.shape)
 
 
 MODELS = {"perceptron": Perceptron, "nnx.scan": NNXScan, "lax.scan": LaxScan}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlora_jax.adapters import adapt, split
 from mlora_jax.models import Decoder, DecoderConfig, save_decoder
 from mlora_jax.training.step import train_step
 from tests.data.conftest import write_tokenizer
@@ -40,6 +41,25 @@ def write_checkpoint(folder: pathlib.Path, *, seed: int = 0, dtype=jnp.float32, 
     return write_tokenizer(folder, bos=True)
 
 
+def adapted_trees(model, rank, targets):
+    """(graphdef, base, adapter, profile) of a model with a fresh adapter, in evaluation mode."""
+    adapted = adapt(model, rank, targets, key=jax.random.key(0))
+    adapted.eval()
+    return split(adapted)
+
+
+def random_like(adapter, *, seed, scale=1.0):
+    """Normal factors in the place of an adapter's own, B too, so that the adapter does something."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(adapter))))
+    return jax.tree.map(lambda x: scale * jax.random.normal(next(keys), x.shape, x.dtype), adapter)
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({config!r})
+"""
 # Answers of 3 to 6 tokens: the answer axis is 8 in every batch of 4, so a run compiles one step.
 QUESTIONS = {
     "HUM:ind": ["Who was Galileo ?", "Who wrote Hamlet ?", "Who is the king ?"],
@@ -56,6 +76,23 @@ def write_trec(folder: pathlib.Path) -> pathlib.Path:
     for name in ("train_5500.label", "TREC_10.label"):
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="latin-1")
     return folder
+
+
+def trec_data(root: pathlib.Path, *, pad_multiple: int = 40) -> dict:
+    """The `data` of a config: the questions, written into a folder. Padded to 40 tokens, all rows have one shape."""
+    return {
+        "task": "trec",
+        "raw_dir": str(write_trec(root / "raw")),
+        "cache_dir": str(root / "cache"),
+        "pad_multiple": pad_multiple,
+        "max_length": 96,
+    }
+
+
+def write_config(file: pathlib.Path, config: dict) -> pathlib.Path:
+    """A config file as users write them."""
+    file.write_text(CONFIG.format(config=config))
+    return file
 
 
 def write_jsonl(path: pathlib.Path, rows: int = 20, shift: int = 0) -> pathlib.Path:

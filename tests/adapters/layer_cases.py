@@ -100,6 +100,7 @@ def adapted(layer, **options):
 
 
 def forward(model):
+    """A compiled (base, adapter, profile, x) -> y, and the three trees."""
     graphdef, *trees = split(model)
     return jax.jit(lambda base, adapter, profile, x: nnx.merge(graphdef, base, adapter, profile, copy=True)(x)), *trees
 

@@ -9,7 +9,18 @@ from flax import nnx
 
 from mlora_jax import RankHierarchy, adapt, fold, set_dropout_key, set_profile, split, truncate
 from mlora_jax.adapters import AdaptedLinear, AdapterParam, RankProfile
-from tests.foreign import MODELS, PERCEPTRON_LAYERS, WIDTH, LaxScan, NNXScan, Perceptron, Unrolled, build
+from tests.adapters.layer_cases import forward
+from tests.foreign import (
+    MODELS,
+    PERCEPTRON_LAYERS,
+    WIDTH,
+    LaxScan,
+    NNXScan,
+    Perceptron,
+    Unrolled,
+    build,
+    randomize_b,
+)
 
 R = 4
 HIERARCHY = RankHierarchy((1, 2, 4), "sqrt")
@@ -21,18 +32,8 @@ def adapted(name, targets=(".*",), *, trained=True, **options):
     """An adapted model; `trained` gives B random values in place of zeros."""
     model = adapt(build(name), R, targets, key=KEY, **options)
     if trained:
-        for path, module in nnx.iter_modules(model):
-            if isinstance(module, AdaptedLinear):
-                key = jax.random.fold_in(KEY, len(path) + module.b.shape[-1])
-                module.b[...] = 0.3 * jax.random.normal(key, module.b.shape)
+        randomize_b(model, KEY)
     return model
-
-
-def forward(model):
-    """A compiled (base, adapter, profile, x) -> y, and the three trees."""
-    graphdef, *trees = split(model)
-    run = lambda base, adapter, profile, x: nnx.merge(graphdef, base, adapter, profile, copy=True)(x)  # noqa: E731
-    return jax.jit(run), *trees
 
 
 def paths(tree):

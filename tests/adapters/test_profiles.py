@@ -10,7 +10,8 @@ from flax import nnx
 
 from mlora_jax import RankHierarchy, adapt, set_profile, split
 from mlora_jax.adapters import AdaptedLinear, fold_where_cheaper
-from tests.foreign import MODELS, WIDTH, Unrolled, build
+from tests.adapters.layer_cases import forward
+from tests.foreign import MODELS, WIDTH, Unrolled, build, randomize_b
 
 R, B, T = 4, 3, 2  # B is also the number of stacked layers: only per_example tells the two apart
 HIERARCHY = RankHierarchy((1, 2, 4), "sqrt")
@@ -21,16 +22,8 @@ P_ROWS = jnp.stack([HIERARCHY.prefix(r) for r in (4, 0, 1)])  # [B, R]
 
 def adapted(name):
     model = adapt(build(name), R, (".*",), key=jax.random.key(5))
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, AdaptedLinear):
-            key = jax.random.fold_in(jax.random.key(6), len(path) + module.b.shape[-1])
-            module.b[...] = 0.3 * jax.random.normal(key, module.b.shape)
+    randomize_b(model, jax.random.key(6))
     return model
-
-
-def forward(name):
-    graphdef, *trees = split(adapted(name))
-    return jax.jit(lambda b, a, p, x: nnx.merge(graphdef, b, a, p, copy=True)(x)), *trees
 
 
 def values(tree):
@@ -55,7 +48,7 @@ def test_one_profile_reaches_every_layer_and_every_stacked_layer(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_profile_per_example_serves_every_row_at_its_own_rank(name):
-    run, base, adapter, profile = forward(name)
+    run, base, adapter, profile = forward(adapted(name))
     together = run(base, adapter, set_profile(profile, P_ROWS, per_example=True), X)
     for row in range(B):
         alone = run(base, adapter, set_profile(profile, P_ROWS[row]), X)
@@ -65,7 +58,7 @@ def test_a_profile_per_example_serves_every_row_at_its_own_rank(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_profile_per_token_serves_every_token_at_its_own_rank(name):
-    run, base, adapter, profile = forward(name)
+    run, base, adapter, profile = forward(adapted(name))
     ranks = np.array([[4, 0], [1, 2], [3, 4]])
     per_token = jnp.stack([jnp.stack([HIERARCHY.prefix(int(r)) for r in row]) for row in ranks])  # [B, T, R]
     together = run(base, adapter, set_profile(profile, per_token, per_example=True), TOKENS)
@@ -79,7 +72,7 @@ def test_a_profile_per_token_serves_every_token_at_its_own_rank(name):
 
 @pytest.mark.parametrize("name", ["nnx.scan", "lax.scan"])
 def test_a_profile_per_stacked_layer_is_not_a_profile_per_example(name):
-    run, base, adapter, profile = forward(name)
+    run, base, adapter, profile = forward(adapted(name))
     by_layer = set_profile(profile, {r"layers\..*": P_ROWS})
     flat = Unrolled(adapted(name))
     for layer, p in zip(flat.layers, P_ROWS, strict=True):
@@ -173,7 +166,7 @@ def adapted_output(name, p):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trials_on_one_base_under_vmap_equal_one_by_one(name):
-    run, base, adapter, profile = forward(name)
+    run, base, adapter, profile = forward(adapted(name))
     adapters = [jax.tree.map(lambda leaf, k=k: leaf * (1.0 + k) + 0.1 * k, adapter) for k in range(3)]
     profiles = [set_profile(profile, p) for p in (HIERARCHY.lora(), HIERARCHY.matryoshka(), HIERARCHY.prefix(1))]
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731

@@ -21,6 +21,7 @@ from mlora_jax.cli.config_flags import find_config, read_config
 from mlora_jax.core import RankHierarchy
 from mlora_jax.run.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.training.adapter_file import load_adapted, save_adapter
+from tests.cli.commands import run_command
 from tests.interop.models import PATHS, TOKENS, pairs, random_adapter, save_base
 from tests.oracles.numpy_reference import best_approximation, profile_matryoshka, readouts
 from tests.oracles.peft_logits import plain, with_deltas, with_peft
@@ -64,10 +65,7 @@ def expected(run, trial, p):
 def test_a_folder_for_each_rank_as_a_user_types_it(run, tmp_path):
     out = tmp_path / "out"
     options = ["--trial=matryoshka-r6", "--to", "peft", "--rank=1,4,6", "--readout=nested", f"--output={out}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.export", str(run[0]), *options],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_command("export", run[0], *options, environment=os.environ)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout == "".join(f"PEFT adapter in {out}/rank-{rank}\n" for rank in (1, 4, 6))
     for rank in (1, 4, 6):

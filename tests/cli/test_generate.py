@@ -1,11 +1,8 @@
 """`python -m experiments.generate` as a user types it."""
 
+import functools
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,25 +16,14 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.models import Tokenizer, load_decoder
 from mlora_jax.run.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
 from mlora_jax.training.adapter_file import save_adapter
-from tests.conftest import QUICKLY_COMPILED
+from tests.cli.commands import run_command
 from tests.oracles.torch_generate import greedy
-from tests.tiny import write_checkpoint
+from tests.tiny import random_like, write_checkpoint
 
-ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = ["How far ?", "Natalia sold 48/2 =", "a"]
 PATHS = {"q_proj": "self_attn.q_proj", "down_proj": "mlp.down_proj"}
 
-
-def command(*arguments):
-    environment = os.environ | {"XLA_FLAGS": QUICKLY_COMPILED}
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.generate", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+command = functools.partial(run_command, "generate")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +34,7 @@ def run(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps({"model": {"path": str(model), "dtype": "float32"}}))
     _, _, template, _ = split(adapt(load_decoder(model), 4, tuple(PATHS), key=jax.random.key(0)))
     for seed, name in enumerate(("lora-r4", "matryoshka-r4")):
-        keys = iter(jax.random.split(jax.random.key(seed), 9))
-        adapter = jax.tree.map(lambda x, keys=keys: 0.4 * jax.random.normal(next(keys), x.shape), template)
+        adapter = random_like(template, seed=seed, scale=0.4)
         trial = {"method": name.split("-")[0]}
         description = {"base_model": str(model), "targets": list(PATHS), "trial": trial}
         save_adapter(folder / "adapters" / name, adapter, RankHierarchy((1, 2, 4), "sqrt"), description)

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import pathlib
-import subprocess
-import sys
+import os
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,9 +15,9 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.rank_choice import choose_ranks
 from mlora_jax.training.adapter_file import save_adapter
 from mlora_jax.trials import expand_trials
-from tests.tiny import write_checkpoint, write_trec
+from tests.cli.commands import run_command
+from tests.tiny import random_like, trec_data, write_checkpoint
 
-ROOT = pathlib.Path(__file__).parents[2]
 TRIAL = "matryoshka-r4-none-lr0.1-seed1"
 
 
@@ -31,13 +28,7 @@ def made(tmp_path_factory):
     config = resolve(
         {
             "model": {"path": str(write_checkpoint(root / "model", initializer_range=3.0))},
-            "data": {
-                "task": "trec",
-                "raw_dir": str(write_trec(root / "raw")),
-                "cache_dir": str(root / "cache"),
-                "pad_multiple": 40,  # one shape
-                "max_length": 96,
-            },
+            "data": trec_data(root),
             "adapter": {"targets": ("v_proj", "up_proj")},
             "trials": {"rank": (4,), "learning_rate": (0.1,), "seed": (1,)},
             "validation": {"holdout": 0.4},
@@ -45,8 +36,7 @@ def made(tmp_path_factory):
     )
     (trial,), experiment = expand_trials(config), Experiment.load(config)
     adapted, hierarchy = experiment.adapted(4), trial.hierarchy()
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-    adapter = jax.tree.map(lambda x: 30 * jax.random.normal(next(keys), x.shape), adapted.adapter)
+    adapter = random_like(adapted.adapter, seed=0, scale=30)
     curves = {
         (split, readout): rank_curve(
             evaluate, adapter, hierarchy, readout=readout, trained_profile=hierarchy.matryoshka()
@@ -66,13 +56,7 @@ def run(made):
 
 
 def ranks(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.ranks", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command("ranks", *arguments, environment=os.environ)
 
 
 def contents(folder):

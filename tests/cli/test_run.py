@@ -1,8 +1,7 @@
 """`python -m experiments.run` as a user types it."""
 
-import os
+import functools
 import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -10,22 +9,11 @@ import pytest
 from mlora_jax.cli import config_flags
 from mlora_jax.cli.config_flags import read_config, run_with_config, take_config_path
 from mlora_jax.trials import expand_trials
-from tests.conftest import QUICKLY_COMPILED
+from tests.cli.commands import run_command
 from tests.tiny import write_checkpoint, write_trec
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(*arguments):
-    environment = os.environ | {"XLA_FLAGS": QUICKLY_COMPILED}
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.run", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+run = functools.partial(run_command, "run")
 
 
 def test_a_shipped_config_with_overrides(tmp_path):

@@ -1,28 +1,18 @@
 """`python -m experiments.table` as a user types it."""
 
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
+from tests.cli.commands import run_command
 from tests.report.runs import write_run
 
-ROOT = pathlib.Path(__file__).parents[2]
 SWEEP = {("lora", "prefix", rate): {"test": {1: (rate,) * 3, 2: (rate,) * 3}} for rate in (0.1, 0.2)}
 
 
 def table(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.table", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command("table", *arguments, environment=environment)
 
 
 def test_one_run_gets_its_report_beside_its_records(tmp_path):

@@ -17,7 +17,7 @@ from mlora_jax.run.train import train
 from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.training.records import read_json_lines
 from mlora_jax.trials import expand_trials
-from tests.tiny import write_checkpoint, write_trec
+from tests.tiny import trec_data, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,7 @@ def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     return {
         "model": {"path": str(write_checkpoint(root / "model"))},
-        "data": {
-            "task": "trec",
-            "raw_dir": str(write_trec(root / "raw")),
-            "cache_dir": str(root / "cache"),
-            "pad_multiple": 2,  # two shapes
-            "max_length": 96,
-        },
+        "data": trec_data(root, pad_multiple=2),  # two shapes
         "adapter": {"targets": ("v_proj",)},
         "trials": {"rank": (6,), "method": ("lora", "dylora", "sandwich"), "learning_rate": (0.01, 0.03)},
         "train": {"epochs": 2, "batch_size": 6, "trials_at_once": 3},

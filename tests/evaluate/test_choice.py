@@ -23,7 +23,7 @@ from mlora_jax.evaluate import (
 )
 from mlora_jax.evaluate.requests import choice_items
 from mlora_jax.models import Tokenizer, load_decoder
-from tests.tiny import write_checkpoint
+from tests.tiny import adapted_trees, write_checkpoint
 
 HIERARCHY = RankHierarchy((1, 2, 4), "rank")
 LEVELS = (0, 1, 2, 4)
@@ -266,9 +266,7 @@ ROWS = [
 def tiny(tmp_path_factory):
     """A scorer, and an adapter of which one layer of one module does all there is."""
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("model"), num_layers=3)
-    model = adapt(load_decoder(checkpoint), 4, ("v_proj", "down_proj"), key=jax.random.key(0))
-    model.eval()
-    graphdef, base, adapter, profile = split(model)
+    graphdef, base, adapter, profile = adapted_trees(load_decoder(checkpoint), 4, ("v_proj", "down_proj"))
     adapter["layers"]["mlp"]["down_proj"]["b"][...] = (
         jnp.zeros_like(adapter["layers"]["mlp"]["down_proj"]["b"][...])
         .at[1]

@@ -9,6 +9,7 @@ from flax import nnx
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import accuracy_and_error, rank_curve
+from tests.tiny import random_like
 
 HIERARCHY = RankHierarchy((1, 2, 5), "rank")
 
@@ -16,8 +17,7 @@ HIERARCHY = RankHierarchy((1, 2, 5), "rank")
 @pytest.fixture
 def trees():
     _, _, adapter, profile = split(adapt(nnx.Linear(7, 6, rngs=nnx.Rngs(0)), 5, (".*",), key=jax.random.key(0)))
-    keys = iter(jax.random.split(jax.random.key(1)))
-    return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), adapter), profile
+    return random_like(adapter, seed=1), profile
 
 
 def test_accuracies_are_those_of_each_rank(trees):

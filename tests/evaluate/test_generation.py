@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import Generator, StopStrings
 from mlora_jax.evaluate.generation import STEPS
@@ -16,7 +15,7 @@ from mlora_jax.evaluate.sampling import NOT_FINITE
 from mlora_jax.models import Tokenizer, load_decoder
 from tests.data.conftest import write_tokenizer
 from tests.oracles.torch_generate import greedy
-from tests.tiny import write_checkpoint
+from tests.tiny import adapted_trees, random_like, write_checkpoint
 
 PATHS = {"q_proj": "self_attn.q_proj", "v_proj": "self_attn.v_proj", "down_proj": "mlp.down_proj"}
 HIERARCHY = RankHierarchy((1, 2, 4, 6), "sqrt")
@@ -25,11 +24,8 @@ RANKS = (0, 1, 4, 6)
 
 def adapted(model, rank, targets, *, scale):
     """Trees of a model with an adapter none of whose factors is zero."""
-    model = adapt(model, rank, targets, key=jax.random.key(0))
-    model.eval()
-    graphdef, base, adapter, profile = split(model)
-    keys = iter(jax.random.split(jax.random.key(3), 20))
-    return graphdef, base, jax.tree.map(lambda x: scale * jax.random.normal(next(keys), x.shape), adapter), profile
+    graphdef, base, adapter, profile = adapted_trees(model, rank, targets)
+    return graphdef, base, random_like(adapter, seed=3, scale=scale), profile
 
 
 def generator(trees, **changes):

@@ -11,7 +11,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mlora_jax.adapters import adapt, split
 from mlora_jax.data.tasks import Style, Task
 from mlora_jax.evaluate import GenerationEvaluator, Generator
 from mlora_jax.evaluate.generation import PromptRows, warn_once
@@ -19,8 +18,9 @@ from mlora_jax.evaluate.harness import NestedLM
 from mlora_jax.models import Tokenizer, load_decoder
 from mlora_jax.models.generation_config import APPLIED, FIELDS, read_generation_settings
 from mlora_jax.parallel.mesh import make_mesh
-from tests.evaluate.test_harness import instances, one_thread
-from tests.tiny import write_checkpoint
+from tests.evaluate.requests import instances
+from tests.oracles.torch_generate import one_thread
+from tests.tiny import adapted_trees, write_checkpoint
 
 NEW, END = 14, 2
 PROMPTS = [[7], [1, 40, 41, 42, 40, 41], [1, 17, 90], [1, 300, 5, 300, 5, 300, 5, 61, 300]]
@@ -52,9 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trees(folder):
-    model = adapt(load_decoder(folder), 1, ("q_proj",), key=jax.random.key(0))
-    model.eval()
-    return split(model)
+    return adapted_trees(load_decoder(folder), 1, ("q_proj",))
 
 
 @pytest.fixture(scope="module")

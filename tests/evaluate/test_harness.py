@@ -1,6 +1,5 @@
 """The harness's results on our model, against those on its own Hugging Face backend."""
 
-import contextlib
 import json
 import pathlib
 import subprocess
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
@@ -30,20 +28,14 @@ from mlora_jax.models import load_decoder, save_decoder
 from mlora_jax.training.adapter_file import save_adapter
 from tests.data.conftest import write_tokenizer
 from tests.evaluate import raw_data
-from tests.tiny import write_checkpoint
+from tests.evaluate.requests import instances
+from tests.oracles.torch_generate import one_thread
+from tests.tiny import random_like, write_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("arc_challenge", "trec", "gsm8k")
 RANKS = (1, 2, 4)
 TARGETS = ("q_proj", "down_proj")
-
-
-@contextlib.contextmanager
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def hugging_face(folder, batch_size=4, tokenizer_folder=None) -> HFLM:
@@ -80,8 +72,7 @@ def adapters(folder, tmp_path_factory):
     made = []
     for seed in (0, 1):
         adapter = split(adapt(load_decoder(folder), 4, TARGETS, key=jax.random.key(seed)))[2]
-        keys = iter(jax.random.split(jax.random.key(seed), 20))
-        adapter = jax.tree.map(lambda x, keys=keys: 0.4 * jax.random.normal(next(keys), x.shape), adapter)
+        adapter = random_like(adapter, seed=seed, scale=0.4)
         path = tmp_path_factory.mktemp("adapter")
         made.append(save_adapter(path, adapter, RankHierarchy(RANKS, "sqrt"), {"trial": {"method": "matryoshka"}}))
     return made
@@ -104,10 +95,6 @@ def variants(lm, folder, adapters):
     first = lm.variant.adapter
     ranks = {"base": Variant(first, jnp.zeros(4))} | {f"{r}": Variant(first, hierarchy.prefix(r)) for r in RANKS}
     return ranks | {"other 4": Variant(second, hierarchy.prefix(4))}
-
-
-def instances(kind, arguments) -> list[Instance]:
-    return [Instance(kind, {}, args, number, ("task", number, 1)) for number, args in enumerate(arguments)]
 
 
 def prepared(loaded, shots, **options):

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from mlora_jax.evaluate.language_model import NestedLM
+from tests.evaluate.requests import instances
+from tests.oracles.torch_generate import one_thread
 from tests.tiny import write_checkpoint
 
 CONTEXTS = ("Who was Galileo ?", "</s>Who was", "<s>How far", "a")
@@ -60,17 +60,11 @@ def models(request, plain, scorer, tmp_path_factory):
         (folder / "generation_config.json").write_text(json.dumps(generation))
     if not opens:
         change(folder / "tokenizer.json", {"post_processor": None})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    ours = NestedLM.load(checkpoint=str(folder), batch_size=4)
-    ours.scorer = scorer  # compiled once: the weights are the same
-    yield request.param, ours, theirs
-    torch.set_num_threads(threads)
-
-
-def instances(kind, arguments) -> list[Instance]:
-    return [Instance(kind, {}, args, number, ("task", number, 1)) for number, args in enumerate(arguments)]
+    with one_thread():
+        theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+        ours = NestedLM.load(checkpoint=str(folder), batch_size=4)
+        ours.scorer = scorer  # compiled once: the weights are the same
+        yield request.param, ours, theirs
 
 
 def test_the_tokens(models):

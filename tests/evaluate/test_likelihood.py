@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlora_jax.adapters import adapt, split
 from mlora_jax.evaluate import ChoiceEvaluator, Scorer
 from mlora_jax.evaluate.requests import choice_items
-from mlora_jax.models import Tokenizer, load_decoder
-from tests.tiny import write_checkpoint
+from mlora_jax.models import load_decoder
+from tests.tiny import adapted_trees
 
 ROWS = [
     {"prompt": "Where is Nice ?\nType:", "choices": [" place", " number", " a far city"], "label": 0},
@@ -23,20 +22,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return Tokenizer.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def adapted(checkpoint):
-    model = adapt(load_decoder(checkpoint), 6, ("q_proj", "down_proj"), key=jax.random.key(0))
-    model.eval()
-    return split(model)
+    return adapted_trees(load_decoder(checkpoint), 6, ("q_proj", "down_proj"))
 
 
 def evaluator_of(adapted, tokenizer, rows=ROWS, **changes):

@@ -3,21 +3,19 @@
 import re
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlora_jax.adapters import adapt, split
 from mlora_jax.config import resolve
 from mlora_jax.data.tasks import TASKS, Style, Task
 from mlora_jax.data.tokenize import encode_row
 from mlora_jax.evaluate import GenerationEvaluator
 from mlora_jax.evaluate.limits import warn_of_limits
 from mlora_jax.evaluate.task_files import generated_tokens
-from mlora_jax.models import Tokenizer, load_decoder
+from mlora_jax.models import load_decoder
 from mlora_jax.run.experiment import Experiment
-from tests.tiny import write_checkpoint, write_jsonl
+from tests.tiny import adapted_trees, write_jsonl
 
 CONTEXT, EOS = 128, (2,)
 STYLES = {"default": Style(prompt="")}
@@ -38,20 +36,8 @@ STOPPED = [row("Question: is it ?\n#### 7"), row("#### 7\nQuestion: what ?"), *R
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return Tokenizer.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def adapted(checkpoint):
-    model = adapt(load_decoder(checkpoint), 2, ("q_proj",), key=jax.random.key(0))
-    model.eval()
-    return split(model)
+    return adapted_trees(load_decoder(checkpoint), 2, ("q_proj",))
 
 
 def warnings(tokenizer, caplog, task, rows, *, split="test", context=CONTEXT, **changes):

@@ -11,7 +11,7 @@ from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.core import RankHierarchy, fold
 from mlora_jax.evaluate import Request, Scorer
 from mlora_jax.models import attention, load_decoder
-from tests.tiny import write_checkpoint
+from tests.tiny import adapted_trees
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -42,15 +42,8 @@ def requests_of(vocabulary, *, contexts=9, longest=60, seed=0):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def adapted(checkpoint):
-    model = adapt(load_decoder(checkpoint), 6, TARGETS, key=jax.random.key(0))
-    model.eval()
-    graphdef, base, adapter, profile = split(model)
+    graphdef, base, adapter, profile = adapted_trees(load_decoder(checkpoint), 6, TARGETS)
     return graphdef, base, jax.tree.map(lambda x: x + 0.1, adapter), profile
 
 

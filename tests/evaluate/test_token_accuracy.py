@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlora_jax.adapters import adapt, split
 from mlora_jax.evaluate import RankCurve, Scorer, TokenEvaluator
-from mlora_jax.models import Tokenizer, load_decoder
-from tests.tiny import write_checkpoint
+from mlora_jax.models import load_decoder
+from tests.tiny import adapted_trees
 
 ROWS = [
     {"prompt": "### Response:\n", "answer": "Good day to you, how far is it?", "choices": []},
@@ -23,20 +22,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return Tokenizer.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def adapted(checkpoint):
-    model = adapt(load_decoder(checkpoint), 4, ("q_proj",), key=jax.random.key(0))
-    model.eval()
-    return split(model)
+    return adapted_trees(load_decoder(checkpoint), 4, ("q_proj",))
 
 
 def evaluator_of(adapted, tokenizer, rows=ROWS, max_length=128):

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.models import load_decoder
+from tests.tiny import random_like
 
 RANK = 6
 LAYERS = 3
@@ -42,8 +43,7 @@ def random_adapter(folder, targets=("q_proj", "v_proj", "down_proj", "lm_head"),
     """(adapted model, adapter tree) of the base in a folder."""
     model = adapt(load_decoder(folder, dtype=jnp.float32), rank, targets, key=jax.random.key(1))
     adapter = split(model)[2]
-    keys = iter(jax.random.split(jax.random.key(2), 99))
-    return model, jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), adapter)
+    return model, random_like(adapter, seed=2, scale=0.3)
 
 
 def pairs(adapter):

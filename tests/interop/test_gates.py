@@ -11,7 +11,7 @@ from mlora_jax.core import RankHierarchy
 from mlora_jax.interop import export_adapter, export_merged, export_peft, start_from_peft
 from mlora_jax.models import load_decoder
 from mlora_jax.training.adapter_file import load_adapted
-from tests.interop.models import PATHS, RANK, TOKENS, decoder_logits, our_logits, pairs, save_base
+from tests.interop.models import PATHS, RANK, TOKENS, decoder_logits, our_logits, pairs
 from tests.oracles.numpy_reference import best_approximation, profile_matryoshka, readouts
 from tests.oracles.peft_logits import save_random_peft, with_deltas, with_peft
 
@@ -21,11 +21,6 @@ S = (1, 2, 4, RANK)
 HIERARCHY = RankHierarchy(S, "sqrt")
 CLOSE = dict(rtol=0, atol=1e-4)
 TARGETS = ("q_proj", "v_proj", "down_proj", "lm_head")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ HIERARCHY = RankHierarchy(S, "sqrt")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def full_base(tmp_path_factory):
     """With a tokenizer, generation settings, and things that must not be copied."""
     folder = write_tokenizer(save_base(tmp_path_factory.mktemp("base")), bos=True)
     GenerationConfig(temperature=0.3, do_sample=True).save_pretrained(str(folder))
@@ -46,11 +46,6 @@ def base(tmp_path_factory):
     for name in ("README.md", "pytorch_model.bin", "tf_model.h5", ".gitattributes", "optimizer.pt"):
         (folder / name).write_text("x")
     return folder
-
-
-@pytest.fixture(scope="module")
-def adapted(base):
-    return random_adapter(base)
 
 
 def tensors(folder):
@@ -84,31 +79,31 @@ def check_sums(base, folder, deltas, dtype):
 
 
 @pytest.mark.parametrize("readout", ["prefix", "nested", "masked", "squeeze"])
-def test_transformers_computes_what_the_adapted_model_computes(base, adapted, tmp_path, readout):
+def test_transformers_computes_what_the_adapted_model_computes(full_base, adapted, tmp_path, readout):
     model, adapter = adapted
     trained_profile = profile_matryoshka(S, "sqrt")
-    options = dict(readout=readout, trained_profile=trained_profile, base_model=base)
+    options = dict(readout=readout, trained_profile=trained_profile, base_model=full_base)
     for rank in (2, RANK):
         folder = export_merged(tmp_path / str(rank), adapter, HIERARCHY, rank, **options)
         logits = plain(folder, TOKENS)
         if readout != "squeeze" or rank == RANK:  # at full rank it is the trained function
             p = trained_profile if readout == "squeeze" else readouts(S, rank, "sqrt")[readout]
-            check_sums(base, folder, added(adapter, p), np.float32)
+            check_sums(full_base, folder, added(adapter, p), np.float32)
             deltas = {name.removesuffix(".weight"): delta.T for name, delta in added(adapter, p).items()}
-            np.testing.assert_allclose(logits, with_deltas(base, deltas, TOKENS), **CLOSE)
+            np.testing.assert_allclose(logits, with_deltas(full_base, deltas, TOKENS), **CLOSE)
             np.testing.assert_allclose(logits, our_logits(model, adapter, p), **CLOSE)
         np.testing.assert_allclose(decoder_logits(folder), logits, **CLOSE)
 
 
-def test_what_lies_beside_the_weights_comes_along(base, adapted, tmp_path):
-    folder = export_merged(tmp_path / "out", adapted[1], HIERARCHY, 2, base_model=base)
+def test_what_lies_beside_the_weights_comes_along(full_base, adapted, tmp_path):
+    folder = export_merged(tmp_path / "out", adapted[1], HIERARCHY, 2, base_model=full_base)
     names = {file.name for file in folder.iterdir()}
-    assert names == {file.name for file in base.iterdir()} - {
+    assert names == {file.name for file in full_base.iterdir()} - {
         "README.md", "pytorch_model.bin", "tf_model.h5", ".gitattributes", "optimizer.pt"
     } | {"mlora_jax.json"}  # fmt: skip
     for name in names - {"mlora_jax.json", "model.safetensors"}:
-        assert (folder / name).read_bytes() == (base / name).read_bytes()
-    texts = [AutoTokenizer.from_pretrained(str(each))("How far ?")["input_ids"] for each in (base, folder)]
+        assert (folder / name).read_bytes() == (full_base / name).read_bytes()
+    texts = [AutoTokenizer.from_pretrained(str(each))("How far ?")["input_ids"] for each in (full_base, folder)]
     assert texts[0] == texts[1] and len(texts[0]) > 2
     assert GenerationConfig.from_pretrained(str(folder)).temperature == 0.3
     with safe_open(folder / "model.safetensors", framework="np") as file:
@@ -160,9 +155,9 @@ def test_shards_and_dtype_are_kept(tmp_path, dtype):
     assert [file.name for file in one.glob("model*")] == ["model.safetensors"]
 
 
-def test_rank_0_is_the_base(base, adapted, tmp_path):
-    folder = export_merged(tmp_path / "out", adapted[1], HIERARCHY, 0, base_model=base)
-    check_sums(base, folder, {}, np.float32)
+def test_rank_0_is_the_base(full_base, adapted, tmp_path):
+    folder = export_merged(tmp_path / "out", adapted[1], HIERARCHY, 0, base_model=full_base)
+    check_sums(full_base, folder, {}, np.float32)
 
 
 def remove(name):
@@ -185,11 +180,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_base_that_does_not_fit_is_named(base, adapted, tmp_path, name):
+def test_a_base_that_does_not_fit_is_named(full_base, adapted, tmp_path, name):
     change, message = BAD[name]
     bad = tmp_path / "bad"
-    shutil.copytree(base, bad)
-    values = load_file(base / "model.safetensors")
+    shutil.copytree(full_base, bad)
+    values = load_file(full_base / "model.safetensors")
     change(values)
     save_file(values, bad / "model.safetensors")
     large = jax.tree.map(lambda x: 30 * x, adapted[1])
@@ -198,11 +193,11 @@ def test_a_base_that_does_not_fit_is_named(base, adapted, tmp_path, name):
     assert [each.name for each in tmp_path.iterdir()] == ["bad"]
 
 
-def test_bad_folders_and_sizes(base, adapted, tmp_path):
+def test_bad_folders_and_sizes(full_base, adapted, tmp_path):
     export = lambda out, **options: export_merged(out, adapted[1], HIERARCHY, 2, **options)  # noqa: E731
     bad = tmp_path / "bad"
-    shutil.copytree(base, bad)
-    (bad / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-5])
+    shutil.copytree(full_base, bad)
+    (bad / "model.safetensors").write_bytes((full_base / "model.safetensors").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"bad/model\.safetensors is not a complete safetensors file"):
         export(tmp_path / "out", base_model=bad)
     (bad / "model.safetensors").unlink()
@@ -211,29 +206,26 @@ def test_bad_folders_and_sizes(base, adapted, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json"):
         export(tmp_path / "out", base_model=tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="holds other files"):
-        export(base, base_model=base)
+        export(full_base, base_model=full_base)
     for size in ("5 apples", "0GB", 0, -1, True):
         with pytest.raises(ValueError, match="max_shard_size must be bytes, or like"):
-            export(tmp_path / "out", base_model=base, max_shard_size=size)
+            export(tmp_path / "out", base_model=full_base, max_shard_size=size)
     assert [each.name for each in tmp_path.iterdir()] == ["bad"]
-    merged = export(tmp_path / "merged", base_model=base)
+    merged = export(tmp_path / "merged", base_model=full_base)
     with pytest.raises(FileExistsError, match="is the base model itself"):
         export(merged, base_model=merged)
 
 
 @pytest.mark.parametrize("readout", ["prefix", "nested", "masked", "squeeze"])
-def test_a_smaller_adapter_of_our_own(base, adapted, tmp_path, readout):
+def test_a_smaller_adapter_of_our_own(full_base, adapted, tmp_path, readout):
     model, adapter = adapted
     trained_profile = profile_matryoshka(S, "sqrt")
-    folder = export_adapter(
-        tmp_path / "out", adapter, HIERARCHY, 4, readout=readout, trained_profile=trained_profile, base_model=str(base)
-    )
-    small = load_adapted(folder, load_decoder(base))
+    options = dict(readout=readout, trained_profile=trained_profile)
+    folder = export_adapter(tmp_path / "out", adapter, HIERARCHY, 4, **options, base_model=str(full_base))
+    small = load_adapted(folder, load_decoder(full_base))
     assert small.hierarchy.max_rank == 4 and small.hierarchy.ranks == (1, 2, 4)
     assert small.hierarchy.scaling == ("sqrt" if readout == "prefix" else "none")
-    merged = export_merged(
-        tmp_path / "merged", adapter, HIERARCHY, 4, readout=readout, trained_profile=trained_profile, base_model=base
-    )
+    merged = export_merged(tmp_path / "merged", adapter, HIERARCHY, 4, **options, base_model=full_base)
     read = nnx.merge(small.graphdef, small.base, small.adapter, small.profile)
     np.testing.assert_allclose(
         our_logits(read, small.adapter, small.hierarchy.prefix(4)), plain(merged, TOKENS), **CLOSE
@@ -245,14 +237,14 @@ def test_a_smaller_adapter_of_our_own(base, adapted, tmp_path, readout):
             np.testing.assert_allclose(ours, our_logits(model, adapter, p), **CLOSE)
 
 
-def test_a_smaller_adapter_of_a_rank_per_layer(base, adapted, tmp_path):
+def test_a_smaller_adapter_of_a_rank_per_layer(full_base, adapted, tmp_path):
     ranks = {"layers.self_attn.q_proj": (0, 2, 3), "layers.self_attn.v_proj": (1, 1, 1),
              "layers.mlp.down_proj": (0, 0, 0), "lm_head": (2,)}  # fmt: skip
-    folder = export_adapter(tmp_path / "out", adapted[1], HIERARCHY, ranks, base_model=str(base))
-    merged = export_merged(tmp_path / "merged", adapted[1], HIERARCHY, ranks, base_model=base)
-    small = load_adapted(folder, load_decoder(base))
+    folder = export_adapter(tmp_path / "out", adapted[1], HIERARCHY, ranks, base_model=str(full_base))
+    merged = export_merged(tmp_path / "merged", adapted[1], HIERARCHY, ranks, base_model=full_base)
+    small = load_adapted(folder, load_decoder(full_base))
     assert (small.hierarchy.max_rank, small.hierarchy.scaling) == (3, "none")
     read = nnx.merge(small.graphdef, small.base, small.adapter, small.profile)
     np.testing.assert_allclose(logits_as_is(read), plain(merged, TOKENS), **CLOSE)
     with pytest.raises(ValueError, match="every layer has rank 0"):
-        export_adapter(tmp_path / "none", adapted[1], HIERARCHY, 0, base_model=str(base))
+        export_adapter(tmp_path / "none", adapted[1], HIERARCHY, 0, base_model=str(full_base))

@@ -32,19 +32,8 @@ MODULES = {name for layer in range(LAYERS) for name in (
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def decoder(base):
     return load_decoder(base)
-
-
-@pytest.fixture(scope="module")
-def adapted(base):
-    """(adapted model, random adapter)."""
-    return random_adapter(base)
 
 
 def deltas(adapter, p):

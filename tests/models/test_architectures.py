@@ -1,9 +1,7 @@
 """Tiny random checkpoints of every supported model type: logits as in transformers, read and written."""
 
-import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,15 +14,12 @@ from mlora_jax.models.architectures import ARCHITECTURES
 from mlora_jax.models.config import DecoderConfig, read_config
 from mlora_jax.models.decoder import Decoder
 from mlora_jax.models.hugging_face import load_decoder, save_decoder
+from tests.models.references import LLAMA3, logits_in_torch, logits_of, randomized
 
 SMALL = {
     "vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 900.0},
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = [SLIDING, FULL, FULL, SLIDING]
@@ -55,25 +50,7 @@ def reference_of(model_type, changes, seed=0):
     """A transformers model none of whose tensors is special: its logits are of size one and more."""
     config = AutoConfig.for_model(model_type, **(SMALL | changes))
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
-    return reference
-
-
-def logits_in_torch(reference, tokens):
-    with torch.no_grad():
-        return reference(torch.from_numpy(tokens).long()).logits.float().numpy()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef, state, tokens):
-    return nnx.merge(graphdef, state)(tokens)
-
-
-def logits_of(model, tokens):
-    return np.asarray(_logits(*nnx.split(model), jnp.asarray(tokens)))
+    return randomized(reference, seed)
 
 
 TOKENS = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 24)).astype(np.int32)

@@ -12,7 +12,8 @@ from mlora_jax.models.architectures import ARCHITECTURES
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.config_keys import CONFIG_KEYS, READ, REFUSED, WITHOUT_EFFECT
 from mlora_jax.models.hugging_face import load_decoder
-from tests.models.test_architectures import FULL, SLIDING, TOKENS, logits_in_torch, logits_of, reference_of
+from tests.models.references import logits_in_torch, logits_of
+from tests.models.test_architectures import FULL, SLIDING, TOKENS, reference_of
 
 TYPES = tuple(ARCHITECTURES)
 # head_dim as this program would take it, so that a null is the same model; SmolLM3's own padding is beyond its V here.

@@ -16,12 +16,9 @@ from mlora_jax.models.config import DecoderConfig, RopeScaling
 from mlora_jax.models.decoder import Decoder
 from mlora_jax.models.hugging_face import WEIGHT_MAP, load_decoder, read_config, save_decoder
 from mlora_jax.models.weight_files import StoredTensor
+from tests.models.references import LLAMA3, logits_in_torch, logits_of, randomized
 
 TOLERANCE = 1e-4
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
 SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 SHAPES = {
     "tied, as many kv heads": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True),
@@ -37,26 +34,11 @@ SHAPES = {
 
 def random_reference(shape, seed=0, **changes):
     """A transformers model none of whose tensors is special: its logits are of size one and more."""
-    reference = LlamaForCausalLM(LlamaConfig(**(SMALL | shape | changes))).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
-    return reference
+    return randomized(LlamaForCausalLM(LlamaConfig(**(SMALL | shape | changes))).eval(), seed)
 
 
 def tokens_of(vocab_size, shape=(2, 64)):
     return np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
-
-
-def reference_logits(reference, tokens):
-    with torch.no_grad():
-        return reference(torch.from_numpy(tokens).long()).logits.float().numpy()
-
-
-def our_logits(model, tokens):
-    graphdef, state = nnx.split(model)
-    return np.asarray(jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, jnp.asarray(tokens)))
 
 
 @pytest.fixture
@@ -84,9 +66,9 @@ def test_real_checkpoints_agree_with_transformers(shared, name):
     reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model = load_decoder(path)
     tokens = tokens_of(model.config.vocab_size, (2, model.config.max_position_embeddings))
-    expected = reference_logits(reference, tokens)
+    expected = logits_in_torch(reference, tokens)
     assert np.abs(expected).max() > 10
-    np.testing.assert_allclose(our_logits(model, tokens), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -95,13 +77,13 @@ def test_random_checkpoints_agree_with_transformers_both_ways(tmp_path, shape):
     reference.save_pretrained(tmp_path / "theirs")
     model = load_decoder(tmp_path / "theirs")
     tokens = tokens_of(SMALL["vocab_size"])
-    expected = reference_logits(reference, tokens)
+    expected = logits_in_torch(reference, tokens)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(our_logits(model, tokens), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=0, atol=TOLERANCE)
     save_decoder(tmp_path / "ours", model)
     assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
     back = LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    np.testing.assert_array_equal(reference_logits(back, tokens), expected)
+    np.testing.assert_array_equal(logits_in_torch(back, tokens), expected)
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert theirs.keys() == ours.keys()
     for tensor in theirs:
@@ -113,8 +95,8 @@ def test_llama3_scaling_matters_in_these_tests():
     shape = SHAPES["wide heads, llama3 rope"]
     tokens = tokens_of(SMALL["vocab_size"])
     plain = {"rope_type": "default", "rope_theta": LLAMA3["rope_theta"]}
-    changed = reference_logits(random_reference(shape, rope_parameters=plain), tokens)
-    assert np.abs(changed - reference_logits(random_reference(shape), tokens)).max() > 0.1
+    changed = logits_in_torch(random_reference(shape, rope_parameters=plain), tokens)
+    assert np.abs(changed - logits_in_torch(random_reference(shape), tokens)).max() > 0.1
 
 
 def test_the_older_form_of_rope_settings_agrees_too(tmp_path):
@@ -123,8 +105,8 @@ def test_the_older_form_of_rope_settings_agrees_too(tmp_path):
     older = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     edit_config(tmp_path, rope_parameters="absent", rope_theta=LLAMA3["rope_theta"], rope_scaling=older)
     tokens = tokens_of(SMALL["vocab_size"])
-    expected = reference_logits(reference, tokens)
-    np.testing.assert_allclose(our_logits(load_decoder(tmp_path), tokens), expected, rtol=0, atol=TOLERANCE)
+    expected = logits_in_torch(reference, tokens)
+    np.testing.assert_allclose(logits_of(load_decoder(tmp_path), tokens), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_shards_hold_the_same_model(tmp_path):
@@ -180,15 +162,15 @@ def test_bfloat16_on_disk(tmp_path):
     tokens = tokens_of(SMALL["vocab_size"])
     # Loaded anew: a model converted in memory has rounded its rotary frequencies too.
     exact, theirs = (
-        reference_logits(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval(), tokens)
+        logits_in_torch(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval(), tokens)
         for dtype in (torch.float32, torch.bfloat16)
     )
     wide, stored = load_decoder(tmp_path, dtype=jnp.float32), load_decoder(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(wide))} == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(stored))} == {jnp.dtype(jnp.bfloat16)}
     assert stored.dtype == jnp.bfloat16
-    np.testing.assert_allclose(our_logits(wide, tokens), exact, rtol=0, atol=TOLERANCE)
-    ours = our_logits(stored, tokens)
+    np.testing.assert_allclose(logits_of(wide, tokens), exact, rtol=0, atol=TOLERANCE)
+    ours = logits_of(stored, tokens)
     assert ours.dtype == np.float32
     # No worse than transformers is with the same weights in the same dtype.
     assert np.sqrt(((ours - exact) ** 2).mean()) < 1.2 * np.sqrt(((theirs - exact) ** 2).mean())

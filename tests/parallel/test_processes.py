@@ -13,15 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlora_jax.training.records import read_json_lines
+from tests.tiny import write_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 FORCED = "--xla_force_host_platform_device_count={}"
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    return ConfigDict({config!r})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +38,7 @@ def config(tmp_path_factory) -> pathlib.Path:
         "evaluation": {"limit": 48},
         "checkpoint": {"every": 3},
     }
-    file = root / "config.py"
-    file.write_text(CONFIG.format(config=values))
-    return file
+    return write_config(root / "config.py", values)
 
 
 def start(config: pathlib.Path, workdir: pathlib.Path, devices: int, *options: str) -> subprocess.Popen:

@@ -17,7 +17,7 @@ from mlora_jax.run.train import train
 from mlora_jax.training.records import read_json_lines
 from mlora_jax.training.trial_trees import take_trial
 from mlora_jax.trials import expand_trials
-from tests.tiny import write_checkpoint, write_trec
+from tests.tiny import trec_data, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,7 @@ def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     return {
         "model": {"path": str(write_checkpoint(root / "model"))},
-        "data": {
-            "task": "trec",
-            "raw_dir": str(write_trec(root / "raw")),
-            "cache_dir": str(root / "cache"),
-            "pad_multiple": 40,
-            "max_length": 96,
-        },
+        "data": trec_data(root),
         "adapter": {"targets": ("v_proj", "up_proj")},
         "trials": {"rank": (3,), "learning_rate": (0.03,), "seed": (1,), "method": ("lora",), "scaling": ("sqrt",)},
         "train": {"epochs": 2, "batch_size": 4, "log_every": 1, "accumulation": 2},

@@ -22,18 +22,11 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.train import Interrupted, train
 from mlora_jax.training.records import read_json_lines
 from tests.conftest import QUICKLY_COMPILED
-from tests.tiny import write_checkpoint, write_trec
+from tests.run.tiny_runs import records_without_clocks
+from tests.tiny import trec_data, write_checkpoint, write_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLOCKS = ("time", "tokens_per_second")
 STEPS = 30
-
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    return ConfigDict({config!r})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +34,7 @@ def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     return {
         "model": {"path": str(write_checkpoint(root / "model"))},
-        "data": {
-            "task": "trec",
-            "raw_dir": str(write_trec(root / "raw")),
-            "cache_dir": str(root / "cache"),
-            "pad_multiple": 40,  # one shape
-            "max_length": 96,
-        },
+        "data": trec_data(root),
         "adapter": {"targets": ("v_proj", "up_proj"), "dropout": 0.1},
         "trials": {
             "rank": (6,),
@@ -66,8 +53,8 @@ def config(tmp_path_factory):
 
 
 def command(tmp_path, config, workdir):
-    (tmp_path / "killed.py").write_text(CONFIG.format(config=config))
-    return [sys.executable, "-m", "experiments.run", "--config", str(tmp_path / "killed.py"), "--workdir", str(workdir)]
+    file = write_config(tmp_path / "killed.py", config)
+    return [sys.executable, "-m", "experiments.run", "--config", str(file), "--workdir", str(workdir)]
 
 
 def start(command, config, *, fill_cache=False):
@@ -91,13 +78,9 @@ def finish(process):
 
 def outcome(workdir):
     """Everything a run leaves that does not depend on the clock."""
-    records = [
-        {key: value for key, value in record.items() if key not in CLOCKS}
-        for name in ("metrics.jsonl", "curves.jsonl")
-        for record in read_json_lines(workdir / name)
-    ]
     files = [*(workdir / "adapters").glob("*/[!.]*"), *workdir.glob("table.*"), workdir / "batches.json"]
-    return records, {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(files)}
+    contents = {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(files)}
+    return records_without_clocks(workdir), contents
 
 
 # A rank above the eight outputs of v_proj, so that the squeeze draws columns afresh.

@@ -18,14 +18,8 @@ from mlora_jax.run import experiment as experiment_module
 from mlora_jax.run import train as run
 from mlora_jax.study import queue, report, rivals
 from mlora_jax.study.rivals import Rival
-from tests.tiny import write_checkpoint, write_trec
+from tests.tiny import write_checkpoint, write_config, write_trec
 
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    return ConfigDict({config!r})
-"""
 GROUPS = {"first": (Rival("lora"),), "second": (Rival("dylora"),)}
 # Of each cell, method, seeds and number of trials. Cell by cell all those of `large` would come first.
 ROUNDS = [
@@ -38,7 +32,7 @@ ROUNDS = [
 
 def write_cell(folder, name, **config):
     folder.mkdir(exist_ok=True)
-    (folder / f"study_{name}.py").write_text(CONFIG.format(config=config))
+    write_config(folder / f"study_{name}.py", config)
 
 
 def _nobody_listens(number, frame):

@@ -12,7 +12,7 @@ from flax import nnx
 from mlora_jax.adapters import adapt, set_profile, split
 from mlora_jax.models import Decoder
 from mlora_jax.training.objective import answer_loss, answer_scores
-from tests.tiny import tiny_config
+from tests.tiny import random_like, tiny_config
 
 VOCABULARY = 331  # appears in no other shape
 
@@ -21,9 +21,7 @@ def make(*, tied, targets=("q_proj", "down_proj"), dtype=jnp.float32):
     config = tiny_config(vocab_size=VOCABULARY, tie_word_embeddings=tied)
     model = adapt(Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)), 3, targets, key=jax.random.key(1))
     graphdef, base, adapter, profile = split(model)
-    keys = iter(jax.random.split(jax.random.key(2), 50))
-    adapter = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape, x.dtype), adapter)
-    return graphdef, base, adapter, profile
+    return graphdef, base, random_like(adapter, seed=2, scale=0.3), profile
 
 
 def make_batch(rows=3, length=7, answers=4):
