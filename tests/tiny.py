@@ -9,14 +9,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlora_jax.adapters import adapt, split
+from mlora_jax.data.packing import RowShape, packed_arrays
 from mlora_jax.models import Decoder, DecoderConfig, save_decoder
 from mlora_jax.training.step import train_step
+from mlora_jax.training.trials_step import split_batch
 from tests.data.conftest import write_tokenizer
 
 
-def compile_step(graphdef, optimizer, *, chunk):
-    """`train_step` of one trial; the state's buffers are reused."""
-    return jax.jit(functools.partial(train_step, graphdef, optimizer, chunk), donate_argnums=(2,))
+def compile_step(graphdef, optimizer, *, chunk, widths=(16, 8), examples=8):
+    """`train_step` of one trial on the batches of `pack_examples`; the state's buffers are reused."""
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(base, profile, state, batch, draw, schedule, key):
+        micro_batch = examples // draw.profiles.shape[0]
+        options = graphdef, optimizer, chunk, widths, micro_batch
+        return train_step(*options, base, profile, state, *split_batch(batch), draw, schedule, key)
+
+    return step
+
+
+def pack_examples(*trials, widths=(16, 8), rows=1, passes=None):
+    """One batch of one trial's examples, or of several trials' with their axis in front."""
+    shape, count = RowShape(widths, rows), max(map(len, trials))
+    arrays, plan = packed_arrays(trials, [range(len(each)) for each in trials], shape, passes or shape.passes(count))
+    return plan | (arrays if len(trials) > 1 else {name: array[0] for name, array in arrays.items()})
 
 
 def tiny_config(**changes) -> DecoderConfig:

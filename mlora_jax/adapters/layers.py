@@ -25,7 +25,13 @@ from mlora_jax.adapters.einsum_axes import (
     place_profile,
 )
 from mlora_jax.adapters.variables import AdapterParam, DropoutKey, InputGram, RankProfile
-from mlora_jax.core.product import apply_profile, initialize_factors, initialize_gate, p_scaled_product
+from mlora_jax.core.product import (
+    apply_profile,
+    folded_product,
+    initialize_factors,
+    initialize_gate,
+    p_scaled_product,
+)
 
 
 class Factoring(NamedTuple):
@@ -172,11 +178,13 @@ class AdaptedLinear(AdaptedLayer):
       gram: an InputGram if `watch_inputs` was called, otherwise None.
       watches_inputs: if true, the gram is of the layer's inputs, and otherwise it is of the inputs of B.
       folds: true if `fold_where_cheaper` was called.
+      trains_folded: whether a training step may multiply by the sum of kernel and adapter, `folded_product`.
     """
 
     gram: InputGram | None = None
     watches_inputs: bool = False
     folds: bool = False
+    trains_folded: bool = False
 
     @staticmethod
     def factoring(base: nnx.Linear) -> Factoring:
@@ -191,6 +199,11 @@ class AdaptedLinear(AdaptedLayer):
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Computes what the base layer's call computes, plus the adapter's contribution."""
+        if self.trains_folded and out_sharding is None and self._sum_is_exact() and x.dtype == self.base.kernel.dtype:
+            factors = self.a[...], self.b[...], self._rank_scales()
+            # The stubs of jax.custom_vjp lose the type of what the function returns.
+            y: Any = folded_product(x, self.base.kernel[...], *factors, self.base.precision)
+            return y if self.base.bias is None else y + jnp.broadcast_to(self.base.bias[...], y.shape)
         if not self._folds(x):
             return super().__call__(x, out_sharding)
         graphdef, state = nnx.split(self.base)
@@ -206,15 +219,19 @@ class AdaptedLinear(AdaptedLayer):
         return jax.lax.platform_dependent(x, cpu=folded, default=lambda x: beside(x, out_sharding))
 
     def _folds(self, x: jax.Array) -> bool:
-        drops = self.dropout and not self.deterministic
-        if not self.folds or drops or self.gram is not None or self.p.ndim != 1:
+        if not self.folds or not self._sum_is_exact():
             return False
-        if not isinstance(self.base.kernel[...], jax.Array):
-            return False  # quantised
         (features_in, rank), features_out = self.a.shape, self.b.shape[-1]
         beside = math.prod(x.shape[:-1]) * rank * (features_in + features_out)
-        exact = jnp.finfo(self.base.kernel.dtype).bits >= 32 and self.base.dtype in (None, self.base.kernel.dtype)
-        return exact and beside > features_in * features_out * (rank + 1)
+        return beside > features_in * features_out * (rank + 1)
+
+    def _sum_is_exact(self) -> bool:
+        """Returns whether the layer's function is a product with one sum of kernel and adapter, in 32 bits or more."""
+        drops = self.dropout and not self.deterministic
+        if drops or self.gram is not None or self.p.ndim != 1 or not isinstance(self.base.kernel[...], jax.Array):
+            return False  # a kernel that is no array is quantised
+        dtype, others = self.base.kernel.dtype, (None, self.base.kernel.dtype)
+        return jnp.finfo(dtype).bits >= 32 and self.base.dtype in others and self.base.preferred_element_type in others
 
     def _watch(self, x: jax.Array, gram: InputGram) -> None:
         if self.watches_inputs:

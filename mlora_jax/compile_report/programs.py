@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config_type import ConfigDict
+from mlora_jax.data.packing import RowShape
 from mlora_jax.evaluate.generation import Generator, PromptRows
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
-from mlora_jax.parallel.mesh import EVALUATED, make_mesh
+from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
+from mlora_jax.run.sizing import batch_shapes
 from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.training.step import Schedule, init_state, make_optimizer
 from mlora_jax.training.trial_trees import stack_trees, trial_keys
@@ -159,14 +161,9 @@ class Programs:
           accumulation: the number of micro-batches in a step.
         """
         config, trials = self.config, self.sizes["trial"]
-        shape = (trials, accumulation, batch // accumulation)
-        integers = lambda size: jax.ShapeDtypeStruct((*shape, size), jnp.int32)  # noqa: E731
-        rows = {
-            "tokens": integers(config.data.max_length),
-            "positions": integers(self.answers),
-            "targets": integers(self.answers),
-            "weights": jax.ShapeDtypeStruct((*shape, self.answers), jnp.float32),
-        }
+        shards = shards_of(self.mesh)
+        packed = RowShape((config.data.max_length,), max(1, batch // accumulation // shards))
+        rows = batch_shapes(packed, packed.passes(-(-batch // shards)), trials=trials, shards=shards)
         sized = config.copy_and_resolve_references()
         with sized.unlocked():
             sized.train.batch_size, sized.train.accumulation = batch, accumulation
@@ -178,7 +175,14 @@ class Programs:
         )
         schedule = Schedule(*[jax.ShapeDtypeStruct((trials,), jnp.float32)] * 3)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), trials))
-        step = TrialsStep(self.model.graphdefs[0], self.optimizer, chunk=config.train.loss_chunk, mesh=self.mesh)
+        step = TrialsStep(
+            self.model.graphdefs[0],
+            self.optimizer,
+            chunk=config.train.loss_chunk,
+            widths=packed.widths,
+            micro_batch=batch // accumulation,
+            mesh=self.mesh,
+        )
         base, profile = self.weights(self.model.base), self.weights(self.model.profile)
         arguments = base, profile, self.state(trials), rows, draw, schedule, keys
         return step.compile(*arguments, proximal=phases.shape(trial)[0].proximal)

@@ -24,8 +24,23 @@ TRAIN = Group(
         "epsilon": Key(default=1e-8, low=0.0, doc="Adam adds this number to the root of the second moment."),
         "weight_decay": Key(default=0.0, low=0.0, doc="AdamW's decay is this number times the learning rate per step."),
         "clip": Key(default=1.0, low=0.0, doc="Gradients are scaled down to this global norm. 0 turns clipping off."),
+        "row_widths": Key(
+            default=(),
+            entry=int,
+            low=1,
+            distinct=True,
+            form="a tuple of integers",
+            doc="Examples are packed into rows of these many tokens; the largest holds every example. () chooses the "
+            "widths that leave the least padding on a CPU, and one width on an accelerator.",
+        ),
+        "rows_at_once": Key(
+            default=0,
+            low=0,
+            doc="This many packed rows are computed at one time. 0 takes one on a CPU, and as many as a micro-batch "
+            "fills on an accelerator.",
+        ),
         "loss_chunk": Key(
-            default=1024, low=1, doc="The logits of at most this many answer positions exist at one time."
+            default=256, low=1, doc="The logits of at most this many answer positions exist at one time."
         ),
         "log_every": Key(default=10, low=1, doc="A line is written to metrics.jsonl every so many optimizer steps."),
         "remat": Key(

@@ -129,6 +129,65 @@ def _matmul_backward(dtype, precision, operands, g):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def folded_product(
+    x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, precision: Any = None
+) -> jax.Array:
+    """Returns ``x (W + A diag(p) B)``, with one large product in place of a large and two thin ones.
+
+    The gradients of the factors are made from that of the sum, ``x^T g``. On a CPU this takes less time than thin
+    products where the kernel is small (see `folding_pays`). The kernel is frozen, and its gradient is zero.
+
+    Args:
+      x: [..., D] inputs, float32 or float64.
+      kernel: W [D, F], in the dtype of `x`.
+      a: [D, R] first factor.
+      b: [R, F] second factor.
+      p: [R], the profile that all inputs share.
+      precision: the precision of all products, as in `jax.numpy.matmul`.
+
+    Returns:
+      [..., F] in the dtype of `x`. It is differentiable in reverse mode only.
+    """
+    return _folded_forward(x, kernel, a, b, p, precision)[0]
+
+
+def _folded_forward(x, kernel, a, b, p, precision):
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    folded = kernel + matmul((a * p[None]).astype(x.dtype), b.astype(x.dtype))
+    return matmul(x, folded), (x, folded, a, b, p)
+
+
+def _folded_backward(precision, saved, g):
+    x, folded, a, b, p = saved
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    by_sum = matmul(rows[0].T, rows[1])  # [D, F]
+    by_a = matmul(by_sum, b.astype(x.dtype).T)  # [D, R], without p
+    d_b = matmul((a * p[None]).astype(x.dtype).T, by_sum)
+    d_p = jnp.sum(by_a * a.astype(x.dtype), axis=0)
+    cast_like = lambda value, like: value.astype(like.dtype)  # noqa: E731
+    d_a = cast_like(by_a * p[None].astype(x.dtype), a)
+    return matmul(g, folded.T), None, d_a, cast_like(d_b, b), cast_like(d_p, p)
+
+
+folded_product.defvjp(_folded_forward, _folded_backward)
+
+
+def folding_pays(features_in: int, features_out: int, rank: int) -> bool:
+    """Returns whether a CPU trains faster with `folded_product`, whose large products run three times as fast.
+
+    Args:
+      features_in: D.
+      features_out: F.
+      rank: R.
+
+    >>> folding_pays(192, 512, 32), folding_pays(576, 1536, 32)
+    (True, False)
+    """
+    return features_in * features_out <= 3 * 2 * rank * (features_in + features_out)
+
+
 def initialize_factors(
     key: jax.Array,
     features_in: int,

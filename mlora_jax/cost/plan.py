@@ -17,7 +17,8 @@ import numpy as np
 from mlora_jax.config import resolve
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.cost.estimate import Requests, task_requests
-from mlora_jax.data import batch_shape
+from mlora_jax.data.packing import pack_members
+from mlora_jax.parallel.mesh import shards_of
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.sizing import plan_batches, time_steps
 from mlora_jax.training.grid import TrialBatch
@@ -159,19 +160,19 @@ def _group(
 def _shapes(
     experiment: Experiment, batch: TrialBatch, phases: tuple[PhaseShape, ...]
 ) -> tuple[set[tuple], int, np.ndarray]:
-    """Shapes that come up, tokens of the trials, and positions [phases] computed with padding and empty slots."""
-    pipeline, rows = experiment.pipeline(batch.slotted), experiment.config.train.batch_size
-    shapes, real, positions = set(), 0, np.zeros(len(phases), int)
+    """Programs that are compiled, tokens of the trials, and tokens [phases] computed with padding and empty slots."""
+    pipeline, shards = experiment.pipeline(batch.slotted), shards_of(experiment.mesh)
+    programs, real, positions = set(), 0, np.zeros(len(phases), int)
     for step in range(pipeline.steps):
         parts = [each.examples_at(step) for each in pipeline.pipelines]
-        own = [batch_shape(part, experiment.config.data.pad_multiple) for part in parts]
-        shape = tuple(max(axis) for axis in zip(*own, strict=True))
         at = bisect.bisect_right([phase.end for phase in phases], step)
-        shapes.add((*shape, phases[at].profiles, phases[at].per_example, phases[at].proximal))
+        programs.add((phases[at].profiles, phases[at].per_example, phases[at].proximal))
         counts = [sum(len(example.tokens) for example in part) for part in parts]
         real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
-        positions[at] += batch.slots * rows * shape[0]
-    return shapes, real, positions
+        members = [[len(example.tokens) for example in own] for own in pipeline.shared_out(parts)[0]]
+        widths = pack_members(members, pipeline.shape).widths
+        positions[at] += batch.slots * shards * pipeline.shape.tokens(pipeline.shape.counts(widths))
+    return programs, real, positions
 
 
 def evaluation_cost(

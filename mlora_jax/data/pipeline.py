@@ -1,8 +1,8 @@
 """Makes step batches of tokenised examples: shuffled by a seed, with every example once per epoch, and resumable.
 
 The order is grain's: one permutation per epoch, which depends only on the seed and the number of the epoch. A batch may
-span epochs, and the last batch is padded with rows of weight 0, so that no example is lost and no shape changes.
-Accumulation only splits the rows of a step into M parts, in the same order.
+span epochs, and the last one may have fewer examples. Training takes packed batches (`TrialsPipeline`). A `Pipeline`
+gives each example a row of its own, for what looks at examples one by one.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from mlora_jax.core.ranges import SEEDS
+from mlora_jax.data.packing import RowShape, packed_arrays, share_out
 from mlora_jax.data.tokenize import Example
 
 # One thread makes the next few batches while the device works. The state counts only batches that were handed out.
@@ -51,7 +52,6 @@ def collate(
     pad_multiple: int = 32,
     length: int | None = None,
     answers: int | None = None,
-    columns: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Makes the batch of one step. The examples keep their order, row by row and then part by part.
 
@@ -64,7 +64,6 @@ def collate(
       pad_multiple: the time axis is rounded up to a multiple of this.
       length: the size of the time axis T; None: the longest example decides. It is for several pipelines in one batch.
       answers: the size of the answer axis A; None: the example with the most targets decides.
-      columns: (first, end), the range of the axis B that this process makes; None: the whole axis.
 
     Returns:
       tokens [M, B, T] int32 (padding 0), positions [M, B, A] int32, targets [M, B, A] int32,
@@ -87,11 +86,7 @@ def collate(
     positions = np.zeros((batch_size, answers), np.int32)
     targets = np.zeros((batch_size, answers), np.int32)
     weights = np.zeros((batch_size, answers), np.float32)
-    rows = batch_size // accumulation
-    first, end = columns or (0, rows)
     for row, example in enumerate(examples):
-        if not first <= row % rows < end:
-            continue
         tokens[row, : len(example.tokens)] = example.tokens
         at = np.flatnonzero(example.loss_mask)
         if len(at) > answers:
@@ -100,7 +95,8 @@ def collate(
         targets[row, : len(at)] = example.tokens[at]
         weights[row, : len(at)] = 1.0
     arrays = {"tokens": tokens, "positions": positions, "targets": targets, "weights": weights}
-    return {name: array.reshape(accumulation, rows, -1)[:, first:end] for name, array in arrays.items()}
+    rows = batch_size // accumulation
+    return {name: array.reshape(accumulation, rows, -1) for name, array in arrays.items()}
 
 
 def check_batch(batch_size: int, accumulation: int) -> None:
@@ -128,7 +124,7 @@ class Pipeline:
 
     Attributes:
       batches: the grain data set, with one list of examples per step.
-      batch_size, accumulation, pad_multiple, length, answers, columns: the arguments of `collate`.
+      batch_size, accumulation, pad_multiple, length, answers: the arguments of `collate`.
     """
 
     batches: grain.MapDataset
@@ -137,7 +133,6 @@ class Pipeline:
     pad_multiple: int
     length: int | None
     answers: int | None
-    columns: tuple[int, int] | None = None
 
     @property
     def steps(self) -> int:
@@ -167,7 +162,6 @@ class Pipeline:
             pad_multiple=self.pad_multiple,
             length=self.length,
             answers=self.answers,
-            columns=self.columns,
         )
 
     def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -184,7 +178,6 @@ def make_pipeline(
     pad_multiple: int = 32,
     length: int | None = None,
     answers: int | None = None,
-    columns: tuple[int, int] | None = None,
 ) -> Pipeline:
     """Makes a pipeline over the examples.
 
@@ -197,7 +190,6 @@ def make_pipeline(
       pad_multiple: the time axis is rounded up to a multiple of this.
       length: the size of the time axis of every batch (see `batch_shape`); None: each batch has its own size.
       answers: the size of the answer axis of every batch; None: each batch has its own size.
-      columns: the range of rows that this process makes, see `collate`.
 
     Raises:
       ValueError: there are no examples, or a value is out of its range.
@@ -219,28 +211,56 @@ def make_pipeline(
     # `seed` hashes the seed before `shuffle` adds the number of the epoch, so neighbouring seeds share no permutation.
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)
-    return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers, columns)
+    return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialsPipeline:
-    """The step batches of K trials that train together, each in the order of its own seed.
+    """The packed step batches of K trials that train together, each in the order of its own seed.
 
-    All trials of a step share one shape: the time and answer axes that the longest examples of the step need.
-    `iter` returns a grain iterator, as for `Pipeline`.
+    `iter` returns a grain iterator, as for `Pipeline`. Its batches are dictionaries: the arrays of
+    `mlora_jax.data.packing.packed_arrays` with the leading axes [K, S], those of its plan, and "real_tokens", the mean
+    number of tokens of a trial in the step. All batches have the same shapes.
 
     Attributes:
       pipelines: one pipeline for each different seed.
       members: [K], the index into `pipelines` of each trial.
+      shape: the shapes of the rows.
+      shards: S, the number of parts of a step that are computed side by side.
+      columns: (first, end), the range of the shards that this process makes; None: all of them.
     """
 
     pipelines: tuple[Pipeline, ...]
     members: tuple[int, ...]
+    shape: RowShape
+    shards: int = 1
+    columns: tuple[int, int] | None = None
 
     @property
     def steps(self) -> int:
         """The number of steps, over all epochs; the same for every trial."""
         return self.pipelines[0].steps
+
+    @property
+    def passes(self) -> int:
+        """P, the size of the axis of passes."""
+        return self.shape.passes(-(-self.pipelines[0].batch_size // self.shards))
+
+    def shared_out(self, parts: Sequence[Sequence[Example]]) -> tuple[list[list[Example]], list[list[int]]]:
+        """Shares the examples of a step out among the shards.
+
+        Args:
+          parts: for each pipeline, the examples of the step.
+
+        Returns:
+          For each pipeline and each of its shards, the examples, and their numbers in the step.
+        """
+        members, numbers = [], []
+        for part in parts:
+            for own in share_out([len(example.tokens) for example in part], self.shards):
+                members.append([part[index] for index in own])
+                numbers.append(own)
+        return members, numbers
 
     def stack(self, parts: Sequence[Sequence[Example]]) -> dict[str, np.ndarray]:
         """Makes one batch of the examples of every pipeline at one step.
@@ -249,35 +269,46 @@ class TrialsPipeline:
           parts: for each pipeline, the examples of the step.
 
         Returns:
-          The arrays of `collate` with an axis for the trials, [K, M, B, ...].
+          The batch, as the class describes it.
         """
-        shapes = [batch_shape(examples, self.pipelines[0].pad_multiple) for examples in parts]
-        length, answers = (max(axis) for axis in zip(*shapes, strict=True))
-        batches = [
-            dataclasses.replace(pipeline, length=length, answers=answers).collate(examples)
-            for pipeline, examples in zip(self.pipelines, parts, strict=True)
-        ]
-        return {name: np.stack([batches[member][name] for member in self.members]) for name in batches[0]}
+        arrays, plan = packed_arrays(*self.shared_out(parts), self.shape, self.passes)
+        first, end = self.columns or (0, self.shards)
+        for name, array in arrays.items():
+            by_pipeline = array.reshape(len(parts), self.shards, *array.shape[1:])[:, first:end]
+            arrays[name] = by_pipeline[list(self.members)]
+        tokens = [sum(len(example.tokens) for example in parts[member]) for member in self.members]
+        return {**arrays, **plan, "real_tokens": np.array(np.mean(tokens), np.float32)}
 
     def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         joined = grain.experimental.ZipMapDataset([pipeline.batches for pipeline in self.pipelines])
         return iter(joined.map(self.stack).to_iter_dataset(READ_OPTIONS))
 
 
-def make_trials_pipeline(examples: Sequence[Example], *, seeds: Sequence[int], **options: Any) -> TrialsPipeline:
+def make_trials_pipeline(
+    examples: Sequence[Example],
+    *,
+    seeds: Sequence[int],
+    shape: RowShape,
+    shards: int = 1,
+    columns: tuple[int, int] | None = None,
+    **options: Any,
+) -> TrialsPipeline:
     """Makes the pipeline of trials with these seeds.
 
     Args:
       examples: the examples of `tokenize`.
       seeds: [K], the seed of each trial.
+      shape: the shapes of the rows; the first width holds every example.
+      shards: S, the number of parts of a step that are computed side by side.
+      columns: the range of the shards that this process makes; None: all of them.
       **options: the other arguments of `make_pipeline`.
 
     Example:
       >>> example = Example(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
-      >>> pipeline = make_trials_pipeline([example] * 3, seeds=(7, 8, 7), batch_size=2)
+      >>> pipeline = make_trials_pipeline([example] * 3, seeds=(7, 8, 7), batch_size=2, shape=RowShape((8, 4)))
       >>> pipeline.steps, next(iter(pipeline))["tokens"].shape
-      (2, (3, 1, 2, 32))
+      (2, (3, 1, 3, 1, 8))
     """
     different = list(dict.fromkeys(seeds))
     pipelines = tuple(make_pipeline(examples, seed=seed, **options) for seed in different)
-    return TrialsPipeline(pipelines, tuple(different.index(seed) for seed in seeds))
+    return TrialsPipeline(pipelines, tuple(different.index(seed) for seed in seeds), shape, shards, columns)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mlora_jax.models.flash import Flash, flash_attend
+from mlora_jax.models.segments import attend_in_segments, fits_segments
 
 # A CPU attends from QUERIES queries of a row at a time, or from more where a row would have more than BLOCKS blocks.
 QUERIES, BLOCKS = 96, 16
@@ -37,6 +39,20 @@ class Spans:
     widths: tuple[int, ...]
 
 
+class Segments(NamedTuple):
+    """The texts of packed rows, which do not see each other.
+
+    Attributes:
+      ids: integers [B, T], the text of each token.
+      first_keys: int32 [B, T], the first key that each query sees; it sees all keys from there to itself.
+      windowed: whether a sliding window hides keys of the query's own text.
+    """
+
+    ids: jax.Array
+    first_keys: jax.Array
+    windowed: bool
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -45,12 +61,14 @@ def attend(
     causal: bool,
     spans: Spans | None = None,
     flash: Flash | None = None,
+    segments: Segments | None = None,
 ) -> jax.Array:
     """Computes softmax(q k' / sqrt(Hd)) v, where each key and value head serves H / KV query heads.
 
-    A TPU runs a flash kernel where there is no mask and rows are long. A CPU attends from one row of the batch and one
-    block of its queries at a time; the scores of a block stay in the cache and are computed again in the backward pass.
-    All other cases use `jax.nn.dot_product_attention`.
+    A TPU runs a flash kernel where rows are long and there is no mask, or only that of segments. A CPU attends within
+    each segment only, or, without segments, from one row of the batch and one block of its queries at a time; the
+    scores of a block stay in the cache and are computed again in the backward pass. All other cases use
+    `jax.nn.dot_product_attention`.
 
     Args:
       query: [B, T, H, Hd].
@@ -62,18 +80,26 @@ def attend(
         The results within texts are the same with spans and without. Results outside every text are undefined, and
         the function cannot be differentiated.
       flash: when and where the flash kernel runs; None: never.
+      segments: what the mask says, if it only hides other segments and what lies behind a window; None otherwise.
 
     Returns:
       [B, T, H, Hd] in the dtype of `query`. The softmax is computed in float32, or in float64 for float64.
     """
-    if flash is not None and mask is None and causal and flash.takes(query, key):
-        return flash_attend(query, key, value, flash.mesh)
+    if flash is not None and causal and flash.takes(query, key):
+        if mask is None:
+            return flash_attend(query, key, value, flash.mesh)
+        if segments is not None and not segments.windowed:
+            return flash_attend(query, key, value, flash.mesh, segment_ids=segments.ids)
     operands = (query, key, value) if mask is None else (query, key, value, mask)
     scores = math.prod(query.shape[:3]) * key.shape[1]
     other = _attend_in_float64 if query.dtype == jnp.float64 else _attend_at_once
     if scores <= LITTLE:
         return other(causal, *operands)
     blocks = functools.partial(_attend_in_blocks, causal)
+    on_a_mesh = flash is not None and flash.mesh is not None
+    if segments is not None and causal and fits_segments(query.shape[1]) and not on_a_mesh:
+        first_keys = segments.first_keys
+        blocks = lambda query, key, value, mask: attend_in_segments(query, key, value, first_keys)  # noqa: E731
     if spans is not None:
         blocks = functools.partial(_attend_in_spans, causal, spans)
     return jax.lax.platform_dependent(*operands, cpu=blocks, default=functools.partial(other, causal))

@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mlora_jax.models.attention import Spans
+from mlora_jax.models.attention import Segments, Spans
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.decoder_layers import (
     Cache,
@@ -34,6 +34,22 @@ from mlora_jax.models.flash import LEAST, Flash
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
 
+def _unstacked(state: Any, layers: int) -> Iterator[Any]:
+    """Yields the state of each layer. The gradient of a stacked array is then one concatenation."""
+    leaves, structure = jax.tree.flatten(state)
+    parts = [jax.lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
+    for index in range(layers):
+        yield jax.tree.unflatten(structure, [jnp.squeeze(part[index], axis=0) for part in parts])
+
+
+def _behind_window(texts: Segments | None, window: int | jax.Array) -> Segments | None:
+    """Returns segments of which a query sees no key further back than a window that ends with itself."""
+    if texts is None:
+        return None
+    last = jnp.arange(texts.first_keys.shape[1], dtype=jnp.int32)[None]
+    return Segments(texts.ids, jnp.maximum(texts.first_keys, last - window + 1), windowed=True)
+
+
 class Decoder(nnx.Module):
     """A Llama-family language model whose layers are one module with a leading layer axis.
 
@@ -44,6 +60,8 @@ class Decoder(nnx.Module):
 
     Attributes:
       remat: whether the backward pass computes the activations inside each layer again instead of storing them.
+      unroll: whether the layers are compiled one by one instead of as a loop. It saves a CPU the copies with which a
+        loop keeps activations for the backward pass, and costs compile time.
       placement: the placement of weights and activations on a mesh while the decoder runs, an object like
         `mlora_jax.parallel.rules.Placement`; None: one device.
       flash_from: the number of tokens per row from which a TPU attends by the flash kernel; None: never.
@@ -67,6 +85,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = False
+        self.unroll = False
         self.placement: Any = None
         self.flash_from: int | None = LEAST
         normal = nnx.initializers.normal(config.initializer_range)
@@ -163,7 +182,11 @@ class Decoder(nnx.Module):
         if cache is not None:
             slots = jnp.arange(cache[0].v.shape[2])[None, None, None]
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
-        x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, counted=counted)
+        texts = None
+        if segment_ids is not None and parent_ids is None and counted:
+            starts = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - positions
+            texts = Segments(segment_ids, starts, windowed=False)
+        x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, texts, counted=counted)
         return x if cache is None else (x, written)
 
     def prefill(self, tokens: jax.Array, slots: int) -> tuple[jax.Array, tuple[Cache, ...]]:
@@ -192,7 +215,7 @@ class Decoder(nnx.Module):
         return tuple(nnx.merge(graphdef, part) for part in parts)
 
     def _run_layers(
-        self, tokens, positions, mask, cache=None, layers=None, spans=None, *, counted=True, keep=False
+        self, tokens, positions, mask, cache=None, layers=None, spans=None, texts=None, *, counted=True, keep=False
     ) -> tuple[jax.Array, Any]:
         """Returns the hidden states and, with a cache, the new cache of each layer.
 
@@ -203,12 +226,14 @@ class Decoder(nnx.Module):
           cache: see `hidden`.
           layers: see `hidden`.
           spans: see `hidden`.
+          texts: the `Segments` of packed rows whose positions begin at zero in every segment; None otherwise.
           counted: whether the distance of any two positions of a row is below the number of keys.
           keep: whether to return, where no cache is given, a `Cache` of these tokens whose arrays begin with [L].
         """
         keys = positions if cache is None else jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
         windows = self._windows(keys.shape[1] if counted else None)
         if isinstance(windows, int):
+            texts = _behind_window(texts, windows)
             mask, windows = within_window(mask, windows, positions, keys), None
         placement = self.placement
         flash = Flash(self.flash_from, None if placement is None else placement.mesh)
@@ -219,11 +244,13 @@ class Decoder(nnx.Module):
         rotation = jnp.cos(angles), jnp.sin(angles)
 
         def run(layer, x, window, rotates, part):
-            seen = mask if window is None else within_window(mask, window, positions, keys)
+            seen, inside = mask, texts
+            if window is not None:
+                seen, inside = within_window(mask, window, positions, keys), _behind_window(texts, window)
             turn = rotation
             if rotates is not None:
                 turn = jnp.where(rotates, rotation[0], 1.0), jnp.where(rotates, rotation[1], 0.0)
-            return layer(x, turn, seen, positions, part, spans, flash)
+            return layer(x, turn, seen, positions, part, spans, flash, inside)
 
         if placement is None:
             x = self.embed_tokens(tokens)
@@ -240,6 +267,15 @@ class Decoder(nnx.Module):
                 written.append(part)
             return self.norm(x), tuple(written)
         graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
+        if self.unroll and not keep and placement is None and not jax.tree.leaves(mutable):
+            for index, state in enumerate(_unstacked(frozen, self.config.num_layers)):
+                window, rotates = (None if each is None else each[index] for each in (windows, rotary))
+
+                def one(x, state, window=window, rotates=rotates):
+                    return run(nnx.merge(graphdef, mutable, state), x, window, rotates, None)[0]
+
+                x = (jax.checkpoint(one) if self.remat else one)(x, state)
+            return self.norm(x), None
 
         def step(x, inputs):
             window, rotates, *state = inputs

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mlora_jax.models.attention import Spans, attend, attend_cached
+from mlora_jax.models.attention import Segments, Spans, attend, attend_cached
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.flash import Flash
 
@@ -170,6 +170,7 @@ class Attention(nnx.Module):
         cache: Cache | None,
         spans: Spans | None = None,
         flash: Flash | None = None,
+        segments: Segments | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Mixes [B, T, D] over time, and returns the result and the new cache.
 
@@ -184,7 +185,7 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is None:
-            mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash)
+            mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash, segments=segments)
             cache = Cache(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
         else:
             if mask is None:
@@ -244,9 +245,11 @@ class DecoderLayer(nnx.Module):
         cache: Cache | None,
         spans: Spans | None = None,
         flash: Flash | None = None,
+        segments: Segments | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Applies the layer to [B, T, D], and returns the result and the layer's new cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans, flash)
+        normed = self.input_layernorm(x)
+        mixed, cache = self.self_attn(normed, rotation, mask, positions, cache, spans, flash, segments)
         # The residual stream keeps its dtype even if an adapter that replaces a projection returns another one.
         x = x + mixed.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), cache

@@ -71,6 +71,7 @@ def flash_attend(
     value: jax.Array,
     mesh: Mesh | None = None,
     *,
+    segment_ids: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Computes softmax(q k' / sqrt(Hd)) v over the keys up to each query. The function can be differentiated.
@@ -84,6 +85,7 @@ def flash_attend(
       key: [B, T, KV, Hd].
       value: [B, T, KV, Hd].
       mesh: the mesh on which the arrays lie; None: one device.
+      segment_ids: integers [B, T]; a query sees keys of its own segment only. None: every row is one segment.
       interpret: whether to run the kernel's steps on any platform, which is slow and meant for tests.
 
     Returns:
@@ -94,7 +96,7 @@ def flash_attend(
     # This import stands here because the kernel's language takes a second to import.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def own_part(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def own_part(query: jax.Array, key: jax.Array, value: jax.Array, *ids: jax.Array) -> jax.Array:
         length, heads, features = query.shape[1:]
         size = next(size for size in BLOCKS if length % size == 0)
         names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
@@ -109,10 +111,14 @@ def flash_attend(
         query = (query.astype(jnp.float32) / math.sqrt(features)).astype(query.dtype)
         swapped = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B, H, T, Hd]
         # The kernel's declared type includes a pair, which it returns only where its residuals are asked for.
-        return cast(jax.Array, jax.vmap(kernel)(*swapped)).transpose(0, 2, 1, 3)
+        segments = (splash.SegmentIds(x, x) for x in ids)
+        return cast(jax.Array, jax.vmap(kernel)(*swapped, *segments)).transpose(0, 2, 1, 3)
 
+    ids = () if segment_ids is None else (segment_ids.astype(jnp.int32),)
     if mesh is None or mesh.size == 1:
-        return own_part(query, key, value)
+        return own_part(query, key, value, *ids)
     heads = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(None, None, heads, None)
-    return jax.shard_map(own_part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+    specs = (*(spec,) * 3, *(PartitionSpec(None, None) for _ in ids))
+    part = jax.shard_map(own_part, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return part(query, key, value, *ids)

@@ -154,31 +154,33 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 class GlobalBatches:
-    """Iterates over the batches of all processes; each process reads only its own rows of them.
+    """Iterates over the batches of all processes; each process reads only its own shards of them.
 
     Args:
-      batches: an iterator over arrays [K, M, rows of this process, ...], with `get_state` and `set_state`.
+      batches: an iterator over the batches of a `TrialsPipeline`: arrays [K, shards of this process, ...], and arrays
+        with fewer than four axes, which are the same in all processes. It has `get_state` and `set_state`.
       mesh: the mesh of the devices of all processes.
-      rows: B, the number of rows over all processes.
-      columns: (first, end), the range of the rows of this process.
+      shards: S, the number of shards over all processes.
+      columns: (first, end), the range of the shards of this process.
     """
 
-    def __init__(self, batches: ResumableBatches, mesh: Mesh, rows: int, columns: tuple[int, int]) -> None:
-        self._batches, self._mesh, self._rows, self._first = batches, mesh, rows, columns[0]
+    def __init__(self, batches: ResumableBatches, mesh: Mesh, shards: int, columns: tuple[int, int]) -> None:
+        self._batches, self._mesh, self._shards, self._first = batches, mesh, shards, columns[0]
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> dict[str, jax.Array]:
-        return {name: self._placed(array) for name, array in next(self._batches).items()}
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._batches)
+        return {name: self._placed(array) if array.ndim >= 4 else array for name, array in batch.items()}
 
     def _placed(self, array: np.ndarray) -> jax.Array:
-        shape = (*array.shape[:2], self._rows, *array.shape[3:])
-        sharding = rows_sharding(self._mesh, array.ndim, 2, trials=True)
+        shape = (array.shape[0], self._shards, *array.shape[2:])
+        sharding = rows_sharding(self._mesh, array.ndim, 1, trials=True)
 
         def part(index: Any) -> np.ndarray:
-            first, end, _ = index[2].indices(self._rows)
-            return array[(*index[:2], slice(first - self._first, end - self._first), *index[3:])]
+            first, end, _ = index[1].indices(self._shards)
+            return array[(index[0], slice(first - self._first, end - self._first), *index[2:])]
 
         return jax.make_array_from_callback(shape, sharding, part)
 

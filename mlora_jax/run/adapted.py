@@ -11,7 +11,7 @@ import jax
 import optax
 from flax import nnx
 
-from mlora_jax.adapters import AdaptedLayer, adapt, split
+from mlora_jax.adapters import AdaptedLayer, adapt, fold_in_training, split
 from mlora_jax.parallel.arrays import put_weights
 from mlora_jax.run.evaluators import Evaluator, make_evaluator, make_validation_loss
 from mlora_jax.training.phases import AdapterForm
@@ -20,6 +20,9 @@ from mlora_jax.training.trials_step import TrialsStep
 
 if TYPE_CHECKING:
     from mlora_jax.run.experiment import Experiment
+
+
+UNROLLED = 32  # the largest number of layers that a CPU's training step compiles one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +75,27 @@ def adapt_model(experiment: Experiment, form: AdapterForm, key: jax.Array) -> nn
 def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
     """The adapted model of a form, its base on the experiment's devices."""
     config, mesh = experiment.config, experiment.mesh
-    adapted = adapt_model(experiment, form, jax.random.key(0))
+    adapted: Any = adapt_model(experiment, form, jax.random.key(0))
+    on_one_cpu = jax.default_backend() == "cpu" and mesh is None
+    adapted.unroll = on_one_cpu and experiment.model.config.num_layers <= UNROLLED
+    fold_in_training(adapted, on=on_one_cpu)
     train_graphdef, base, adapter, profile = split(adapted)
     base = put_weights(base, mesh)
     if mesh is not None:
         adapter = jax.device_get(adapter)  # a template, of no use on a device
     adapted.eval()
+    adapted.unroll = False
+    fold_in_training(adapted, on=False)
     graphdef, *_ = split(adapted)
     names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
     optimizer = make_optimizer(**{name: config.train[name] for name in names})
-    options = dict(chunk=config.train.loss_chunk, mesh=mesh, engine=config.parallel.engine)
+    options = dict(
+        chunk=config.train.loss_chunk,
+        widths=experiment.row_shape.widths,
+        micro_batch=config.train.batch_size // config.train.accumulation,
+        mesh=mesh,
+        engine=config.parallel.engine,
+    )
     return Adapted(
         base=base,
         adapter=adapter,

@@ -10,12 +10,14 @@ import json
 from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import RankHierarchy
 from mlora_jax.data.load import TaskData, hold_out
+from mlora_jax.data.packing import RowShape, choose_row_shape
 from mlora_jax.data.pipeline import TrialsPipeline, make_trials_pipeline
 from mlora_jax.data.tokenize import Tokenized, check_vocabulary, tokenize
 from mlora_jax.evaluate.limits import warn_of_limits
@@ -23,6 +25,7 @@ from mlora_jax.models import Decoder, Tokenizer
 from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import GlobalBatches, local_rows
+from mlora_jax.parallel.mesh import shards_of
 from mlora_jax.run.adapted import Adapted, make_adapted
 from mlora_jax.run.inputs import (
     check_context,
@@ -174,12 +177,37 @@ class Experiment:
         """
         if self.mesh is None or hosts.count() == 1:
             return iter(self.pipeline(trials))
-        rows = self.config.train.batch_size // self.config.train.accumulation
-        columns = local_rows(self.mesh, rows)
-        return GlobalBatches(iter(self.pipeline(trials, columns=columns)), self.mesh, rows, columns)
+        shards = shards_of(self.mesh)
+        columns = local_rows(self.mesh, shards)
+        return GlobalBatches(iter(self.pipeline(trials, columns=columns)), self.mesh, shards, columns)
+
+    @functools.cached_property
+    def row_shape(self) -> RowShape:
+        """The shapes of the packed rows of all trials.
+
+        Raises:
+          ValueError: `config.train.row_widths` has no width that holds the longest example.
+        """
+        options, lengths = self.config.train, [len(example.tokens) for example in self.examples.examples]
+        if options.row_widths:
+            widths = tuple(sorted(options.row_widths, reverse=True))
+            if widths[0] < max(lengths):
+                raise ValueError(
+                    f"the longest example has {max(lengths)} tokens, more than the largest of "
+                    f"config.train.row_widths {widths}: give a width of {max(lengths)} or more, or leave it at ()"
+                )
+            return RowShape(widths, max(options.rows_at_once, 1))
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        shape = choose_row_shape(
+            lengths,
+            -(-options.batch_size // shards_of(self.mesh)),
+            accumulation=options.accumulation,
+            accelerator=device.platform != "cpu",
+        )
+        return shape._replace(rows=options.rows_at_once or shape.rows)
 
     def pipeline(self, trials: Sequence[Trial], columns: tuple[int, int] | None = None) -> TrialsPipeline:
-        """The batches of these trials; of their rows those of `columns`, see `mlora_jax.data.pipeline.collate`."""
+        """The packed batches of these trials; of their shards those of `columns`."""
         return make_trials_pipeline(
             self.examples.examples,
             seeds=[trial.seed for trial in trials],
@@ -187,6 +215,8 @@ class Experiment:
             accumulation=self.config.train.accumulation,
             epochs=self.config.train.epochs,
             pad_multiple=self.config.data.pad_multiple,
+            shape=self.row_shape,
+            shards=shards_of(self.mesh),
             columns=columns,
         )
 

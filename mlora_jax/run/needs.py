@@ -223,16 +223,17 @@ def _some_batches(asked: Asked) -> Iterator[dict[str, np.ndarray]]:
 
 def _batches(experiment: Experiment, trial: Trial) -> Iterator[dict[str, np.ndarray]]:
     """The training batches of a trial in its own order, micro-batches joined."""
-    for arrays in experiment.pipeline([trial]):
+    for arrays in experiment.pipeline([trial]).pipelines[0]:
         yield {name: np.reshape(part, (-1, part.shape[-1])) for name, part in arrays.items()}  # [M * B, ...]
 
 
 def _some_micro_batches(asked: Asked) -> Iterator[dict[str, np.ndarray]]:
     """The rows of `_some_batches`, as many at once as a training step holds."""
     experiment = asked.experiment
-    for arrays in itertools.islice(experiment.pipeline([asked.trial]), experiment.config.calibration.batches):
+    batches = experiment.pipeline([asked.trial]).pipelines[0]
+    for arrays in itertools.islice(batches, experiment.config.calibration.batches):
         for number in range(experiment.config.train.accumulation):
-            yield {name: part[0, number] for name, part in arrays.items()}  # of [1, M, B, ...]
+            yield {name: part[number] for name, part in arrays.items()}  # of [M, B, ...]
 
 
 NEEDS: dict[str, Callable[[Asked], Any]] = {

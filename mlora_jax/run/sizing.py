@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlora_jax.data import batch_shape
+from mlora_jax.data.packing import RowShape
 from mlora_jax.parallel import hosts
+from mlora_jax.parallel.mesh import shards_of
 from mlora_jax.parallel.rules import shardings
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.starts import first_state
@@ -22,7 +23,7 @@ from mlora_jax.trials import Trial
 
 
 class StepTiming(NamedTuple):
-    """The tokens of a timed step, padding included, and the median of its seconds."""
+    """The tokens that a timed step computes, padding included, and the median of its seconds."""
 
     tokens: int
     seconds: float
@@ -60,7 +61,7 @@ def fitting_trials(experiment: Experiment, group: Sequence[Trial]) -> int:
 
     def needed(count: int) -> int:
         count = _filled(experiment, count)
-        each = [memory_of(compile_largest(experiment, group[0], count, phase)) for phase in phases]
+        each = [memory_of(compile_step(experiment, group[0], count, phase)) for phase in phases]
         return max(each) + count * beside
 
     most = hosts.broadcast(largest_batch(needed, base, len(group), limit))
@@ -90,22 +91,15 @@ def time_steps(experiment: Experiment, trials: Sequence[Trial], steps: int, phas
         )
         jax.block_until_ready(metrics)
         seconds.append(time.monotonic() - start)
-    return StepTiming(arrays["tokens"].size, float(np.median(seconds[1:])))  # the first one compiles
+    tokens = experiment.row_shape.tokens(arrays["passes"]) * len(trials) * shards_of(experiment.mesh)
+    return StepTiming(tokens, float(np.median(seconds[1:])))  # the first one compiles
 
 
-def compile_largest(experiment: Experiment, trial: Trial, count: int, phase: int) -> jax.stages.Compiled:
-    """The step of `count` trials like this one in one of its phases at the largest batch shape there is."""
-    adapted, options, phases = experiment.adapted_for(trial), experiment.config.train, experiment.phases
-    rows = options.batch_size // options.accumulation
-    length, answers = batch_shape(experiment.examples.examples, experiment.config.data.pad_multiple)
-    integers = jax.ShapeDtypeStruct((options.accumulation, rows, length), jnp.int32)
-    positions = jax.ShapeDtypeStruct((options.accumulation, rows, answers), jnp.int32)
-    batch = {
-        "tokens": integers,
-        "positions": positions,
-        "targets": positions,
-        "weights": jax.ShapeDtypeStruct(positions.shape, jnp.float32),
-    }
+def compile_step(experiment: Experiment, trial: Trial, count: int, phase: int) -> jax.stages.Compiled:
+    """The step of `count` trials like this one in one of its phases."""
+    adapted, phases = experiment.adapted_for(trial), experiment.phases
+    shards, pipeline = shards_of(experiment.mesh), experiment.pipeline([trial])
+    batch = batch_shapes(experiment.row_shape, pipeline.passes, trials=count, shards=shards)
     keys = jax.eval_shape(lambda: trial_keys(0))
     draw = jax.eval_shape(phases.draws([trial], phase, stack_trees([trial_keys(0)])), 0)
 
@@ -118,12 +112,35 @@ def compile_largest(experiment: Experiment, trial: Trial, count: int, phase: int
         adapted.base,
         adapted.profile,
         many(_one_state(experiment, trial)),
-        many(batch),
+        batch,
         draw,
         schedule,
         many(keys.dropout),
         proximal=phases.shape(trial)[phase].proximal,
     )
+
+
+def batch_shapes(shape: RowShape, passes: int, *, trials: int, shards: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the arrays of a packed batch that the training step takes.
+
+    Args:
+      shape: the shapes of the rows.
+      passes: P, the size of the axis of passes.
+      trials: K.
+      shards: S.
+    """
+    width, leading = shape.widths[0], (trials, shards, passes)
+    rows = jax.ShapeDtypeStruct((*leading, shape.rows, width), jnp.int32)
+    answers = jax.ShapeDtypeStruct((*leading, shape.rows * width), jnp.int32)
+    return {
+        "tokens": rows,
+        "examples": rows,
+        "positions": answers,
+        "targets": answers,
+        "weights": jax.ShapeDtypeStruct(answers.shape, jnp.float32),
+        "passes": jax.ShapeDtypeStruct((len(shape.widths),), jnp.int32),
+        "answers": jax.ShapeDtypeStruct((passes,), jnp.int32),
+    }
 
 
 def _filled(experiment: Experiment, count: int) -> int:

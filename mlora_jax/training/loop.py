@@ -101,7 +101,7 @@ class Observer(Protocol):
           step: the number of finished steps.
           slot: which of the K trials.
           values: loss (the mean over the steps since the last log), gradient_norm and learning_rate (those of the last
-            step), tokens_per_second and finite.
+            step), tokens_per_second (of a trial, without padding) and finite.
         """
 
     def validate(self, step: int, adapters: Any, slots: Sequence[bool]) -> list[float | None]:
@@ -165,7 +165,7 @@ def train_trials(
 
     Args:
       phases: the phases in order; the first one begins at step 0.
-      batches: the batches of the steps from `loop.step` on, arrays [K, M, B, ...].
+      batches: the batches of the steps from `loop.step` on, as a `TrialsPipeline` makes them.
       state: the arrays to start from; their buffers are consumed. At the step at which a phase begins, this is the
         state before the phase's `start`.
       loop: the state of the loop to start from; it is updated in place.
@@ -203,7 +203,7 @@ def train_trials(
             )  # the host stays at most one step ahead of the device, see ChoiceEvaluator
         state = state._replace(trials=trials)
         pending.append(metrics["loss"])
-        loop.step, tokens = loop.step + 1, tokens + math.prod(batch["tokens"].shape[1:])
+        loop.step, tokens = loop.step + 1, tokens + float(batch["real_tokens"])
         last = loop.step == steps
         if due(cadence.log) or last:
             collect()

@@ -52,7 +52,17 @@ def _is_likeliest(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return ~jnp.any(~(logits <= chosen) | (earlier & (logits == chosen)), axis=-1)
 
 
-def answer_loss(graphdef: Any, base: Any, adapter: Any, profile: Any, batch: AnswerBatch, *, chunk: int) -> jax.Array:
+def answer_loss(
+    graphdef: Any,
+    base: Any,
+    adapter: Any,
+    profile: Any,
+    batch: AnswerBatch,
+    *,
+    chunk: int,
+    segment_ids: jax.Array | None = None,
+    answers: jax.Array | None = None,
+) -> jax.Array:
     """Returns the sum over answer tokens of weight times negative log-likelihood, in nats.
 
     The loss is differentiable with respect to `adapter`, including an adapted `lm_head`, and to profiles. For
@@ -66,6 +76,9 @@ def answer_loss(graphdef: Any, base: Any, adapter: Any, profile: Any, batch: Ans
       profile: the profile tree, with one profile, or one per example [B, R] or token [B, T, R] (`set_profile`).
       batch: one micro-batch.
       chunk: how many answer positions have logits at one time, at least 1.
+      segment_ids: integers [B, T], for rows that hold several texts; see `Decoder.hidden`.
+      answers: int32 scalar, the number of answer positions that count, which are the first ones of a batch whose
+        positions have the shape [A]; the logits of the others are not computed. None: all positions count.
 
     Returns:
       A float32 scalar (float64 for a float64 model).
@@ -74,10 +87,12 @@ def answer_loss(graphdef: Any, base: Any, adapter: Any, profile: Any, batch: Ans
       ValueError: the shape of a profile per example or token does not fit the batch.
     """
     model = nnx.merge(graphdef, base, adapter, profile)
-    asked = (_answer_states(model, batch), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
-    chunks = [_in_chunks(x, chunk) for x in asked]
+    states = _answer_states(model, batch, segment_ids=segment_ids)
+    chunks = [_in_chunks(x, chunk) for x in (states, batch["targets"].reshape(-1), batch["weights"].reshape(-1))]
     graphdef, head, rest, profiles = _split_head(model, batch, chunk)
-    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, *chunks)
+    size = chunks[0].shape[1]
+    count = jnp.asarray(len(chunks[0]) if answers is None else (answers + size - 1) // size, jnp.int32)
+    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, count, *chunks)
 
 
 def answer_scores(
@@ -164,30 +179,38 @@ def _chunk_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(graphdef, head, rest, profiles, hidden, targets, weights) -> jax.Array:
-    """Returns the loss over chunks.
+def _chunked_loss(graphdef, head, rest, profiles, count, hidden, targets, weights) -> jax.Array:
+    """Returns the loss over the first `count` chunks.
 
     hidden is [chunks, chunk, D], targets and weights are [chunks, chunk], and profiles are [chunks, chunk, R].
     """
-    losses = jax.lax.map(lambda xs: _chunk_loss(graphdef, head, rest, *xs), (profiles, hidden, targets, weights))
-    return jnp.sum(losses)
+    xs = profiles, hidden, targets, weights
+
+    def add(index, loss):
+        return loss + _chunk_loss(graphdef, head, rest, *jax.tree.map(lambda x: x[index], xs))
+
+    return jax.lax.fori_loop(0, count, add, jnp.zeros((), jax.eval_shape(lambda: add(0, 0.0)).dtype))
 
 
-def _forward(graphdef, head, rest, profiles, hidden, targets, weights):
+def _forward(graphdef, head, rest, profiles, count, hidden, targets, weights):
     gradient = jax.value_and_grad(functools.partial(_chunk_loss, graphdef), argnums=(0, 2, 3))
+    xs = profiles, hidden, targets, weights
 
-    def one(head_gradient: Any, xs):
-        loss, (d_head, *d_others) = gradient(head, rest, *xs)
-        return jax.tree.map(jnp.add, head_gradient, d_head), (loss, d_others)
+    def add(index, carry):
+        loss, d_head, d_others = carry
+        more, (more_head, *others) = gradient(head, rest, *jax.tree.map(lambda x: x[index], xs))
+        put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part.astype(x.dtype), index, 0)  # noqa: E731
+        return loss + more, jax.tree.map(jnp.add, d_head, more_head), jax.tree.map(put, d_others, tuple(others))
 
-    start = jax.tree.map(jnp.zeros_like, head)
-    d_head, (losses, (d_profiles, d_hidden)) = jax.lax.scan(one, start, (profiles, hidden, targets, weights))
-    return jnp.sum(losses), (d_head, d_profiles, d_hidden)
+    dtype = jax.eval_shape(lambda: gradient(head, rest, *jax.tree.map(lambda x: x[0], xs))[0]).dtype
+    start = jnp.zeros((), dtype), *jax.tree.map(jnp.zeros_like, (head, (profiles, hidden)))
+    loss, d_head, (d_profiles, d_hidden) = jax.lax.fori_loop(0, count, add, start)
+    return loss, (d_head, d_profiles, d_hidden)
 
 
 def _backward(graphdef, residuals, g):
     d_head, d_profiles, d_hidden = jax.tree.map(lambda x: (x * g).astype(x.dtype), residuals)
-    return d_head, None, d_profiles, d_hidden, None, None
+    return d_head, None, d_profiles, None, d_hidden, None, None
 
 
 _chunked_loss.defvjp(_forward, _backward)

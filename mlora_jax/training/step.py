@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,14 +97,47 @@ def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrialSt
     return TrialState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32), finite=~no, stopped=no)
 
 
+class PackedRows(NamedTuple):
+    """The rows of one trial's step. The arrays are described at `mlora_jax.data.packing.packed_arrays`.
+
+    Attributes:
+      tokens: [P, b, T] int32.
+      examples: [P, b, T] int32, the number of the token's example in the step, -1 for padding.
+      positions: [P, b T] int32.
+      targets: [P, b T] int32.
+      weights: [P, b T] float32.
+    """
+
+    tokens: jax.Array
+    examples: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+class Passes(NamedTuple):
+    """The passes over the rows of a step, which all trials and shards have in common.
+
+    Attributes:
+      passes: int32 [number of widths], the number of passes of each width.
+      answers: int32 [P], the largest number of answers in each pass.
+    """
+
+    passes: jax.Array
+    answers: jax.Array
+
+
 def train_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     chunk: int,
+    widths: Sequence[int],
+    micro_batch: int,
     base: Any,
     profile: Any,
     state: TrialState,
-    batch: AnswerBatch,
+    rows: PackedRows,
+    plan: Passes,
     draw: Draw,
     schedule: Schedule,
     dropout_key: jax.Array,
@@ -112,57 +145,68 @@ def train_step(
     proximal: Callable[[Any], Any] | None = None,
     sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
-    """Takes one optimizer step on M micro-batches with N profiles each.
+    """Takes one optimizer step on packed rows with N profiles each.
 
-    The loss is the mean over the answer tokens of all M micro-batches and the weighted mean over the N profiles, so
-    accumulation changes the memory and not the result. The function is pure: `jax.jit` takes it with the first three
+    The loss is the mean over the answer tokens of all rows and the weighted mean over the N profiles. How the examples
+    lie in rows changes the cost and not the result. The function is pure: `jax.jit` takes it with the first five
     arguments static, and `jax.vmap` maps it over trials.
 
     Args:
       graphdef: the graph definition of the adapted decoder in training mode.
       optimizer: the optimizer that `make_optimizer` returned.
       chunk: how many answer positions have logits at one time.
+      widths: the widths of the rows in falling order, at most T.
+      micro_batch: B, the number of examples of a micro-batch.
       base: the frozen tree.
       profile: the profile tree; its values are replaced by the draw's.
       state: the adapter, the optimizer state and the step.
-      batch: the arrays of an `AnswerBatch` with a leading M.
-      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N].
+      rows: the rows.
+      plan: the passes over the rows.
+      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N]. Example number
+        m B + e of the step gets the profile of micro-batch m, and the one of e if every example has its own.
       schedule: the learning rate and the lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
       proximal: the function that is applied to the adapter after the update, `mlora_jax.core.Update.proximal`.
-      sharded: whether the step is mapped over shards of the rows by an axis named `SHARDS`. Gradients are summed over
-        this axis once, after all micro-batches, and the result is the same in every shard.
+      sharded: whether the step is mapped over shards of the examples by an axis named `SHARDS`. Gradients are summed
+        over this axis once, after all rows, and the result is the same in every shard.
 
     Returns:
       The next state, and a dict of scalars: loss (nats per answer token), gradient_norm (before clipping),
       learning_rate and finite (bool).
     """
     total = functools.partial(jax.lax.psum, axis_name=SHARDS) if sharded else lambda tree: tree
-    answers = jnp.maximum(total(jnp.sum(batch["weights"])), 1.0)
+    answers = jnp.maximum(total(jnp.sum(rows.weights)), 1.0)
     count = draw.profiles.shape[1]
-
-    def loss_under(adapter, micro_batch, p, weight, key):
-        values = set_profile(profile, p if draw.per_example else p[0], per_example=draw.per_example)  # p [E, R]
-        values = set_dropout_key(values, key)
-        nats = answer_loss(graphdef, base, adapter, values, micro_batch, chunk=chunk)
-        return nats * (weight / answers).astype(nats.dtype)
-
-    def add_profile(carry, xs):
-        loss, gradient = jax.value_and_grad(loss_under)(state.adapter, *xs)
-        return jax.tree.map(jnp.add, carry, (loss.astype(carry[0].dtype), gradient)), None
-
-    def add_micro_batch(carry, xs):
-        micro_batch, profiles, key = xs
-        keys = jax.random.split(key, count)
-        each = (profiles, draw.loss_weights, keys)
-        return jax.lax.scan(lambda c, x: add_profile(c, (micro_batch, *x)), carry, each)[0], None
-
-    zero = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter))
     key = jax.random.fold_in(dropout_key, state.step)
     key = jax.random.fold_in(key, jax.lax.axis_index(SHARDS)) if sharded else key
-    keys = jax.random.split(key, draw.profiles.shape[0])
-    (loss, gradient), _ = jax.lax.scan(add_micro_batch, zero, (batch, draw.profiles, keys))
-    loss, gradient = total((loss, gradient))
+
+    def loss_under(adapter, part: PackedRows, found, p, weight, key):
+        p, per_token = _profiles_of(p, part.examples, micro_batch, per_example=draw.per_example)
+        values = set_dropout_key(set_profile(profile, p, per_example=per_token), key)
+        batch = AnswerBatch(tokens=part.tokens, positions=part.positions, targets=part.targets, weights=part.weights)
+        texts = dict(segment_ids=part.examples, answers=found)
+        nats = answer_loss(graphdef, base, adapter, values, batch, chunk=chunk, **texts)
+        return nats * (weight / answers).astype(nats.dtype)
+
+    def add_pass(width, first, number, carry):
+        part = _rows_of_pass(rows, first + number, width)
+        own = jax.random.fold_in(key, first + number)
+        xs = draw.profiles.swapaxes(0, 1), draw.loss_weights, jax.random.split(own, count)  # profiles [N, M, E, R]
+
+        def add_profile(carry, x):
+            gradient = jax.value_and_grad(loss_under)
+            loss, gradient = gradient(state.adapter, part, plan.answers[first + number], *x)
+            return jax.tree.map(jnp.add, carry, (loss.astype(carry[0].dtype), gradient)), None
+
+        if count == 1:
+            return add_profile(carry, jax.tree.map(lambda x: x[0], xs))[0]
+        return jax.lax.scan(add_profile, carry, xs)[0]
+
+    carry, first = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter)), jnp.int32(0)
+    for index, width in enumerate(widths):
+        carry = jax.lax.fori_loop(0, plan.passes[index], functools.partial(add_pass, width, first), carry)
+        first += plan.passes[index]
+    loss, gradient = total(carry)
 
     gradient = scale_ranks(gradient, draw.update_mask)
     rate = learning_rate_at(schedule, state.step)
@@ -183,3 +227,30 @@ def train_step(
     )
     metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "finite": finite}
     return TrialState(adapter, optimizer_state, step, finite, state.stopped), metrics
+
+
+def _rows_of_pass(rows: PackedRows, number: jax.Array, width: int) -> PackedRows:
+    """Returns the rows of a pass: tokens and examples [b, width], positions, targets and weights [b width]."""
+    part = PackedRows._make(jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in rows)
+    answers = len(part.tokens) * width
+    tokens, examples = part.tokens[:, :width], part.examples[:, :width]
+    return PackedRows(tokens, examples, *(x[:answers] for x in (part.positions, part.targets, part.weights)))
+
+
+def _profiles_of(p: jax.Array, examples: jax.Array, micro_batch: int, *, per_example: bool) -> tuple[jax.Array, bool]:
+    """Returns the profiles of the tokens of a pass.
+
+    Args:
+      p: [M, E, R], the profiles of all micro-batches.
+      examples: int32 [b, T], the number of the token's example in the step; -1 for padding, which has a zero profile.
+      micro_batch: B, the number of examples of a micro-batch.
+      per_example: whether every example has a profile of its own.
+
+    Returns:
+      (profile, whether it is one per token): [b, T, R] and true, or [R] and false where all tokens share one.
+    """
+    if not per_example and len(p) == 1:
+        return p[0, 0], False
+    each = p.reshape(-1, p.shape[-1])
+    number = examples if per_example else examples // micro_batch
+    return jnp.take(each, jnp.where(examples < 0, len(each), number), axis=0, mode="fill", fill_value=0), True

@@ -1,11 +1,11 @@
-"""The training step of K trials at once, compiled once for every shape, on one device or on a mesh."""
+"""The training step of K trials at once, compiled once for every number of profiles, on one device or on a mesh."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,31 +14,44 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.policies import Draw
-from mlora_jax.parallel.arrays import put, split_rows
+from mlora_jax.parallel.arrays import put
 from mlora_jax.parallel.mesh import ROWS, shards_of
 from mlora_jax.parallel.rules import replicated, rows_sharding, shardings
-from mlora_jax.training.step import SHARDS, TrialState, train_step
+from mlora_jax.training.step import SHARDS, PackedRows, Passes, TrialState, train_step
 
 Proximal = Callable[[Any], Any]  # adapter -> adapter, applied after the update
+
+
+def split_batch(batch: Mapping[str, Any]) -> tuple[PackedRows, Passes]:
+    """Returns the arrays of a packed batch that the training step takes.
+
+    Args:
+      batch: the arrays by name; it may hold others.
+    """
+    rows = PackedRows(**{name: batch[name] for name in PackedRows._fields})
+    return rows, Passes(**{name: batch[name] for name in Passes._fields})
 
 
 class TrialsStep:
     """Runs `train_step` for K trials at once on one frozen base.
 
-    There is one executable for each K, number of profiles and batch shape. The arguments of a call are the base and
-    the profile tree, then state, batch, draw, schedule and dropout key with a leading K, and the proximal step of the
-    phase's update rule. The state's buffers are reused for the result.
+    There is one executable for each K, number of profiles and update rule: all batches of a run have the same shapes.
+    The arguments of a call are the base and the profile tree, then state, batch, draw, schedule and dropout key, and
+    the proximal step of the phase's update rule. All but the batch's plan have a leading K, and the arrays of the
+    batch [K, S]. The state's buffers are reused for the result.
 
-    On a mesh the trials lie along `trial` and the rows of a batch along `data` and `fsdp`. Every shard of the rows has
-    a gradient of its own. The gradients are summed once, at the end of the step.
+    On a mesh the trials lie along `trial` and the shards of a batch along `data` and `fsdp`. Every shard has a
+    gradient of its own. The gradients are summed once, at the end of the step.
 
     Args:
       graphdef: the graph definition of the adapted decoder in training mode.
       optimizer: the optimizer that `make_optimizer` returned.
       chunk: how many answer positions have logits at one time.
-      mesh: the mesh, or None for one device. K is a multiple of its `trial`, B a multiple of its `data` x `fsdp`.
-      engine: "jit", or "pmap" for `jax.pmap` over the rows. With "pmap" everything but the rows is replicated on all
-        devices of one host.
+      widths: the widths of packed rows, in falling order.
+      micro_batch: B, the number of examples of a micro-batch.
+      mesh: the mesh, or None for one device. K is a multiple of its `trial`, S is its `data` x `fsdp`.
+      engine: "jit", or "pmap" for `jax.pmap` over the shards. With "pmap" everything but the batch is replicated on
+        all devices of one host.
     """
 
     def __init__(
@@ -47,54 +60,73 @@ class TrialsStep:
         optimizer: optax.GradientTransformation,
         *,
         chunk: int,
+        widths: Sequence[int],
+        micro_batch: int,
         mesh: Mesh | None = None,
         engine: str = "jit",
     ) -> None:
-        self._step = functools.partial(train_step, graphdef, optimizer, chunk)
+        self._step = functools.partial(train_step, graphdef, optimizer, chunk, tuple(widths), micro_batch)
         self._mesh, self._engine = mesh, engine if shards_of(mesh) > 1 else "jit"
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         self._seconds: list[float] = []
 
-    def compile(self, *arguments: Any, proximal: Proximal | None = None) -> jax.stages.Compiled:
+    def compile(
+        self,
+        base: Any,
+        profile: Any,
+        state: Any,
+        batch: Mapping[str, Any],
+        *others: Any,
+        proximal: Proximal | None = None,
+    ) -> jax.stages.Compiled:
         """Returns the executable for arguments of these shapes.
 
         Args:
-          arguments: the arguments of a call, as arrays or `jax.ShapeDtypeStruct`s.
+          base, profile, state, batch, others: the arguments of a call, as arrays or `jax.ShapeDtypeStruct`s.
           proximal: the proximal step of the update rule, or None.
         """
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2:]))
-        key = proximal, jax.tree.structure(arguments[2:]), shapes
+        arguments = state, *split_batch(batch), *others
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+        key = proximal, jax.tree.structure(arguments), shapes
         if key not in self._executables:
             start = time.monotonic()
             if self._mesh is not None:
-                base, profile, *rest = arguments
-                rest = jax.eval_shape(self._arrange, *rest)
-                arguments = base, profile, *map(_laid_out, rest, self.layout(*rest))
-            self._executables[key] = self._traceable(arguments, proximal).lower(*arguments).compile()
+                arguments = jax.eval_shape(self._arrange, *arguments)
+                arguments = tuple(map(_laid_out, arguments, self.layout(*arguments)))
+            traceable = self._traceable(base, arguments, proximal)
+            self._executables[key] = traceable.lower(base, profile, *arguments).compile()
             self._seconds.append(time.monotonic() - start)
         return self._executables[key]
 
     def __call__(
-        self, base: Any, profile: Any, *arguments: Any, proximal: Proximal | None = None
+        self,
+        base: Any,
+        profile: Any,
+        state: TrialState,
+        batch: Mapping[str, Any],
+        *others: Any,
+        proximal: Proximal | None = None,
     ) -> tuple[TrialState, dict[str, jax.Array]]:
-        compiled = self.compile(base, profile, *arguments, proximal=proximal)
+        compiled = self.compile(base, profile, state, batch, *others, proximal=proximal)
+        arguments = state, *split_batch(batch), *others
         if self._mesh is not None:
             arguments = self._arrange(*arguments)
             arguments = tuple(map(put, arguments, self.layout(*arguments)))
         return compiled(base, profile, *arguments)
 
-    def _arrange(self, state, batch, draw, schedule, keys) -> tuple:
-        """Returns the arguments as the engine takes them: `jax.pmap` needs batch and profiles as [S, K, ...]."""
+    def _arrange(self, state, rows: PackedRows, plan: Passes, draw, schedule, keys) -> tuple:
+        """Returns the arguments as the engine takes them: `jax.pmap` needs the rows as [S, K, ...]."""
         if self._engine == "pmap":
-            batch, draw = _in_shards(batch, draw, shards_of(self._mesh), trials=True)
-        return state, batch, draw, schedule, keys
+            rows = jax.tree.map(lambda x: x.swapaxes(0, 1), rows)
+        return state, rows, plan, draw, schedule, keys
 
-    def layout(self, state: Any, batch: Any, draw: Draw, schedule: Any, keys: Any) -> tuple:
+    def layout(self, state: Any, rows: PackedRows, plan: Passes, draw: Draw, schedule: Any, keys: Any) -> tuple:
         """Returns the trees of shardings of the arguments that follow base and profile tree.
 
         Args:
           state: the state of K trials.
-          batch: the batches of K trials.
+          rows: the rows of K trials, [K, S, ...].
+          plan: the passes over the rows.
           draw: the draws of K trials.
           schedule: the schedules of K trials.
           keys: the dropout keys of K trials.
@@ -104,40 +136,34 @@ class TrialsStep:
         """
         if self._mesh is None:
             raise ValueError("a training step on one device has no layout on a mesh")
-        whole = replicated(self._mesh)
+        mesh, whole = self._mesh, replicated(self._mesh)
         if self._engine == "pmap":
-            rows, trial, state = (
-                NamedSharding(self._mesh, PartitionSpec(ROWS)),
-                whole,
-                jax.tree.map(lambda _: whole, state),
-            )
-            batch, profiles = jax.tree.map(lambda _: rows, batch), rows if draw.per_example else whole
+            lie, trial = NamedSharding(self._mesh, PartitionSpec(ROWS)), whole
+            state, rows = jax.tree.map(lambda _: whole, state), jax.tree.map(lambda _: lie, rows)
         else:
             trial, state = NamedSharding(self._mesh, PartitionSpec("trial")), shardings(state, self._mesh, trials=True)
-            rows = functools.partial(rows_sharding, self._mesh, trials=True)
-            batch = jax.tree.map(lambda leaf: rows(leaf.ndim, 2), batch)
-            profiles = rows(5, 3) if draw.per_example else trial
-        draw = dataclasses.replace(draw, profiles=profiles, update_mask=trial, column_rates=trial, loss_weights=trial)
-        return state, batch, draw, jax.tree.map(lambda _: trial, schedule), trial
+            rows = jax.tree.map(lambda leaf: rows_sharding(mesh, leaf.ndim, 1, trials=True), rows)
+        draw = dataclasses.replace(draw, profiles=trial, update_mask=trial, column_rates=trial, loss_weights=trial)
+        plan = jax.tree.map(lambda _: whole, plan)
+        return state, rows, plan, draw, jax.tree.map(lambda _: trial, schedule), trial
 
-    def _traceable(self, arguments, proximal: Proximal | None):
+    def _traceable(self, base, arguments, proximal: Proximal | None):
         """Returns the traceable function for arguments of this structure."""
-        shards, in_axes = shards_of(self._mesh), (None, None, 0, 0, 0, 0, 0)
-        step = functools.partial(self._step, proximal=proximal)
+        state, rows, *_ = arguments
+        shards, by_trial = shards_of(self._mesh), (None, None, 0, 0, None, 0, 0, 0)
+        step = functools.partial(self._step, proximal=proximal, sharded=shards > 1)
+        over_shards: dict[str, Any] = dict(in_axes=(None, None, None, 0, *(None,) * 4), out_axes=None, axis_name=SHARDS)
         if self._mesh is None:
-            return jax.jit(jax.vmap(step, in_axes=in_axes), donate_argnums=2)
-        step = functools.partial(step, sharded=shards > 1)
+            return jax.jit(_of_few(_of_one_shard(step), len(rows.tokens), by_trial), donate_argnums=2)
         if self._engine == "pmap":
-            return jax.pmap(
-                jax.vmap(step, in_axes=in_axes),
-                **_over_shards(arguments[4]),
-                devices=list(self._mesh.devices.flat),
-                donate_argnums=2,
-            )
+            step, devices = jax.vmap(step, in_axes=by_trial), list(self._mesh.devices.flat)
+            return jax.pmap(step, **over_shards, devices=devices, donate_argnums=2)
         if shards > 1:
-            step = functools.partial(_step_in_shards, step, shards)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, arguments[2]), replicated(self._mesh)
-        step = jax.vmap(step, in_axes=in_axes, spmd_axis_name="trial")
+            step = jax.vmap(step, **over_shards, spmd_axis_name=ROWS)
+        else:
+            step = _of_one_shard(step)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(self._mesh)
+        step = jax.vmap(step, in_axes=by_trial, spmd_axis_name="trial")
         return jax.jit(step, donate_argnums=2, out_shardings=placed)
 
     @property
@@ -161,27 +187,25 @@ def _laid_out(tree, placed):
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
 
 
-def _step_in_shards(step, shards: int, base, profile, state, batch, draw: Draw, schedule, key):
-    """Maps the step of one trial over shards of its rows."""
-    batch, draw = _in_shards(batch, draw, shards, trials=False)
-    mapped = jax.vmap(step, **_over_shards(draw), spmd_axis_name=ROWS)
-    return mapped(base, profile, state, batch, draw, schedule, key)
+def _of_one_shard(step):
+    """Returns a step that takes rows [S, ...] of a single shard."""
+
+    def alone(base, profile, state, rows, *others):
+        return step(base, profile, state, jax.tree.map(lambda x: x[0], rows), *others)
+
+    return alone
 
 
-def _over_shards(draw: Draw) -> dict[str, Any]:
-    """Returns the arguments with which `jax.vmap` or `jax.pmap` maps a training step over shards of its rows."""
-    profiles = 0 if draw.per_example else None
-    drawn = dataclasses.replace(draw, profiles=profiles, update_mask=None, column_rates=None, loss_weights=None)
-    return dict(in_axes=(None, None, None, 0, drawn, None, None), out_axes=None, axis_name=SHARDS)
+def _of_few(step, trials: int, in_axes: tuple):
+    """Returns the step of K trials. One trial is not mapped, because a mapped product is slower on a CPU."""
+    if trials > 1:
+        return jax.vmap(step, in_axes=in_axes)
 
+    def alone(*arguments):
+        one = (
+            x if axis is None else jax.tree.map(lambda leaf: leaf[0], x)
+            for x, axis in zip(arguments, in_axes, strict=True)
+        )
+        return jax.tree.map(lambda leaf: leaf[None], step(*one))
 
-def _in_shards(batch, draw: Draw, shards: int, *, trials: bool) -> tuple[Any, Draw]:
-    """Returns rows [M, B, ...] as [S, M, B / S, ...], and profiles per example likewise.
-
-    With `trials` the rows have a leading K, and the result is [S, K, M, B / S, ...].
-    """
-    axis = 1 + trials
-    batch = jax.tree.map(lambda x: split_rows(x, axis, shards), batch)
-    if draw.per_example:
-        draw = dataclasses.replace(draw, profiles=split_rows(draw.profiles, axis + 1, shards))
-    return batch, draw
+    return alone

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlora_jax.data.packing import RowShape
 from mlora_jax.data.pipeline import batch_shape, collate, make_pipeline, make_trials_pipeline
 from mlora_jax.data.tokenize import Example
 
@@ -205,24 +206,45 @@ def test_collate_names_what_does_not_fit():
         collate(some_examples(3), batch_size=2)
 
 
-def test_trials_follow_their_own_seeds_in_one_shape():
+def tokens_by_example(batch, trial):
+    """Number of the example in the step -> its tokens, of a packed batch."""
+    numbers, tokens = batch["examples"][trial].reshape(-1), batch["tokens"][trial].reshape(-1)
+    return {number: tokens[numbers == number].tolist() for number in set(numbers.tolist()) - {-1}}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_trials_follow_their_own_seeds_in_one_shape(shards):
     examples = [make_example(3 + 5 * (number % 7), 1 + number % 3, row=number) for number in range(23)]
-    options = {"batch_size": 4, "accumulation": 2, "epochs": 3, "pad_multiple": 8}
-    together = make_trials_pipeline(examples, seeds=(5, 9, 5), **options)
+    options = {"batch_size": 4, "accumulation": 2, "epochs": 3}
+    together = make_trials_pipeline(examples, seeds=(5, 9, 5), shape=RowShape((64, 48, 16)), shards=shards, **options)
     alone = {seed: make_pipeline(examples, seed=seed, **options) for seed in (5, 9)}
     assert together.steps == alone[5].steps == 18 and together.members == (0, 1, 0)
-    for stacked, five, nine in zip(together, alone[5], alone[9], strict=True):
-        for trial, batch in ((0, five), (1, nine), (2, five)):
-            for name, array in batch.items():
-                own = stacked[name][trial]
-                assert own.dtype == array.dtype and own.shape[:2] == array.shape[:2]
-                kept = own[..., : array.shape[-1]]
-                assert np.array_equal(kept, array) and not own[..., array.shape[-1] :].any()
+    shapes = set()
+    for step, batch in enumerate(together):
+        shapes.add(tuple((name, array.shape, array.dtype) for name, array in sorted(batch.items())))
+        for trial, seed in enumerate((5, 9, 5)):
+            own = alone[seed].examples_at(step)
+            expected = {number: example.tokens.tolist() for number, example in enumerate(own)}
+            assert tokens_by_example(batch, trial) == expected
+            assert batch["weights"][trial].sum() == sum(example.loss_mask.sum() for example in own)
+        five, nine = (sum(len(example.tokens) for example in alone[seed].examples_at(step)) for seed in (5, 9))
+        assert batch["real_tokens"] == np.float32((2 * five + nine) / 3)
+    assert len(shapes) == 1
+
+
+def test_a_process_makes_only_its_shards():
+    examples = [make_example(3 + number % 9, 1, row=number) for number in range(16)]
+    options = dict(seeds=(1, 2), shape=RowShape((32,)), shards=4, batch_size=8)
+    whole = make_trials_pipeline(examples, **options)
+    for part, all_of_it in zip(make_trials_pipeline(examples, columns=(1, 3), **options), whole, strict=True):
+        for name in ("tokens", "examples", "positions", "targets", "weights"):
+            np.testing.assert_array_equal(part[name], all_of_it[name][:, 1:3])
+        np.testing.assert_array_equal(part["passes"], all_of_it["passes"])
 
 
 def test_trials_resume_where_they_were():
     examples = [make_example(3 + number % 9, 1, row=number) for number in range(11)]
-    pipeline = make_trials_pipeline(examples, seeds=(1, 2), batch_size=2, epochs=2)
+    pipeline = make_trials_pipeline(examples, seeds=(1, 2), shape=RowShape((16,)), batch_size=2, epochs=2)
     first = iter(pipeline)
     for _ in range(4):
         next(first)

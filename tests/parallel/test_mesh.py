@@ -21,7 +21,7 @@ from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.inputs import run_mesh
 from mlora_jax.run.needs import NEEDS, collect
 from mlora_jax.run.readouts import read_out_trial
-from mlora_jax.run.sizing import compile_largest
+from mlora_jax.run.sizing import compile_step
 from mlora_jax.run.starts import first_state
 from mlora_jax.run.train import train
 from mlora_jax.training.records import read_json_lines
@@ -107,7 +107,7 @@ def test_keys_of_the_mesh(tmp_path):
     for changes, expected in meshes:
         with jax.default_device(None):
             experiment = Experiment.load(resolve({**config, "parallel": changes}))
-            program = compile_largest(experiment, expand_trials(experiment.config)[0], 2, 0)
+            program = compile_step(experiment, expand_trials(experiment.config)[0], 2, 0)
         assert {axis: size for axis, size in experiment.mesh.shape.items() if size > 1} == expected
         programs.add(program.as_text())
     assert len(programs) == len(meshes)

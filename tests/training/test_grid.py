@@ -94,7 +94,7 @@ def test_what_a_trial_needs_beside_its_step_counts(monkeypatch, keep, most):
     tiny._by_form[AdapterForm(4)] = types.SimpleNamespace(
         base={"w": jnp.zeros(250)}, adapter=adapter, optimizer=optimizer
     )
-    monkeypatch.setattr(sizing, "compile_largest", lambda experiment, trial, count, phase: 1000 + 1000 * count)
+    monkeypatch.setattr(sizing, "compile_step", lambda experiment, trial, count, phase: 1000 + 1000 * count)
     monkeypatch.setattr(sizing, "memory_of", lambda compiled: compiled)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert sizing.fitting_trials(tiny, expand_trials(config)[:1] * 12) == most

@@ -14,6 +14,7 @@ from flax import nnx
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy, draw_step, get_policy
 from mlora_jax.data import Example, make_trials_pipeline
+from mlora_jax.data.packing import RowShape
 from mlora_jax.models import Decoder
 from mlora_jax.training.draws import DrawnBy, compile_draws
 from mlora_jax.training.loop import BatchState, Cadence, Interrupted, LoopPhase, LoopState, train_trials
@@ -27,6 +28,9 @@ STEPS = 20
 HIERARCHY = RankHierarchy((1, 2, 4, 6), "sqrt")
 OPTIMIZER = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
 ONE_PROFILE = ["lora", "dylora", "dylora_frozen", "matryoshka"]
+
+
+SHAPE = RowShape((64, 32))
 
 
 def examples(count):
@@ -49,7 +53,7 @@ def parts(dtype, dropout):
     model = Decoder(tiny_config(), dtype=dtype, rngs=nnx.Rngs(0))
     make = functools.partial(adapt, model, 6, ("q_proj", "up_proj"), dropout=dropout)
     graphdef, base, _, profile = split(make(key=jax.random.key(0)))
-    return make, base, profile, TrialsStep(graphdef, OPTIMIZER, chunk=5)
+    return make, base, profile, TrialsStep(graphdef, OPTIMIZER, chunk=5, widths=SHAPE.widths, micro_batch=3)
 
 
 def train_together(trials, dtype, *, dropout=0.0, rate=1e-3, stop_at=None, saved=None):
@@ -58,7 +62,7 @@ def train_together(trials, dtype, *, dropout=0.0, rate=1e-3, stop_at=None, saved
     keys = stack_trees(trial_keys(seed) for _, seed in trials)
     state = stack_trees(init_state(split(make(key=trial_keys(seed).adapter))[2], OPTIMIZER) for _, seed in trials)
     pipeline = make_trials_pipeline(
-        examples(30), seeds=[seed for _, seed in trials], batch_size=6, accumulation=2, epochs=4, pad_multiple=16
+        examples(30), seeds=[seed for _, seed in trials], shape=SHAPE, batch_size=6, accumulation=2, epochs=4
     )
     assert pipeline.steps == STEPS
     count = len(trials)
@@ -192,7 +196,7 @@ def count_with(state, loop, cadence, *, steps=20, **calls):
     """Trains by `count_up`; returns the state, and what was logged as (step, trial, loss)."""
     logged = []
     calls = {"validate": untouched} | calls
-    batches = itertools.repeat({"tokens": np.zeros((1, 1))})
+    batches = itertools.repeat({"real_tokens": np.float32(1)})
     log = lambda at, trial, values: logged.append((at, trial, values["loss"]))  # noqa: E731
     phase = LoopPhase(0, untouched, lambda at: None, None, count_up)
     watching = observer(log=log, **calls)

@@ -12,13 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import POLICIES, RankHierarchy, draw_step, get_policy
-from mlora_jax.data import Example, collate
+from mlora_jax.data import Example
 from mlora_jax.models import load_decoder
 from mlora_jax.training.step import Schedule, init_state, make_optimizer
 from tests.oracles import torch_lora
-from tests.tiny import compile_step
+from tests.tiny import compile_step, pack_examples
 
-STEPS, RATE = 20, 1e-3
+STEPS, RATE, WIDTHS = 20, 1e-3, (32, 16)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
@@ -81,7 +81,7 @@ def oracle_factors(adapter):
 def shared_step(graphdef, **options):
     """Optimizer and step: methods of as many profiles differ in data alone, so they share an executable."""
     optimizer = make_optimizer(**options)
-    return optimizer, compile_step(graphdef, optimizer, chunk=5)
+    return optimizer, compile_step(graphdef, optimizer, chunk=5, widths=WIDTHS, examples=4)
 
 
 def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="fresh", loss_weights=None, **options):
@@ -100,7 +100,7 @@ def compare(folder, dtype, method, hierarchy, *, accumulation, targets, start="f
     optimizer, step = shared_step(graphdef, **options)
     state, schedule = init_state(adapter, optimizer), Schedule(RATE, 0, STEPS)
     for examples, draw in zip(steps, draws, strict=True):
-        batch = collate(examples, batch_size=4, accumulation=accumulation, pad_multiple=8, answers=4)
+        batch = pack_examples(examples, widths=WIDTHS)
         state, metrics = jax.block_until_ready(step(base, profile, state, batch, draw, schedule, jax.random.key(0)))
         assert metrics["finite"]
     expected = torch_lora.train(

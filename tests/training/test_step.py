@@ -12,10 +12,17 @@ from flax import nnx
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import POLICIES, Draw, RankHierarchy, draw_step, get_policy
-from mlora_jax.data import Example, collate
+from mlora_jax.data import Example
 from mlora_jax.models import Decoder
-from mlora_jax.training.step import Schedule, init_state, learning_rate_at, make_optimizer
-from tests.tiny import compile_step, tiny_config
+from mlora_jax.training.step import (
+    PackedRows,
+    Passes,
+    Schedule,
+    init_state,
+    learning_rate_at,
+    make_optimizer,
+)
+from tests.tiny import compile_step, pack_examples, tiny_config
 
 HIERARCHY = RankHierarchy((1, 2, 4, 6))
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0, "clip": 1.0}
@@ -50,13 +57,13 @@ def make_examples(count=8, seed=0):
     ]
 
 
-def batch_of(accumulation=1, seed=0):
-    return collate(make_examples(seed=seed), batch_size=8, accumulation=accumulation, pad_multiple=8, answers=4)
+def batch_of(seed=0):
+    return pack_examples(make_examples(seed=seed))
 
 
-def take(step, base, profile, state, *, batch=None, draw=None, rate=1e-2, total=10, key=None):
+def take(step, base, profile, state, *, batch=None, draw=None, accumulation=1, rate=1e-2, total=10, key=None):
     batch = batch_of() if batch is None else batch
-    draw = draw or draw_step(get_policy("lora"), HIERARCHY, jax.random.key(0), 0, accumulation=len(batch["tokens"]))
+    draw = draw or draw_step(get_policy("lora"), HIERARCHY, jax.random.key(0), 0, accumulation=accumulation)
     draw = jax.tree.map(np.asarray, draw)
     key = jax.random.key(0) if key is None else key
     return jax.block_until_ready(step(base, profile, state, batch, draw, Schedule(rate, 0, total), key))
@@ -85,7 +92,8 @@ def test_accumulation_equals_one_large_batch():
     for accumulation in (1, 2, 4):
         step, base, profile, state = make()
         for number in range(4):
-            state, metrics = take(step, base, profile, state, batch=batch_of(accumulation, seed=number))
+            options = dict(batch=batch_of(seed=number), accumulation=accumulation)
+            state, metrics = take(step, base, profile, state, **options)
         ends.append((state.adapter, metrics["loss"]))
     assert difference(ends[0], ends[1]) < 1e-5
     assert difference(ends[0], ends[2]) < 1e-5
@@ -203,7 +211,7 @@ def test_one_executable_for_all_methods_with_as_many_profiles():
 def test_trials_under_vmap_equal_trials_alone():
     step, base, profile, _ = make()
     methods, rates = ("lora", "dylora", "matryoshka"), (1e-2, 3e-3, 1e-3)
-    batches = [[batch_of(seed=10 * trial + number) for number in range(4)] for trial in range(3)]
+    examples = [[make_examples(seed=10 * trial + number) for number in range(4)] for trial in range(3)]
     draws = [
         [draw_step(get_policy(m), HIERARCHY, jax.random.key(trial), n, accumulation=1) for n in range(4)]
         for trial, m in enumerate(methods)
@@ -213,15 +221,22 @@ def test_trials_under_vmap_equal_trials_alone():
         state = make(seed=trial)[3]
         for number in range(4):
             state, _ = take(
-                step, base, profile, state, batch=batches[trial][number], draw=draws[trial][number], rate=rates[trial]
+                step,
+                base,
+                profile,
+                state,
+                batch=pack_examples(examples[trial][number]),
+                draw=draws[trial][number],
+                rate=rates[trial],
             )
         alone.append(state.adapter)
     stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)  # noqa: E731
     state = stack([make(seed=trial)[3] for trial in range(3)])
-    together = jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, Schedule(0, None, None), 0)))
+    in_batch = {name: None if name in Passes._fields else 0 for name in (*PackedRows._fields, *Passes._fields)}
+    together = jax.jit(jax.vmap(step, in_axes=(None, None, 0, in_batch, 0, Schedule(0, None, None), 0)))
     keys = jnp.stack([jax.random.key(0)] * 3)
     for number in range(4):
-        batch, draw = stack([b[number] for b in batches]), stack([d[number] for d in draws])
+        batch, draw = pack_examples(*(each[number] for each in examples)), stack([d[number] for d in draws])
         state, _ = jax.block_until_ready(
             together(base, profile, state, batch, draw, Schedule(jnp.array(rates), 0, 10), keys)
         )
