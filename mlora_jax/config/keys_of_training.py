@@ -133,6 +133,20 @@ CHECKPOINT = Group(
     },
 )
 
+COMPILATION = Group(
+    doc="How programs are compiled.",
+    changeable=True,
+    keys={
+        "cache": Key(
+            default="",
+            form='a folder or "off"',
+            doc="Compiled programs are kept in this folder, from which the next start takes them. "
+            '"" is mlora_jax/compiled in the user\'s cache folder, and "off" keeps none. If the environment variable '
+            "JAX_COMPILATION_CACHE_DIR is set, its folder is taken whatever the key says.",
+        ),
+    },
+)
+
 RECORDS = Group(
     doc="Records besides metrics.jsonl and curves.jsonl.",
     changeable=True,
