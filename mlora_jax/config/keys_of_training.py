@@ -29,7 +29,12 @@ TRAIN = Group(
         ),
         "log_every": Key(default=10, low=1, doc="A line is written to metrics.jsonl every so many optimizer steps."),
         "remat": Key(
-            default=False, doc="A layer is computed again in the backward pass, so that its activations are not kept."
+            default="none",
+            choices=("none", "dots", "full"),
+            former={"false": "none", "true": "full"},
+            doc='The backward pass computes this much of a layer again, so that less is kept: "none" keeps all '
+            'activations, "dots" keeps the products with weights and computes the rest again, such as attention, '
+            'and "full" keeps the inputs of the layers only. The former values False and True are "none" and "full".',
         ),
         "trials_at_once": Key(
             default=0,

@@ -33,6 +33,13 @@ from mlora_jax.models.flash import LEAST, Flash
 # The state that a layer may change while it runs. Only added modules, such as dropout, have any.
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
+# How much is computed again -> what jax keeps of a layer besides its inputs. "none" keeps everything.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Decoder(nnx.Module):
     """A Llama-family language model whose layers are one module with a leading layer axis.
@@ -43,7 +50,7 @@ class Decoder(nnx.Module):
       rngs: the keys for fresh weights, which are normal with the standard deviation `config.initializer_range`.
 
     Attributes:
-      remat: whether the backward pass computes the activations inside each layer again instead of storing them.
+      remat: how much of each layer the backward pass computes again instead of storing it, a key of `REMAT`.
       placement: the placement of weights and activations on a mesh while the decoder runs, an object like
         `mlora_jax.parallel.rules.Placement`; None: one device.
       flash_from: the number of tokens per row from which a TPU attends by the flash kernel; None: never.
@@ -66,7 +73,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat = False
+        self.remat = "none"
         self.placement: Any = None
         self.flash_from: int | None = LEAST
         normal = nnx.initializers.normal(config.initializer_range)
@@ -251,8 +258,9 @@ class Decoder(nnx.Module):
                 x = placement.activations(x)
             return x, (nnx.state(layer, _MUTABLE), part if keep else None)
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)  # The scan itself keeps the two passes apart.
+        if self.remat != "none":
+            # The scan itself keeps the two passes apart.
+            step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[self.remat])
         x, (mutable, written) = jax.lax.scan(step, x, (windows, rotary, mutable, frozen))
         if jax.tree.leaves(mutable):
             nnx.update(self.layers, mutable)

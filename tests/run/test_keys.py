@@ -250,7 +250,8 @@ def program(config, tmp_path, monkeypatch):
     ("name", "value", "where"),
     [
         ("train.loss_chunk", 3, "train"),
-        ("train.remat", True, "train"),
+        ("train.remat", "dots", "train"),
+        ("train.remat", "full", "train"),
         ("evaluation.batch_size", 5, "evaluation"),
         ("data.pad_multiple", 24, "train"),
     ],
