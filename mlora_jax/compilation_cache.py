@@ -25,6 +25,13 @@ _SECONDS, _BYTES = "jax_persistent_cache_min_compile_time_secs", "jax_persistent
 _NEVER = 1e9
 
 
+def threads() -> int:
+    """The threads among which XLA divides its work on a CPU: NPROC, or the cores that this process may use."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return int(os.environ["NPROC"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def use_compilation_cache(folder: str = "") -> Iterator[None]:
     """Keeps what jax compiles in the context in a folder, and takes from there what is kept already.
@@ -32,6 +39,9 @@ def use_compilation_cache(folder: str = "") -> Iterator[None]:
     Nothing changes if jax has a folder already, from the environment variable JAX_COMPILATION_CACHE_DIR or from the
     program that calls this library. Nothing is kept either if several processes compute on CPUs, because their
     connections refuse programs that another process has compiled. The options of jax are as before after the context.
+
+    Programs are kept apart by the number of threads, because XLA compiles a CPU's program for that number and jax does
+    not look at it: a program for another number would be slower, and the last bits of its results might differ.
 
     The folder must belong to a user whom you trust, since programs in it are run. A folder that cannot be used is
     reported by a warning, and so is an entry that cannot be read; the program is then compiled. An entry that cannot be
@@ -45,14 +55,17 @@ def use_compilation_cache(folder: str = "") -> Iterator[None]:
     if folder == OFF or getattr(jax.config, _FOLDER) or _on_cpus_of_several_processes():
         yield
         return
-    path = pathlib.Path(folder).expanduser() if folder else user_cache_folder() / "compiled"
+    root = pathlib.Path(folder).expanduser() if folder else user_cache_folder() / "compiled"
+    path = root / f"threads-{threads()}"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        writable = _make_room(path)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
+        _delete_oldest(root)
+        writable = os.access(path, os.W_OK) and shutil.disk_usage(path).free > LEAST_ROOM
     except OSError as error:
         logger.warning(
             "compiled programs cannot be kept in %s, so every start compiles them anew (%s): set "
-            'config.compilation.cache to another folder or to "off"', path, error.strerror,
+            'config.compilation.cache to another folder or to "off"', root, error.strerror,
         )  # fmt: skip
         yield
         return
@@ -72,12 +85,10 @@ def _on_cpus_of_several_processes() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
-def _make_room(folder: pathlib.Path) -> bool:
-    """Deletes the least recently used programs above `LARGEST` bytes. Returns whether programs can be added."""
-    if not os.access(folder, os.W_OK):
-        return False  # a folder that others fill can still be read
+def _delete_oldest(folder: pathlib.Path) -> None:
+    """Deletes the least recently used programs above `LARGEST` bytes."""
     entries = []
-    for file in folder.glob("*-cache"):
+    for file in folder.glob("threads-*/*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process deletes too
             status = file.stat()
             entries.append((max(status.st_atime, status.st_mtime), status.st_size, file))
@@ -85,6 +96,6 @@ def _make_room(folder: pathlib.Path) -> bool:
     for _, size, file in sorted(entries):
         if excess <= 0:
             break
-        file.unlink(missing_ok=True)
-        excess -= size
-    return shutil.disk_usage(folder).free > LEAST_ROOM
+        with contextlib.suppress(PermissionError):  # a folder that others fill can still be read
+            file.unlink(missing_ok=True)
+            excess -= size

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mlora_jax import compilation_cache
-from mlora_jax.compilation_cache import use_compilation_cache
+from mlora_jax.compilation_cache import threads, use_compilation_cache
 from tests.run.tiny_runs import choice_config, outcome
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,9 +57,10 @@ def test_key_of_the_compilation_cache(folders, tmp_path):
     assert first["compiled"] > 20 and second == first | {"compiled": 0}
     assert outcome(tmp_path / "first") == outcome(tmp_path / "second")
     assert first["folder"] is None  # train leaves the caller's options as they were
+    (folder,) = (tmp_path / "programs").iterdir()
     config["compilation"]["cache"] = "off"
-    third = run(config, tmp_path / "third", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"))
-    assert third == second | {"folder": str(tmp_path / "programs")}
+    third = run(config, tmp_path / "third", JAX_COMPILATION_CACHE_DIR=str(folder))
+    assert third == second | {"folder": str(folder)}
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def compile_something():
 
 
 def programs(folder):
-    return sorted(path.name for path in folder.glob("*-cache"))
+    return sorted(path.name for path in folder.glob("threads-*/*-cache"))
 
 
 def test_the_folder_is_in_the_users_cache_folder_or_as_given(no_folder, tmp_path, monkeypatch):
@@ -104,7 +105,7 @@ def test_the_folder_is_in_the_users_cache_folder_or_as_given(no_folder, tmp_path
 
 def test_the_options_are_as_before_after_an_error(no_folder, tmp_path):
     with pytest.raises(RuntimeError, match="stop"), use_compilation_cache(str(tmp_path)):
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / f"threads-{threads()}")
         raise RuntimeError("stop")
     assert jax.config.jax_compilation_cache_dir is None
 
@@ -132,7 +133,7 @@ def test_a_folder_that_takes_nothing_more_is_still_read(no_folder, tmp_path, mon
     if cause == "full":
         monkeypatch.setattr(compilation_cache, "LEAST_ROOM", 1 << 60)
     else:
-        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: tmp_path not in path.parents)  # root may write anywhere
     hits = []
     listener = lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None  # noqa: E731
     jax.monitoring.register_event_listener(listener)
@@ -149,7 +150,7 @@ def test_a_folder_that_takes_nothing_more_is_still_read(no_folder, tmp_path, mon
 def test_a_damaged_entry_is_compiled(no_folder, tmp_path, damage):
     with use_compilation_cache(str(tmp_path)):
         compile_something()
-    (file,) = tmp_path.glob("*-cache")
+    (file,) = tmp_path.glob("*/*-cache")
     data = file.read_bytes()
     middle = len(data) // 2
     flipped = data[:middle] + bytes(255 - byte for byte in data[middle : middle + 50]) + data[middle + 50 :]
@@ -162,10 +163,20 @@ def test_a_damaged_entry_is_compiled(no_folder, tmp_path, damage):
 def test_the_least_recently_used_programs_are_deleted(no_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "LARGEST", 250)
     for number, (written, read) in enumerate(((1, 9), (2, 2), (3, 3), (4, 4))):
-        file = tmp_path / f"jit_{number}-cache"
+        file = tmp_path / f"threads-{number % 2}" / f"jit_{number}-cache"
+        file.parent.mkdir(exist_ok=True)
         file.write_bytes(bytes(100))
         os.utime(file, (read, written))
-    (tmp_path / "another file").write_bytes(bytes(500))
+    (tmp_path / "threads-0/another file").write_bytes(bytes(500))
     with use_compilation_cache(str(tmp_path)):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["another file", "jit_0-cache", "jit_3-cache"]
+    left = sorted(path.name for path in tmp_path.glob("threads-*/*"))
+    assert left == ["another file", "jit_0-cache", "jit_3-cache"]
+
+
+def test_programs_for_other_numbers_of_threads_are_kept_apart(no_folder, tmp_path, monkeypatch):
+    for number in ("2", "3", "2"):
+        monkeypatch.setenv("NPROC", number)
+        with use_compilation_cache(str(tmp_path)):
+            compile_something()
+    assert [len(programs(tmp_path)), *sorted(path.name for path in tmp_path.iterdir())] == [2, "threads-2", "threads-3"]
