@@ -86,15 +86,16 @@ def _on_cpus_of_several_processes() -> bool:
 
 
 def _delete_oldest(folder: pathlib.Path) -> None:
-    """Deletes the least recently used programs above `LARGEST` bytes."""
+    """Deletes the least recently used programs above `LARGEST` bytes, and the empty files that a full disk leaves."""
     entries = []
     for file in folder.glob("threads-*/*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process deletes too
             status = file.stat()
-            entries.append((max(status.st_atime, status.st_mtime), status.st_size, file))
+            used = max(status.st_atime, status.st_mtime) if status.st_size else -1.0
+            entries.append((used, status.st_size, file))
     excess = sum(size for _, size, _ in entries) - LARGEST
-    for _, size, file in sorted(entries):
-        if excess <= 0:
+    for used, size, file in sorted(entries):
+        if excess <= 0 and used >= 0:
             break
         with contextlib.suppress(PermissionError):  # a folder that others fill can still be read
             file.unlink(missing_ok=True)

@@ -100,9 +100,9 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
     Raises:
       ValueError, FileNotFoundError: as `train`.
     """
-    config = resolve(config)
-    with use_compilation_cache(config.compilation.cache):
-        return _plan(config, timed_steps)
+    resolved = resolve(config)
+    with use_compilation_cache(resolved.compilation.cache):
+        return _plan(resolved, timed_steps)
 
 
 def _plan(config: ConfigDict, timed_steps: int) -> Plan:

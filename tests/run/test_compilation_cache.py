@@ -158,6 +158,7 @@ def test_a_damaged_entry_is_compiled(no_folder, tmp_path, damage):
     with use_compilation_cache(str(tmp_path)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
         compile_something()
+    assert file.stat().st_size > 0  # the empty files that a full disk leaves are deleted and written again
 
 
 def test_the_least_recently_used_programs_are_deleted(no_folder, tmp_path, monkeypatch):
