@@ -38,7 +38,7 @@ SHARED = {
         "weight_decay": 0.0,
         "clip": 1.0,
         "warmup_steps": 0,
-        "remat": True,
+        "remat": "full",
     },
 }
 
@@ -70,7 +70,7 @@ SMOKE = {
     "model": {"path": "", "dtype": "float32"},
     "data": {"limit": 4, "pad_multiple": 512},
     "trials": {"learning_rate": (1e-3, 1e-2), "seed": (42, 666), "scaling": ("sqrt",), "rank": (2,)},
-    "train": {"epochs": 1, "batch_size": 2, "accumulation": 2, "remat": False, "log_every": 1, "trials_at_once": 12},
+    "train": {"epochs": 1, "batch_size": 2, "accumulation": 2, "remat": "none", "log_every": 1, "trials_at_once": 12},
     "validation": {"limit": 2},
     "evaluation": {"limit": 2, "batch_size": 16, "max_new_tokens": 4},
 }

@@ -125,6 +125,12 @@ def ignore_echoes() -> None:
     sys.unraisablehook = hook
 
 
+def user_cache_folder() -> pathlib.Path:
+    """Returns the package's folder in the user's cache folder, which is XDG_CACHE_HOME or by default ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "mlora_jax"
+
+
 @contextlib.contextmanager
 def naming(
     path: str | os.PathLike[str], *, partial: str | os.PathLike[str] | None = None, needed: int | None = None

@@ -18,7 +18,7 @@ SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), 
 # What every part may import besides itself: the arrows of the design.
 BELOW_TRAINING = {"core", "disk", "config_type", "adapters", "trials", "config", "models", "data", "parallel"}
 BELOW_EVALUATE = BELOW_TRAINING | {"training"}
-BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report"}
+BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report", "compilation_cache"}
 MAY_IMPORT = {
     "core": set(),
     "disk": set(),
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "trials": {"core", "config_type"},
     "config": {"core", "config_type", "trials"},
     "models": {"core", "disk"},
-    "data": {"core", "models"},
+    "compilation_cache": {"disk"},
+    "data": {"core", "disk", "models"},
     "parallel": {"core", "disk"},
     "training": BELOW_TRAINING,
     "evaluate": BELOW_EVALUATE,

@@ -23,6 +23,7 @@ from absl import app, flags, logging
 from mlora_jax.cli import adapter_flags, deploy_flags
 from mlora_jax.cli.adapter_flags import READOUT, TRIAL
 from mlora_jax.cli.deploy_flags import MODEL, OUTPUT, RANK, base_folder, base_name, chosen_ranks, find_adapter
+from mlora_jax.compilation_cache import use_compilation_cache
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.readouts import fitted_profile
 from mlora_jax.interop import RANKS_FOR as ACCEPTED
@@ -80,8 +81,9 @@ def _run(arguments: Sequence[str]) -> None:
         for rank in ranks:
             fitted_profile(found.profiles, rank)  # raises before anything is written
     chosen = {rank: _allocation(ALLOCATION.value, rank) if ALLOCATION.value else rank for rank in ranks}
-    for rank, target in _targets(given, folder, ranks).items():
-        print(_WRITERS[str(TO.value)](target, folder, description, adapter, hierarchy, chosen[rank], options))
+    with use_compilation_cache():
+        for rank, target in _targets(given, folder, ranks).items():
+            print(_WRITERS[str(TO.value)](target, folder, description, adapter, hierarchy, chosen[rank], options))
 
 
 def _adapter_folder(given: pathlib.Path) -> pathlib.Path:

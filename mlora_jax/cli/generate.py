@@ -55,13 +55,16 @@ def _run(arguments: Sequence[str]) -> None:
         )
     logging.set_verbosity(logging.WARNING)
     ranks = chosen_ranks(RANK.value or ())
+    from mlora_jax.compilation_cache import use_compilation_cache
+
     _one_of(run=RUN.value, adapter=ADAPTER.value)
     _one_of(prompt=PROMPT.value, prompts=PROMPTS.value)
     if TRIAL.value is not None and RUN.value is None:
         raise ValueError("--trial names an adapter of a run: give --run, or --adapter alone")
     prompts = [check_text(PROMPT.value or "", "--prompt")] if PROMPTS.value is None else read_prompts(PROMPTS.value)
     folder = pathlib.Path(str(ADAPTER.value)) if RUN.value is None else find_adapter(RUN.value, TRIAL.value)
-    records = _answer(folder, prompts, ranks)
+    with use_compilation_cache():
+        records = _answer(folder, prompts, ranks)
     if OUTPUT.value is not None:
         lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
         with naming(OUTPUT.value):

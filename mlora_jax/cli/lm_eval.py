@@ -76,6 +76,7 @@ def _call_harness(arguments: Sequence[str]) -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
+    from mlora_jax.compilation_cache import use_compilation_cache
     from mlora_jax.evaluate import language_model  # noqa: F401  registers the model
 
     class CommandLine(HarnessCLI):
@@ -86,7 +87,8 @@ def _call_harness(arguments: Sequence[str]) -> None:
 
     setup_logging()
     command_line = CommandLine()
-    command_line.execute(command_line.parse_given(arguments))
+    with use_compilation_cache():
+        command_line.execute(command_line.parse_given(arguments))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ def _run(arguments: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
     # absl shows the messages of every library as soon as an app runs.
     logging.set_verbosity(logging.WARNING)
+    from mlora_jax.compilation_cache import use_compilation_cache
     from mlora_jax.training.pretrain import pretrain
 
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     command = f"python -m experiments.pretrain --config {config_file} --out DIR"
-    record = pretrain(CONFIG.value, str(OUT.value), command=command)
+    with use_compilation_cache():
+        record = pretrain(CONFIG.value, str(OUT.value), command=command)
     print(f"{record['parameters']:,} parameters, held-out loss {record['held_out_loss']}, in {OUT.value}")
 
 

@@ -56,6 +56,7 @@ def report(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(arguments) != 2:
         raise ValueError(f"name one run's folder: python -m experiments.ranks RUN --trial NAME; got {arguments[1:]}")
+    from mlora_jax.compilation_cache import use_compilation_cache
     from mlora_jax.report.ranks import write_ranks
     from mlora_jax.run.folder import stored_threads
     from mlora_jax.run.rank_choice import choose_ranks
@@ -64,20 +65,21 @@ def report(arguments: Sequence[str]) -> None:
     if threads := stored_threads(run):
         # The last bits of results depend on how XLA divides its work. XLA reads this variable when it starts.
         os.environ.setdefault("NPROC", str(threads))
-    found = choose_ranks(
-        run,
-        find_adapter(run, TRIAL.value).name,
-        readout=READOUT.value,
-        within=WITHIN.value,
-        budgets=[*map(int, integers("budget", BUDGET.value))] or None,
-        choose_on=CHOOSE_ON.value,
-        measure=MEASURE.value,
-        levels=[*map(int, integers("levels", LEVELS.value))] or None,
-        by=BY.value,
-        start=START.value,
-        limit=LIMIT.value,
-        say=lambda text: print(text, flush=True),
-    )
+    with use_compilation_cache():
+        found = choose_ranks(
+            run,
+            find_adapter(run, TRIAL.value).name,
+            readout=READOUT.value,
+            within=WITHIN.value,
+            budgets=[*map(int, integers("budget", BUDGET.value))] or None,
+            choose_on=CHOOSE_ON.value,
+            measure=MEASURE.value,
+            levels=[*map(int, integers("levels", LEVELS.value))] or None,
+            by=BY.value,
+            start=START.value,
+            limit=LIMIT.value,
+            say=lambda text: print(text, flush=True),
+        )
     out = OUT.value or run
     print(f"\n{write_ranks(found, out).read_text(encoding='utf-8')}\nreport in {out}")
 

@@ -256,5 +256,5 @@ def too_large(record: Record, *, row_shards: int, rows: int, micro_batches: int)
         )
     return (
         f"{text}; activations of one row are {record.activations / GIB:.2f} GiB of it: raise config.parallel.tensor, "
-        "lower config.data.max_length or config.train.loss_chunk, or set config.train.remat=True"
+        "lower config.data.max_length or config.train.loss_chunk, or set config.train.remat='full'"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlora_jax.config.keys_of_results import CALIBRATION, EVALUATION, REPORT
-from mlora_jax.config.keys_of_training import CHECKPOINT, PARALLEL, RECORDS, TRAIN, VALIDATION
+from mlora_jax.config.keys_of_training import CHECKPOINT, COMPILATION, PARALLEL, RECORDS, TRAIN, VALIDATION
 from mlora_jax.config.keys_of_trials import ADAPTER, DATA, MODEL, OWN_METHODS, TRIALS
 from mlora_jax.config.schema import Group
 
@@ -25,6 +25,7 @@ KEYS = Group(
         "train": TRAIN,
         "validation": VALIDATION,
         "parallel": PARALLEL,
+        "compilation": COMPILATION,
         "checkpoint": CHECKPOINT,
         "records": RECORDS,
         "report": REPORT,

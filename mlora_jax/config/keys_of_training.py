@@ -44,7 +44,12 @@ TRAIN = Group(
         ),
         "log_every": Key(default=10, low=1, doc="A line is written to metrics.jsonl every so many optimizer steps."),
         "remat": Key(
-            default=False, doc="A layer is computed again in the backward pass, so that its activations are not kept."
+            default="none",
+            choices=("none", "dots", "full"),
+            former={"false": "none", "true": "full"},
+            doc='The backward pass computes this much of a layer again, so that less is kept: "none" keeps all '
+            'activations, "dots" keeps the products with weights and computes the rest again, such as attention, '
+            'and "full" keeps the inputs of the layers only. The former values False and True are "none" and "full".',
         ),
         "trials_at_once": Key(
             default=0,
@@ -145,6 +150,20 @@ CHECKPOINT = Group(
             doc="A checkpoint is saved every so many optimizer steps. 0 saves at the end of a batch of trials only.",
         ),
         "keep": Key(default=2, low=1, doc="This many checkpoints of a batch are kept while it trains."),
+    },
+)
+
+COMPILATION = Group(
+    doc="How programs are compiled.",
+    changeable=True,
+    keys={
+        "cache": Key(
+            default="",
+            form='a folder or "off"',
+            doc="Compiled programs are kept in this folder, from which the next start takes them. "
+            '"" is mlora_jax/compiled in the user\'s cache folder, and "off" keeps none. If the environment variable '
+            "JAX_COMPILATION_CACHE_DIR is set, its folder is taken whatever the key says.",
+        ),
     },
 )
 

@@ -77,10 +77,11 @@ def _changed(group: Group, old: Mapping[str, Any], new: Mapping[str, Any], path:
     defaults = json.loads(json.dumps(group.defaults()))
     for key in dict.fromkeys((*old, *new)):
         name, before, after = f"{path}{key}", old.get(key, defaults.get(key)), new.get(key)
+        inner = group.keys.get(key)
+        before = inner.renewed(before) if isinstance(inner, Key) else before
         added = key not in old and key not in group.keys  # a name of the user's own that is new in this run
         if name in CHANGEABLE or before == after or added:
             continue
-        inner = group.keys.get(key)
         if isinstance(inner, Group) and isinstance(before, Mapping) and isinstance(after, Mapping):
             found += _changed(inner, before, after, f"{name}.")
         else:

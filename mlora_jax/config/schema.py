@@ -37,6 +37,7 @@ class Key:
         are not checked by type unless it is given.
       filled: if true, a tuple needs at least one entry.
       distinct: if true, a tuple must not repeat an entry.
+      former: a dictionary: a value that an earlier version took, as lower-case text -> the value that it stands for.
       form: words of docs/config.md and --help for the form of a value, instead of those that follow from its type.
       check: a function that raises a ValueError if a value is not allowed for another reason.
       changeable: if true, a run that has begun may go on with another value, because the key does not affect the trials
@@ -52,6 +53,7 @@ class Key:
     entry: type | None = None
     filled: bool = False
     distinct: bool = False
+    former: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     form: str = ""
     check: Callable[[Any], object] | None = None
     changeable: bool = False
@@ -66,6 +68,15 @@ class Key:
         """Returns the type of a tuple's entries; None if it is not checked."""
         return self.entry or (type(self.default[0]) if self.default else None)
 
+    def renewed(self, value: Any) -> Any:
+        """Returns the value that a former value stands for, and any other value as it is.
+
+        >>> key = Key(default="none", former={"true": "full"}, doc="What is computed again.")
+        >>> key.renewed(True), key.renewed("True"), key.renewed(1)
+        ('full', 'full', 1)
+        """
+        return self.former.get(str(value).lower(), value) if isinstance(value, (bool, str)) else value
+
     def read(self, value: Any, name: str) -> Any:
         """Returns a value in the type of the key: a list becomes a tuple, and an integer a float if needed.
 
@@ -77,7 +88,7 @@ class Key:
           ValueError: the value has another type.
         """
         if self.kind is not tuple:
-            return _typed(value, self.kind, self.default, name)
+            return _typed(self.renewed(value), self.kind, self.default, name)
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{name} must be a tuple, like {self.default!r}; got {value!r}")
         entries = tuple(tuple(item) if isinstance(item, list) else item for item in value)

@@ -125,10 +125,11 @@ def estimate(config: ConfigDict | dict) -> Estimate:
     characters measured where they are local (`data.raw_dir`, `data.file`, the quickstart's); else published sizes are
     taken.
 
-    Operations per token: 2 for each parameter of a matrix going forward, as many again for the gradient of the inputs
-    and, with `train.remat`, for computing the layer twice; the frozen matrices have no gradients of their own. The
-    head counts at answers only. An adapter's matrices count three times, since they have gradients. Attention is
-    counted as causal, over sequences of mean length.
+    Operations per token: 2 for each parameter of a matrix going forward and as many again for the gradient of the
+    inputs; the frozen matrices have no gradients of their own. The head counts at answers only. An adapter's matrices
+    count three times, since they have gradients. Attention is counted as causal, over sequences of mean length. What
+    the backward pass computes again counts once more: attention if `train.remat` is "dots", and the whole layer if it
+    is "full".
 
     Args:
       config: as `mlora_jax.train` takes it.
@@ -153,9 +154,10 @@ def estimate(config: ConfigDict | dict) -> Estimate:
     adapters = {form: _adapter_parameters(base, resolved, form) for form in dict.fromkeys(forms)}
     passes = [phases.cost(trial) for trial in trials]
     tokens = train * resolved.train.epochs * length
-    backward = 3 if resolved.train.remat else 2
+    forward, full = _per_token(shape, length), resolved.train.remat == "full"
+    again = {"none": 0.0, "dots": _attention(shape, length), "full": forward}[resolved.train.remat]
     each = {
-        form: tokens * (backward * _per_token(shape, length) + 2 * 3 * extra)
+        form: tokens * (2 * forward + again + 2 * (3 + full) * extra)
         + tokens / length * answer * 2 * (2 * shape.vocab_size * shape.hidden_size)
         for form, extra in adapters.items()
     }
@@ -273,5 +275,9 @@ def _per_token(shape: DecoderConfig, length: float, *, head: bool = False) -> fl
     width = shape.num_heads * shape.head_dim
     projections = shape.hidden_size * (2 * width + 2 * shape.num_kv_heads * shape.head_dim)
     matrices = shape.num_layers * (projections + 3 * shape.hidden_size * shape.intermediate_size)
-    attention = shape.num_layers * 2 * width * length / 2  # scores and values, half of the square
-    return 2 * (matrices + attention + head * shape.vocab_size * shape.hidden_size)
+    return 2 * (matrices + head * shape.vocab_size * shape.hidden_size) + _attention(shape, length)
+
+
+def _attention(shape: DecoderConfig, length: float) -> float:
+    """Operations of the scores and weighted values for one token, in all layers: half of the square."""
+    return 2 * shape.num_layers * 2 * shape.num_heads * shape.head_dim * length / 2

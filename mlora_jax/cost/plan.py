@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlora_jax.compilation_cache import use_compilation_cache
 from mlora_jax.config import resolve
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.cost.estimate import Requests, task_requests
@@ -100,7 +101,12 @@ def plan(config: ConfigDict | dict, *, timed_steps: int = 3) -> Plan:
     Raises:
       ValueError, FileNotFoundError: as `train`.
     """
-    config = resolve(config)
+    resolved = resolve(config)
+    with use_compilation_cache(resolved.compilation.cache):
+        return _plan(resolved, timed_steps)
+
+
+def _plan(config: ConfigDict, timed_steps: int) -> Plan:
     trials, experiment = expand_trials(config), Experiment.load(config)
     cuts = plan_batches(experiment, trials)
     groups: dict[tuple, list[TrialBatch]] = collections.defaultdict(list)

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from mlora_jax.data.chat import render_chat, without_end
 from mlora_jax.data.tasks import ChatStyle, Style, Task, find_task
+from mlora_jax.disk import user_cache_folder
 from mlora_jax.models.tokenizer import Tokenizer
 
 COMPLETION = Style(prompt="{prompt}", answer="{completion}")
@@ -214,15 +214,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cache_folder() -> pathlib.Path:
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "mlora_jax"
-
-
 def _prepare(builder_class: type[Any], config: Any, cache_dir: str) -> Any:
     import tensorflow_datasets as tfds  # slow to import, and not needed until a task is loaded
 
-    root = (pathlib.Path(cache_dir).expanduser() if cache_dir else _cache_folder()).absolute()
+    root = (pathlib.Path(cache_dir).expanduser() if cache_dir else user_cache_folder()).absolute()
     make = functools.partial(builder_class, data_dir=root, config=config, file_format="array_record")
     builder = make()
     local = getattr(config, "files", True)

@@ -33,6 +33,13 @@ from mlora_jax.models.flash import LEAST, Flash
 # The state that a layer may change while it runs. Only added modules, such as dropout, have any.
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
 
+# How much is computed again -> what jax keeps of a layer besides its inputs. "none" keeps everything.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def _unstacked(state: Any, layers: int) -> Iterator[Any]:
     """Yields the state of each layer. The gradient of a stacked array is then one concatenation."""
@@ -59,7 +66,7 @@ class Decoder(nnx.Module):
       rngs: the keys for fresh weights, which are normal with the standard deviation `config.initializer_range`.
 
     Attributes:
-      remat: whether the backward pass computes the activations inside each layer again instead of storing them.
+      remat: how much of each layer the backward pass computes again instead of storing it, a key of `REMAT`.
       unroll: whether the layers are compiled one by one instead of as a loop. It saves a CPU the copies with which a
         loop keeps activations for the backward pass, and costs compile time.
       placement: the placement of weights and activations on a mesh while the decoder runs, an object like
@@ -84,7 +91,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat = False
+        self.remat = "none"
         self.unroll = False
         self.placement: Any = None
         self.flash_from: int | None = LEAST
@@ -274,7 +281,9 @@ class Decoder(nnx.Module):
                 def one(x, state, window=window, rotates=rotates):
                     return run(nnx.merge(graphdef, mutable, state), x, window, rotates, None)[0]
 
-                x = (jax.checkpoint(one) if self.remat else one)(x, state)
+                if self.remat != "none":
+                    one = jax.checkpoint(one, policy=REMAT[self.remat])
+                x = one(x, state)
             return self.norm(x), None
 
         def step(x, inputs):
@@ -287,8 +296,9 @@ class Decoder(nnx.Module):
                 x = placement.activations(x)
             return x, (nnx.state(layer, _MUTABLE), part if keep else None)
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)  # The scan itself keeps the two passes apart.
+        if self.remat != "none":
+            # The scan itself keeps the two passes apart.
+            step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[self.remat])
         x, (mutable, written) = jax.lax.scan(step, x, (windows, rotary, mutable, frozen))
         if jax.tree.leaves(mutable):
             nnx.update(self.layers, mutable)

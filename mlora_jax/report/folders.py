@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mlora_jax.config import CHANGEABLE, resolve_stored
+from mlora_jax.config import CHANGEABLE, KEYS, resolve_stored
 from mlora_jax.training.curve_records import CURVES, CurveRecord, CurvesOnRecord, read_curves
 from mlora_jax.trials import Trial, expand_trials
 
@@ -158,10 +158,10 @@ class RunRecords:
 
     def told_values(self) -> dict[str, Any]:
         """Returns dotted config key -> value, without the keys in `UNTOLD`."""
-        told = {}
+        told, declared = {}, dict(KEYS.leaves())
         for name, value in _flat(self.config):
             if not any(name == key or name.startswith(f"{key}.") for key in UNTOLD):
-                told[name] = value
+                told[name] = declared[name].renewed(value) if name in declared else value
         return told
 
 

@@ -17,6 +17,7 @@ import jax
 import jaxlib
 import numpy as np
 
+from mlora_jax.compilation_cache import threads
 from mlora_jax.config import changed_keys, resolve_stored
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.disk import write_aside
@@ -31,13 +32,6 @@ LEDGER, CONFIG, METRICS = "batches.json", "config.json", "metrics.jsonl"
 ADAPTERS = "adapters"
 NOT_COMPARED = "not_compared.json"
 SCHEMA = 1
-
-
-def threads() -> int:
-    """The threads among which XLA divides its work on a CPU: NPROC, or the cores that this process may use."""
-    if os.environ.get("NPROC", "").isdecimal():
-        return int(os.environ["NPROC"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stored_threads(workdir: str | os.PathLike[str]) -> int | None:

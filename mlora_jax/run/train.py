@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mlora_jax.compilation_cache import use_compilation_cache
 from mlora_jax.config import resolve
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.parallel import hosts
@@ -56,6 +57,7 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str
     hosts.join(resolved.parallel)
     trials = expand_trials(resolved)
     with saying_what_stands(workdir), hosts.leaving_together(), contextlib.ExitStack() as stack:
+        stack.enter_context(use_compilation_cache(resolved.compilation.cache))
         hosts.on_first_process(lambda: stack.enter_context(only_one_run(workdir)))
         hosts.check_shared(workdir)
         folder = RunFolder(workdir, resolved)

@@ -131,7 +131,7 @@ def largest_batch(needed: Callable[[int], int], shared: int, count: int, limit: 
             raise ValueError(
                 f"one trial needs {size / GIB:.2f} GiB and the limit is {limit / GIB:.2f} GiB: raise "
                 "config.train.memory_gib, or lower config.train.batch_size, raise config.train.accumulation, or set "
-                "config.train.remat=True"
+                "config.train.remat='full'"
             )
         each = max(size - shared, 1) / at_once
         at_once = max(1, min(at_once - 1, int((limit - shared) / each)))

@@ -8,6 +8,7 @@ from mlora_jax.config import CHANGEABLE, DEFAULTS, KEYS, NAMED, Group, Key, chan
 from mlora_jax.core import METHODS
 from mlora_jax.core.ranges import SEEDS
 from mlora_jax.data.tokenize import OVERFLOW
+from mlora_jax.models.decoder import REMAT
 from mlora_jax.models.quantized import FORMATS
 from mlora_jax.report import SPLITS
 from mlora_jax.study.keys import STUDY, resolve_cell
@@ -194,6 +195,7 @@ def test_the_table_allows_what_the_code_behind_it_takes():
     """The table may not import those parts of the package, so it says their names again."""
     assert set(LEAVES["data.overflow"].choices) == set(OVERFLOW)
     assert set(LEAVES["model.quantization"].choices) == {"", *FORMATS}
+    assert LEAVES["train.remat"].choices == tuple(REMAT)
     assert set(LEAVES["report.choose_on"].choices) == set(SPLITS)
     assert LEAVES["trials.seed"].high == SEEDS.high
     assert DEFAULTS["evaluation"]["readouts"].keys() == METHODS.keys()
@@ -202,7 +204,7 @@ def test_the_table_allows_what_the_code_behind_it_takes():
 def test_what_a_begun_run_may_change():
     """What does not touch a trained trial: which trials there are, where data lies, sizes of batches, records."""
     assert set(CHANGEABLE) == {
-        *("trials", "report", "records", "study", "checkpoint", "parallel"),
+        *("trials", "report", "records", "study", "checkpoint", "compilation", "parallel"),
         *("train.trials_at_once", "train.memory_gib", "data.raw_dir", "data.cache_dir"),
         *("evaluation.readouts", "evaluation.batch_size", "evaluation.tasks", "evaluation.raw_dir"),
     }

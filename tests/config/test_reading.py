@@ -220,12 +220,30 @@ def test_keys_of_the_command_line():
 
 
 @pytest.mark.parametrize(
+    ("former", "now"), [(False, "none"), (True, "full"), ("True", "full"), ("false", "none"), ("dots", "dots")]
+)
+def test_remat_takes_the_values_that_it_formerly_had(former, now):
+    """The bools are in the config.json of older runs; as texts they come from command lines."""
+    assert resolve(nested("train.remat", former)).train.remat == now
+    stored = json.loads(json.dumps(resolve({}).to_dict()))
+    stored["train"]["remat"] = former
+    assert resolve_stored(stored).train.remat == now
+    assert changed_keys(stored, stored | {"train": stored["train"] | {"remat": now}}) == []
+    other = stored | {"train": stored["train"] | {"remat": "dots" if now != "dots" else "full"}}
+    assert changed_keys(stored, other) == [
+        f"config.train.remat was {now!r} and is {other['train']['remat']!r}",
+    ]
+    with pytest.raises(ValueError, match=r"config\.train\.remat must be one of 'none', 'dots', 'full', got 'some'"):
+        resolve(nested("train.remat", "some"))
+
+
+@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("train", 3, "config.train must be a group of keys, got 3"),
         ("train.epochs", 1.5, "config.train.epochs must be of type int, like 3; got 1.5"),
         ("train.epochs", True, "config.train.epochs must be of type int.*got True"),
-        ("train.remat", 1, "config.train.remat must be of type bool"),
+        ("train.remat", 1, "config.train.remat must be of type str"),
         ("train.clip", "1", "config.train.clip must be of type float, like 1.0; got '1'"),
         ("model.path", None, "config.model.path must be of type str"),
         ("trials.method", "lora", r"config.trials.method must be a tuple, like \('matryoshka',\); got 'lora'"),

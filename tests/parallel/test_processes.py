@@ -37,6 +37,7 @@ def config(tmp_path_factory) -> pathlib.Path:
         "validation": {"holdout": 0.2, "limit": 32, "every": 6, "keep": "best"},
         "evaluation": {"limit": 48},
         "checkpoint": {"every": 3},
+        "compilation": {"cache": str(root / "programs")},  # a run of one process fills it, one of two leaves it alone
     }
     return write_config(root / "config.py", values)
 
@@ -44,7 +45,7 @@ def config(tmp_path_factory) -> pathlib.Path:
 def start(config: pathlib.Path, workdir: pathlib.Path, devices: int, *options: str) -> subprocess.Popen:
     flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     environment = os.environ | {"XLA_FLAGS": f"{flags} {FORCED.format(devices)}", "PYTHONUNBUFFERED": "1"}
-    # Gloo's connections refuse programs from a cache that other processes have filled.
+    # Gloo's connections refuse programs from a cache that other processes have filled, also from this variable's.
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-m", "experiments.run", "--config", str(config), "--workdir", str(workdir), *options]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

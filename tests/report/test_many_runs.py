@@ -68,7 +68,16 @@ def test_a_key_that_only_one_run_has_is_a_difference(tmp_path):
     first = write_run(tmp_path / "a", {("lora", "prefix", 0.1): curve(1)}, train={"epochs": 1})
     second = write_run(tmp_path / "b", {("lora", "prefix", 0.1): curve(2)}, train={"epochs": 1, "remat": True})
     write_tables([first, second], tmp_path / "out")
-    assert "Runs differ in train.remat: not set, true." in (tmp_path / "out/table.md").read_text()
+    assert "Runs differ in train.remat: not set, full." in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_former_value_of_a_key_is_no_difference(tmp_path):
+    runs = [
+        write_run(tmp_path / name, {("lora", "prefix", rate): curve(1)}, train={"epochs": 1, "remat": remat})
+        for name, rate, remat in (("older", 0.1, True), ("newer", 0.2, "full"))
+    ]
+    write_tables(runs, tmp_path / "out", "test")
+    assert "Runs differ" not in (tmp_path / "out/table.md").read_text()
 
 
 def test_other_tasks_and_bases_get_their_own_files(tmp_path):

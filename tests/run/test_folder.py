@@ -30,7 +30,7 @@ def test_a_folder_in_which_nothing_was_trained_or_measured_takes_another_config(
     planned(tmp_path, resolve({}))
     (tmp_path / CURVES).touch()
     (tmp_path / METRICS).touch()
-    corrected = resolve({"data": {"max_length": 99}, "train": {"remat": True}})
+    corrected = resolve({"data": {"max_length": 99}, "train": {"remat": "full"}})
     assert RunFolder(tmp_path, corrected).batches == []
     folder = planned(tmp_path, corrected)
     assert len(RunFolder(tmp_path, corrected).batches) == 1
@@ -50,8 +50,8 @@ def test_a_folder_with_a_measurement_alone_keeps_its_config(tmp_path):
     RunFolder(tmp_path, resolve({}))
     with JsonLines(tmp_path / CURVES) as curves:
         curves.write(*CurveRecord(None, "trec", "test", BASE, (0,), (0.5,), (0.1,), 26).to_lines())
-    with pytest.raises(ValueError, match=r"config\.train\.remat was False"):
-        RunFolder(tmp_path, resolve({"train": {"remat": True}}))
+    with pytest.raises(ValueError, match=r"config\.train\.remat was 'none'"):
+        RunFolder(tmp_path, resolve({"train": {"remat": "full"}}))
 
 
 def test_files_that_a_kill_left_half_written_are_removed(tmp_path):

@@ -28,7 +28,7 @@ from mlora_jax.training.records import read_json_lines
 from mlora_jax.trials import expand_trials, readouts_of
 from tests.oracles.numpy_reference import profile_lora, profile_matryoshka
 from tests.parallel import test_mesh
-from tests.run import test_harness_tasks, test_inputs
+from tests.run import test_compilation_cache, test_harness_tasks, test_inputs
 from tests.run.tiny_runs import choice_config, outcome, relative_difference, trials_of, with_key
 from tests.study import test_queue
 
@@ -92,6 +92,7 @@ ELSEWHERE = {
     "validation.patience": "test_keys_of_validation",
     "checkpoint.every": "test_keys_of_checkpoints",
     "checkpoint.keep": "test_keys_of_checkpoints",
+    "compilation.cache": "test_key_of_the_compilation_cache",
     "records.tensorboard": "test_tensorboard",
     "records.wandb_project": "test_weights_and_biases",
     "report.choose_on": "test_key_of_the_report",
@@ -113,7 +114,7 @@ def test_every_key_has_a_test():
     readouts = {f"evaluation.readouts.{method}" for method in DEFAULTS["evaluation"]["readouts"]}
     tested = {name for name, value in CHANGES.items() if value} | set(ELSEWHERE) | readouts
     assert tested == {name for name, _ in (*KEYS.leaves(), *STUDY.leaves("study."))}
-    homes = (sys.modules[__name__], test_inputs, test_harness_tasks, test_queue, test_mesh)
+    homes = (sys.modules[__name__], test_compilation_cache, test_inputs, test_harness_tasks, test_queue, test_mesh)
     assert all(any(hasattr(home, test) for home in homes) for test in ELSEWHERE.values())
 
 
@@ -249,7 +250,8 @@ def program(config, tmp_path, monkeypatch):
     ("name", "value", "where"),
     [
         ("train.loss_chunk", 3, "train"),
-        ("train.remat", True, "train"),
+        ("train.remat", "dots", "train"),
+        ("train.remat", "full", "train"),
         ("evaluation.batch_size", 5, "evaluation"),
         ("data.pad_multiple", 24, "train"),
     ],

@@ -90,7 +90,7 @@ def test_a_run_that_does_not_fit_leaves_its_folder_open_to_what_the_error_asks_f
     monkeypatch.setattr(run, "describe_experiment", lambda experiment: "")
     monkeypatch.setattr(run, "evaluate_base", measure)
     monkeypatch.setattr(run, "plan_batches", too_large)
-    for remat in (False, True):
+    for remat in ("none", "full"):
         with pytest.raises(ValueError, match="one trial needs"):
             run.train({"train": {"remat": remat}}, tmp_path)
 

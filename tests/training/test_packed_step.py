@@ -57,8 +57,8 @@ def alone(graphdef, base, adapter, profile, examples, profiles):
     found = []
     for example, many in zip(examples, profiles, strict=True):
         batch = {name: x[0] for name, x in collate([example], batch_size=1, length=32, answers=4).items()}
-        found += [jax.tree.map(lambda x, n=len(many): x / n, gradient(adapter, batch, p)) for p in many]
-    return jax.tree.map(lambda *terms: sum(terms), *found)
+        found += [gradient(adapter, batch, p) for p in many]
+    return jax.tree.map(lambda *terms: sum(terms) / len(profiles[0]), *found)
 
 
 def packed(trees, examples, draw, **layout):
