@@ -23,7 +23,7 @@ from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
 from mlora_jax.run.sizing import batch_shapes
 from mlora_jax.training.phases import AdapterForm, TrialPhases
-from mlora_jax.training.step import Schedule, init_state, make_optimizer
+from mlora_jax.training.step import Passes, Schedule, init_state, make_optimizer
 from mlora_jax.training.trial_trees import stack_trees, trial_keys
 from mlora_jax.training.trials_step import TrialsStep
 from mlora_jax.trials import Trial, expand_trials
@@ -181,6 +181,7 @@ class Programs:
             chunk=config.train.loss_chunk,
             widths=packed.widths,
             micro_batch=batch // accumulation,
+            plan=Passes((accumulation,), packed.rows * self.answers),
             mesh=self.mesh,
         )
         base, profile = self.weights(self.model.base), self.weights(self.model.profile)

@@ -77,7 +77,7 @@ def answer_loss(
       batch: one micro-batch.
       chunk: how many answer positions have logits at one time, at least 1.
       segment_ids: integers [B, T], for rows that hold several texts; see `Decoder.hidden`.
-      answers: int32 scalar, the number of answer positions that count, which are the first ones of a batch whose
+      answers: an int32 scalar or Python integer, the number of answer positions that count, which are the first ones of a batch whose
         positions have the shape [A]; the logits of the others are not computed. None: all positions count.
 
     Returns:
@@ -91,7 +91,7 @@ def answer_loss(
     chunks = [_in_chunks(x, chunk) for x in (states, batch["targets"].reshape(-1), batch["weights"].reshape(-1))]
     graphdef, head, rest, profiles = _split_head(model, batch, chunk)
     size = chunks[0].shape[1]
-    count = jnp.asarray(len(chunks[0]) if answers is None else (answers + size - 1) // size, jnp.int32)
+    count = len(chunks[0]) if answers is None else (answers + size - 1) // size
     return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, count, *chunks)
 
 

@@ -119,12 +119,12 @@ class Passes(NamedTuple):
     """The passes over the rows of a step, which all trials and shards have in common.
 
     Attributes:
-      passes: int32 [number of widths], the number of passes of each width.
-      answers: int32 [P], the largest number of answers in each pass.
+      passes: int32 [number of widths], the number of passes of each width; or Python integers.
+      answers: int32 [P], the largest number of answers in each pass; or one Python integer for all passes.
     """
 
-    passes: jax.Array
-    answers: jax.Array
+    passes: Any
+    answers: Any
 
 
 def train_step(
@@ -195,17 +195,18 @@ def train_step(
 
         def add_profile(carry, x):
             gradient = jax.value_and_grad(loss_under)
-            loss, gradient = gradient(state.adapter, part, plan.answers[first + number], *x)
+            found = plan.answers if isinstance(plan.answers, int) else plan.answers[first + number]
+            loss, gradient = gradient(state.adapter, part, found, *x)
             return jax.tree.map(jnp.add, carry, (loss.astype(carry[0].dtype), gradient)), None
 
         if count == 1:
             return add_profile(carry, jax.tree.map(lambda x: x[0], xs))[0]
         return jax.lax.scan(add_profile, carry, xs)[0]
 
-    carry, first = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter)), jnp.int32(0)
+    carry, first = (jnp.zeros((), float), jax.tree.map(jnp.zeros_like, state.adapter)), 0
     for index, width in enumerate(widths):
         carry = jax.lax.fori_loop(0, plan.passes[index], functools.partial(add_pass, width, first), carry)
-        first += plan.passes[index]
+        first = first + plan.passes[index]
     loss, gradient = total(carry)
 
     gradient = scale_ranks(gradient, draw.update_mask)

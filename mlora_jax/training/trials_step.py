@@ -49,6 +49,8 @@ class TrialsStep:
       chunk: how many answer positions have logits at one time.
       widths: the widths of packed rows, in falling order.
       micro_batch: B, the number of examples of a micro-batch.
+      plan: the passes of every step as Python integers, if they are known when the step is compiled, such as for a
+        count of its costs; None: every batch brings its own.
       mesh: the mesh, or None for one device. K is a multiple of its `trial`, S is its `data` x `fsdp`.
       engine: "jit", or "pmap" for `jax.pmap` over the shards. With "pmap" everything but the batch is replicated on
         all devices of one host.
@@ -62,10 +64,12 @@ class TrialsStep:
         chunk: int,
         widths: Sequence[int],
         micro_batch: int,
+        plan: Passes | None = None,
         mesh: Mesh | None = None,
         engine: str = "jit",
     ) -> None:
         self._step = functools.partial(train_step, graphdef, optimizer, chunk, tuple(widths), micro_batch)
+        self._plan = plan
         self._mesh, self._engine = mesh, engine if shards_of(mesh) > 1 else "jit"
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         self._seconds: list[float] = []
@@ -152,6 +156,8 @@ class TrialsStep:
         state, rows, *_ = arguments
         shards, by_trial = shards_of(self._mesh), (None, None, 0, 0, None, 0, 0, 0)
         step = functools.partial(self._step, proximal=proximal, sharded=shards > 1)
+        if self._plan is not None:
+            step = _with_plan(step, self._plan)
         over_shards: dict[str, Any] = dict(in_axes=(None, None, None, 0, *(None,) * 4), out_axes=None, axis_name=SHARDS)
         if self._mesh is None:
             return jax.jit(_of_few(_of_one_shard(step), len(rows.tokens), by_trial), donate_argnums=2)
@@ -185,6 +191,15 @@ class TrialsStep:
 def _laid_out(tree, placed):
     """Returns a `jax.ShapeDtypeStruct` for every array of a tree, with the sharding from `placed`."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed)
+
+
+def _with_plan(step, plan: Passes):
+    """Returns a step that goes through the passes of a plan, whatever the plan of the batch."""
+
+    def planned(base, profile, state, rows, _, *others):
+        return step(base, profile, state, rows, plan, *others)
+
+    return planned
 
 
 def _of_one_shard(step):
