@@ -98,6 +98,10 @@ class Worker:
             raise WorkerError(reply["error"])
         return reply
 
+    def kill(self) -> None:
+        """Ends the process at once; a method that it is asked for raises a WorkerError."""
+        self._process.kill()
+
     def close(self) -> None:
         """Ends the process."""
         if self._process.stdin is not None:
