@@ -195,9 +195,9 @@ def results_of(worker: Worker, part: Part, *, repeats: int) -> dict[str, Any]:
 def model_flops(part: Part, tokens: int, targets: int) -> float:
     """Returns the FLOPs of training that the model itself needs.
 
-    A frozen weight takes 2 FLOPs per token forward and 2 backward, for the gradient of its input; a weight of the adapter
-    takes 2 more for its own gradient. The head counts at answer tokens only. Causal attention takes 2 T^2 H forward in a
-    layer and row of T tokens, where H is the width of all heads together, and twice as much backward.
+    A frozen weight takes 2 FLOPs per token forward and 2 backward, for the gradient of its input. A weight of the
+    adapter takes 2 more for its own gradient. The head counts at answer tokens only. Causal attention takes 2 T^2 H
+    forward in a layer and row of T tokens, where H is the width of all heads together, and twice as much backward.
 
     Args:
       part: a part that trains.

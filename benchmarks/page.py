@@ -21,10 +21,10 @@ INTRODUCTION = """\
 # Speed
 
 This page is written by `python -m benchmarks.training --page` from the JSON lines in `results/`. Install the peers by
-`pip install -e ".[bench]"`. Every peer runs in a process of its own that lives through the whole comparison. The peers
-take turns, and only one computes at a time; each repeat begins with another peer. A first pass over the same work, in
-which programs are compiled, precedes the repeats and is not timed with them. Figures are medians over the repeats, with
-the slowest and the fastest repeat in brackets.
+`pip install -e ".[bench]"`. Every peer has a process of its own. On a CPU the processes live through the whole
+comparison and take turns, so that only one computes at a time; each repeat begins with another peer. A first pass over
+the same work, in which programs are compiled, precedes the repeats and is not timed with them. Figures are medians over
+the repeats, with the slowest and the fastest repeat in brackets.
 """
 
 TRAINING = """\
@@ -37,8 +37,9 @@ TRAINING = """\
 on all seven linear projections by AdamW in float32, on the same examples in each step. They are examples of GSM8K in
 the order to which a run shuffles them; for the layers of Llama-3.2-1B they are rows of 512 tokens, each of which joins
 several of them. This package goes through the parts of a run (`Experiment.load`, its batches, its compiled step). PEFT
-gets rows that are padded on the right to the longest of the batch, an attention mask, labels of -100 outside the
-answers, scaled dot product attention and the fused AdamW. Its compiled form is `torch.compile(model, dynamic=True)`.
+gets rows that are padded on the right to the longest of the batch, an attention mask where rows differ in length,
+labels of -100 outside the answers, scaled dot product attention and the fused AdamW. Its compiled form is
+`torch.compile(model, dynamic=True)`.
 
 Tokens are those of the examples, without padding. "times" says how many times as fast this package is. Memory is the
 largest resident memory of the process, with its libraries and compilers. "compile" is the time that the first pass took
@@ -63,11 +64,12 @@ GPU = """\
 
     python -m benchmarks.gpu --minutes 8
 
-The program needs one GPU, and neither data nor checkpoints. It trains random weights of the shapes of Llama-3.2-1B and
-SmolLM2-135M in bfloat16 on rows that are full, trains 16 trials at once and one alone, and decodes a batch of 64. Model
-FLOPs utilisation counts 4 FLOPs per token and weight of the frozen layers (no gradient of these weights is needed), 6
-per token and weight of the adapter, 4 per answer token and weight of the head, and those of causal attention.
-Recomputation does not count. `--small` runs every part on a CPU with tiny sizes.
+The program needs one GPU, and neither data nor checkpoints. The peers run one after the other, since each takes the
+GPU's memory. The program trains random weights of the shapes of Llama-3.2-1B and SmolLM2-135M in bfloat16 on rows that
+are full, trains 16 trials at once and one alone, and decodes a batch of 64. Model FLOPs utilisation counts 4 FLOPs per
+token and weight of the frozen layers (no gradient of these weights is needed), 6 per token and weight of the adapter, 4
+per answer token and weight of the head, and those of causal attention. Recomputation does not count. `--small` runs
+every part on a CPU with tiny sizes.
 """
 
 
