@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> None:
     elif options.page:
         write_page(options.results)
     else:
+        if unknown := set(options.peers.split(",")) - {*generation_peers.PEERS}:
+            parser.error(f"unknown peer {min(unknown)!r}, expected some of {', '.join(generation_peers.PEERS)}")
         if not options.small and not (options.checkpoint and (options.gsm8k or options.raw_dir)):
             parser.error("--checkpoint and --gsm8k (or --raw_dir) are needed")
         record = measure(options)

@@ -81,7 +81,7 @@ PARTS = {
     "train-16x512-r256": training_part(16, 256),
     "train-4x512-r256": training_part(4, 256),
 }
-SMALL_GRID = {"2 trials at once": ("ours", 2), "one trial alone": ("ours", 1)}
+SMALL_GRID = {"2 trials at once": ("ours", 2)}
 SMALL = {
     "train-small": Part("tiny", shapes.TINY, {"ours": ("ours", 1), "peft": ("peft", 1)}, 2, 32, 4, 2),
     "grid-small": Part("tiny grid", shapes.TINY, SMALL_GRID, 2, 32, 4, 2),
@@ -181,12 +181,11 @@ def results_of(worker: Worker, part: Part, *, repeats: int) -> dict[str, Any]:
     first = worker.ask("run")
     seconds = [worker.ask("run")["seconds"] for _ in range(repeats)]
     facts = worker.ask("facts")
-    tokens = first.get("tokens") or loaded.get("tokens") or part.steps * part.rows * part.row
+    tokens = first["tokens"] if "tokens" in first else loaded["tokens"]
     found = records.measurements(seconds, tokens, unit="tokens", first=first.get("all_seconds", first["seconds"]))
     peak = next((value for kind, value in PEAK_FLOPS.items() if kind in (facts.get("device") or "")), None)
     if "all_seconds" not in first:
-        # Half of a row's tokens are answers, which is what `shapes.write_rows` makes, where the peer does not count.
-        flops = model_flops(part, tokens, loaded.get("targets") or tokens // 2)
+        flops = model_flops(part, tokens, loaded["targets"])
         rate = flops / tokens * found["tokens_per_second"]["median"]
         found |= {"flops_per_second": rate, "utilisation": rate / peak if peak else None}
     return {**found, **facts}
@@ -273,6 +272,7 @@ def specification(part: Part, kind: str, trials: int, work: pathlib.Path, *, sma
         "model": str(model),
         "rank": part.rank,
         "compiled": not small,
+        "dynamic": False,  # every row is full
         "device": "cpu" if small else "cuda",
         "dtype": "bfloat16",
         "threads": os.cpu_count() or 1,

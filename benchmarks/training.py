@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
     names = ["tiny"] if options.small else options.shapes.split(",")
     if unknown := [name for name in names if name not in (*shapes.SHAPES, "tiny")]:
         parser.error(f"unknown shape {unknown[0]!r}, expected some of {', '.join(shapes.SHAPES)}")
+    if unknown := set(options.peers.split(",")) - {*PEERS}:
+        parser.error(f"unknown peer {min(unknown)!r}, expected some of {', '.join(PEERS)}")
     if not options.small and not options.gsm8k:
         parser.error("--gsm8k is missing")
     for name in names:
@@ -85,7 +87,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         )
         examples = str(work / "examples.json")
         common = {"model": str(model), "examples": examples, "rank": RANK, "threads": options.threads}
-        torch_spec = {**common, "device": "cpu", "dtype": "float32"}
+        torch_spec = {**common, "device": "cpu", "dtype": "float32", "dynamic": True}
         specs: dict[str, dict[str, Any]] = {
             "ours": {"config": config, "steps": steps, "examples": examples},
             "peft": {**torch_spec, "compiled": False},

@@ -100,16 +100,16 @@ class Peft:
     answers. Attention is torch's scaled dot product attention, the optimizer the fused AdamW.
 
     Args:
-      spec: "model" (a Hugging Face folder), "examples" (the file that `Ours` wrote), "rank", "compiled" (whether the
-        model is compiled by `torch.compile` with dynamic shapes), "device" ("cpu" or "cuda"), "dtype" (that of the
-        base; with "bfloat16" the adapter stays in float32 under autocast) and "threads".
+      spec: "model" (a Hugging Face folder), "examples" (the file that `Ours` wrote), "rank", "compiled" (whether
+        `torch.compile` compiles the model), "dynamic" (whether it does so for rows of any length), "device" ("cpu" or
+        "cuda"), "dtype" (that of the base; with "bfloat16" the adapter stays in float32 under autocast) and "threads".
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
 
     def load(self) -> Reply:
-        """Loads the model and adds the adapters."""
+        """Loads the model and adds the adapters; returns the tokens and targets of a pass."""
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -130,11 +130,16 @@ class Peft:
         )
         self._model: Any = get_peft_model(base.to(spec["device"]), lora)
         self._model.train()
-        self._forward = torch.compile(self._model, dynamic=True) if spec["compiled"] else self._model
+        self._forward = torch.compile(self._model, dynamic=spec["dynamic"]) if spec["compiled"] else self._model
         self._parameters = [each for each in self._model.parameters() if each.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         self._steps = json.loads(pathlib.Path(spec["examples"]).read_text(encoding="utf-8"))
-        return {"loaded_mib": peak_mib()}
+        rows = [row for step in self._steps for row in step]
+        return {
+            "tokens": sum(len(row["tokens"]) for row in rows),
+            "targets": sum(sum(row["targets"]) for row in rows),
+            "loaded_mib": peak_mib(),
+        }
 
     def run(self) -> Reply:
         """Trains on the steps once; returns the seconds and the loss of the first step."""

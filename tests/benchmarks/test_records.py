@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gpu, records, shapes
 from benchmarks.page import PAGE, page
-from benchmarks.workers import in_turns
+from benchmarks.workers import WorkerError, compare, in_turns
 
 MEASURED = {
     **records.measurements([2.0, 1.0, 4.0], 800, unit="tokens", first=12.0),
@@ -100,6 +100,36 @@ def test_every_peer_is_first_in_turn():
     assert order[0::3] == ["a", "b", "c"]
     assert all(sorted(order[start : start + 3]) == ["a", "b", "c"] for start in (0, 3, 6))
     assert [*in_turns([], 2)] == []
+
+
+class FakeWorker:
+    """Answers like a worker; from its call number `broken` on it raises."""
+
+    def __init__(self, name, calls, broken=None):
+        self.name, self.calls, self.broken, self.count = name, calls, broken, 0
+
+    def ask(self, method):
+        self.calls.append((self.name, method))
+        self.count += 1
+        if self.broken is not None and self.count > self.broken:
+            raise WorkerError("it broke")
+        return {"seconds": float(self.count)}
+
+
+def test_peers_take_turns_after_a_first_pass():
+    calls = []
+    found = compare({name: FakeWorker(name, calls) for name in "ab"}, repeats=2, say=lambda line: None)
+    assert [name for name, method in calls if method == "run"] == ["a", "b", "a", "b", "b", "a"]
+    assert found["a"]["first"] == {"seconds": 2.0} and [run["seconds"] for run in found["a"]["runs"]] == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_peer_that_fails_does_not_stop_the_others(broken):
+    calls = []
+    workers = {"a": FakeWorker("a", calls, broken=broken), "b": FakeWorker("b", calls)}
+    found = compare(workers, repeats=2, say=lambda line: None)
+    assert found["a"]["error"] == "it broke" and len(found["b"]["runs"]) == 2
+    assert sum(name == "a" for name, _ in calls) == broken + 1  # it is not asked again
 
 
 def test_a_tokenizer_is_cut_to_a_vocabulary():

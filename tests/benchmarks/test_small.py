@@ -52,9 +52,9 @@ def test_generation_beside_the_harness_and_generate():
 
 def test_the_gpu_program_on_a_cpu():
     parts = {record["shape"]: record for record in run("gpu", "--parts", "grid-small,decode-small")}
-    together, alone = parts["grid-small"]["peers"].values()
+    (together,) = parts["grid-small"]["peers"].values()
     assert together["tokens_per_second"]["median"] > 0 and together["flops_per_second"] > 0
-    assert together["executables"] == alone["executables"] == 1
+    assert together["executables"] == 1
     assert together["utilisation"] is None  # the peak of a CPU is not known
     decoding = parts["decode-small"]["peers"]["ours"]
     assert decoding["executables"] == 2 and decoding["tokens_per_second"]["median"] > 0
