@@ -68,6 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     Args:
       options: the command line.
     """
+    made = records.origin()
     with tempfile.TemporaryDirectory(prefix="speed_") as folder:
         work = pathlib.Path(folder)
         if options.small:
@@ -113,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": "float32",
     }
     peers = {peer: summary(values, first, items * len(ranks)) for peer, values in found.items()}
-    return records.new_record("generation", f"{name}, {options.task}, {options.shots} shots", settings, peers)
+    return records.new_record("generation", settings["about"], settings, peers, made=made)
 
 
 def summary(found: dict[str, Any], ours: dict[str, Any] | None, answers: int) -> dict[str, Any]:

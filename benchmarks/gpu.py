@@ -131,6 +131,7 @@ def measure(name: str, part: Part, options: argparse.Namespace, work: pathlib.Pa
       end: the time of `time.monotonic` at which a process is ended.
     """
     peers: dict[str, dict[str, Any]] = {}
+    made = records.origin()
     for peer, (kind, trials) in part.peers.items():
         reason = "" if kind != "peft" or options.small else missing_torch()
         if end - time.monotonic() < LEAST_SECONDS:
@@ -161,7 +162,7 @@ def measure(name: str, part: Part, options: argparse.Namespace, work: pathlib.Pa
         "repeats": options.repeats,
         "dtype": "bfloat16",
     }
-    record = records.new_record("gpu", name, settings, peers)
+    record = records.new_record("gpu", name, settings, peers, made=made)
     record["hardware"]["gpu"] = next((peer["device"] for peer in peers.values() if "device" in peer), None)
     return record
 

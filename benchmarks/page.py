@@ -186,7 +186,7 @@ def _origin(record: Mapping[str, Any]) -> str:
     machine = f"{hardware.get('gpu') or hardware['cpu']}, {hardware['cores']} cores{threads}"
     libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     at = f"Measured on {record['date'][:10]} at commit {record['revision']}"
-    return f"{at} on {machine} (load {hardware['load']}); {libraries}."
+    return f"{at} on {machine} (load {hardware['load']} before); {libraries}."
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -11,28 +11,46 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PACKAGES = ("mlora_jax", "jax", "jaxlib", "flax", "torch", "transformers", "peft", "accelerate", "lm_eval", "numpy")
+BUSY = 0.5  # a load of the last minute above this disturbs the figures
 # The keys of every record; a benchmark adds its own.
 KEYS = ("benchmark", "shape", "date", "revision", "hardware", "versions", "settings", "peers")
 
 
-def new_record(benchmark: str, shape: str, settings: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record with the date, the hardware and the versions of the libraries.
+def origin() -> dict[str, Any]:
+    """Returns the date in UTC, the revision, the hardware and the versions; take it before anything is measured.
+
+    A line on standard error warns if other programs keep the processor busy.
+    """
+    found = hardware()
+    if found["load"] > BUSY:
+        print(
+            f"other programs keep the processor busy (load {found['load']}): the figures mean little", file=sys.stderr
+        )
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": now, "revision": revision(), "hardware": found, "versions": versions()}
+
+
+def new_record(
+    benchmark: str, shape: str, settings: Mapping[str, Any], peers: Mapping[str, Any], *, made: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a record with the keys of `KEYS`.
 
     Args:
       benchmark: the name of the program: "training", "generation" or "gpu".
       shape: the name of what is measured.
       settings: the values that define the work, such as the batch size, the threads and the repeats.
       peers: name -> the measurements of `measurements`, or {"error": text}, or {"skipped": text}.
+      made: the value that `origin` returned before the measurements.
     """
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    values = (benchmark, shape, now, revision(), hardware(), versions(), dict(settings), dict(peers))
-    return dict(zip(KEYS, values, strict=True))
+    given = {"benchmark": benchmark, "shape": shape, **made, "settings": dict(settings), "peers": dict(peers)}
+    return {key: given[key] for key in KEYS}
 
 
 def measurements(seconds: Sequence[float], work: float, *, unit: str, first: float) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
       FileNotFoundError: a folder that the shape needs is not given or does not exist.
     """
     shape = shapes.SMALL if name == "tiny" else shapes.SHAPES[name]
-    steps = options.steps or shape.steps
+    steps, made = options.steps or shape.steps, records.origin()
     peers = options.peers.split(",")
     with tempfile.TemporaryDirectory(prefix="speed_") as folder:
         work = pathlib.Path(folder)
@@ -118,7 +118,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **{key: work_done.get(key) for key in ("sequences", "tokens", "targets")},
     }
     peers_found = {peer: summary(values, work_done.get("tokens", 0)) for peer, values in found.items()}
-    return records.new_record("training", name, settings, peers_found)
+    return records.new_record("training", name, settings, peers_found, made=made)
 
 
 def summary(found: dict[str, Any], tokens: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ SETTINGS = {"about": "a model", "batch": 8, "steps": 4, "repeats": 3, "threads":
 
 
 def training_record(**peers):
-    return records.new_record("training", "a-shape", SETTINGS, {"ours": MEASURED, **peers})
+    return records.new_record("training", "a-shape", SETTINGS, {"ours": MEASURED, **peers}, made=records.origin())
 
 
 def test_measurements_are_medians_with_their_spread():
@@ -78,12 +78,15 @@ def test_the_page_has_a_row_for_every_peer():
 
 
 def test_the_page_shows_generation_and_gpu():
+    made = records.origin()
     answers = {**MEASURED, **records.measurements([7.0], 700, unit="answers", first=9.0), "equal": 0.995}
     settings = {**SETTINGS, "items": 100, "task": "gsm8k", "shots": 0, "ranks": [0, 1], "gen_tokens": 128}
     settings |= {"batch_size": 16, "adapter": "trained"}
-    generation = records.new_record("generation", "m", settings, {"ours": answers, "harness": answers})
+    generation = records.new_record("generation", "m", settings, {"ours": answers, "harness": answers}, made=made)
     used = {**MEASURED, "utilisation": 0.41, "device_peak_mib": 20480.0}
-    part = records.new_record("gpu", "p", {"about": "a part", "work": "8 steps", "repeats": 3}, {"ours": used})
+    part = records.new_record(
+        "gpu", "p", {"about": "a part", "work": "8 steps", "repeats": 3}, {"ours": used}, made=made
+    )
     text = page([], [generation], [part])
     assert "99.5%" in text and "| 1.00 |" in text
     assert "| this package | 400 (200 to 800) | 41.0% | 20,480 | 10.0 |" in text
