@@ -110,7 +110,7 @@ TRAINING_COLUMNS: dict[str, Cell] = {
     "tokens/s": lambda record, peer: _spread(record["peers"][peer]["tokens_per_second"]),
     "times": lambda record, peer: _times(record, peer, "tokens_per_second"),
     "memory, MiB": lambda record, peer: f"{record['peers'][peer]['peak_mib']:,.0f}",
-    "compile, s": lambda record, peer: f"{record['peers'][peer]['compile_seconds']:.1f}",
+    "compile, s": lambda record, peer: _compile_seconds(record["peers"][peer]),
     "executables": lambda record, peer: str(record["peers"][peer]["executables"]),
     "first loss": lambda record, peer: f"{record['peers'][peer]['first_loss']:.4f}",
 }
@@ -161,6 +161,11 @@ def _section(record: Mapping[str, Any], work: str, columns: Mapping[str, Cell]) 
                 cells = [f"{reason}: {peer[reason]}".replace("|", r"\|"), *[""] * (len(columns) - 1)]
         lines.append(_line([str(NAMES.get(name, name)), *cells]))
     return "\n".join([f"### {record['settings']['about']}", "", work, "", *lines, "", _origin(record), ""])
+
+
+def _compile_seconds(peer: Mapping[str, Any]) -> str:
+    """Returns the cell of a peer, empty where nothing is compiled and a slow first pass has other reasons."""
+    return f"{peer['compile_seconds']:.1f}" if peer["executables"] else ""
 
 
 def _optional(value: float | None, form: str) -> str:
