@@ -4,7 +4,17 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# The peers of the speed benchmarks, which are oracles of the tests as well.
+PEERS = [
+    # What the harness's own Hugging Face backend, the oracle of the task scores, imports.
+    "accelerate>=1.0",
+    "peft>=0.19",
+    # The CPU build; any other version pulls in gigabytes of CUDA libraries that no test uses.
+    "torch==2.13.0",
+    "transformers>=5.0",
+]
 EXTRAS = {
+    "bench": PEERS,
     "cuda": ["jax[cuda12]"],
     # A frozen base in int8 or nf4.
     "quant": ["qwix>=0.1.8"],
@@ -12,14 +22,12 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "wandb": ["wandb>=0.19"],
     "test": [
-        # What the harness's own Hugging Face backend, the oracle of the task scores, imports.
-        "accelerate>=1.0",
+        *PEERS,
         "hypothesis",
         "ipykernel",
         "jupytext",
         "nbclient",
         "nbformat",
-        "peft>=0.19",
         # Checks types; it comes as an npm package, which the first call fetches.
         "pyright[nodejs]>=1.1.400",
         "pytest>=8",
@@ -28,9 +36,6 @@ EXTRAS = {
         "ruff",
         # Its digits, which come with it, are what the notebook on vision transformers learns.
         "scikit-learn>=1.5",
-        # The CPU build; any other version pulls in gigabytes of CUDA libraries that no test uses.
-        "torch==2.13.0",
-        "transformers>=5.0",
     ],
 }
 
