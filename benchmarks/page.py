@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from benchmarks.records import RESULTS, ROOT, latest, read
 PAGE = ROOT / "docs" / "speed.md"
 NAMES = {
     "ours": "this package",
+    "ours_dots": 'this package, `remat="dots"`',
+    "ours_full": 'this package, `remat="full"`',
     "peft": "PEFT, eager",
     "peft_compiled": "PEFT, `torch.compile`",
     "harness": "lm-evaluation-harness, Hugging Face backend",
@@ -44,8 +47,9 @@ labels of -100 outside the answers, scaled dot product attention and the fused A
 Tokens are those of the examples, without padding. "times" says how many times as fast this package is. Memory is the
 largest resident memory of the process, with its libraries and compilers. "compile" is the time that the first pass took
 beyond the median repeat. "executables" counts compiled training steps; for PEFT it counts the graphs that torch
-captured. The first loss is that of the first step, before any update. Equal first losses show that both sides train the
-same examples.
+captured. "padding" is the share of the computed tokens that are padding. "times its products" compares the time of the
+steps with that of their matrix products, each timed alone at its shape (`benchmarks/products.py`). The first loss is
+that of the first step, before any update. Equal first losses show that both sides train the same examples.
 """
 
 GENERATION = """\
@@ -112,6 +116,8 @@ TRAINING_COLUMNS: dict[str, Cell] = {
     "memory, MiB": lambda record, peer: f"{record['peers'][peer]['peak_mib']:,.0f}",
     "compile, s": lambda record, peer: _compile_seconds(record["peers"][peer]),
     "executables": lambda record, peer: str(record["peers"][peer]["executables"]),
+    "padding": lambda record, peer: _optional(record["peers"][peer].get("padding"), ".1%"),
+    "times its products": lambda record, peer: _of_products(record["peers"][peer]),
     "first loss": lambda record, peer: f"{record['peers'][peer]['first_loss']:.4f}",
 }
 GENERATION_COLUMNS: dict[str, Cell] = {
@@ -166,6 +172,12 @@ def _section(record: Mapping[str, Any], work: str, columns: Mapping[str, Cell]) 
 def _compile_seconds(peer: Mapping[str, Any]) -> str:
     """Returns the cell of a peer, empty where nothing is compiled and a slow first pass has other reasons."""
     return f"{peer['compile_seconds']:.1f}" if peer["executables"] else ""
+
+
+def _of_products(peer: Mapping[str, Any]) -> str:
+    """Returns the median time of a peer as a multiple of that of its matrix products alone."""
+    products = peer.get("products")
+    return f"{statistics.median(peer['seconds']) / products['seconds']:.2f}" if products else ""
 
 
 def _optional(value: float | None, form: str) -> str:

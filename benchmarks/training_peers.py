@@ -80,13 +80,32 @@ class Ours:
         return {"seconds": seconds, "first_loss": float(np.ravel(losses[0])[0])}
 
     def facts(self) -> Reply:
-        """Returns the number of executables, and the peak memory of the device where it is known."""
+        """Returns the number of executables, the share of padding, and the peak memory of the device where it is known.
+
+        On a CPU, also the seconds of the matrix products of a pass alone.
+        """
+        import itertools
+
         import jax
 
+        from benchmarks.products import product_seconds, step_products
+
+        peak_of_process = peak_mib()  # before products are timed
+        experiment, steps = self._experiment, self._spec["steps"]
+        shape = experiment.row_shape
+        batches = list(itertools.islice(experiment.batches(self._trials), steps))
+        computed = sum(shape.tokens(batch["passes"]) for batch in batches)
+        more: Reply = {"padding": round(1.0 - sum(float(batch["real_tokens"]) for batch in batches) / computed, 4)}
+        if jax.default_backend() == "cpu" and shape.rows == 1:
+            options = dict(rank=self._trials[0].rank, chunk=experiment.config.train.loss_chunk)
+            counted = step_products(experiment.model.config, batches, shape.widths, **options)
+            more["products"] = product_seconds(*counted)
         device = jax.devices()[0]
         stats = device.memory_stats() or {}
         peak = stats.get("peak_bytes_in_use")
         return {
+            **more,
+            "process_mib": peak_of_process,
             "executables": self._experiment.compilations["train"],
             "device": device.device_kind,
             "device_peak_mib": None if peak is None else round(peak / 2**20, 1),
@@ -205,10 +224,10 @@ def pad_right(rows: list[dict[str, list]]) -> dict[str, Any]:
 
 
 def make(name: str, spec: dict[str, Any]) -> Ours | Peft:
-    """Makes a peer by its name: "ours", or a name that begins with "peft".
+    """Makes a peer by its name, which begins with "ours" or "peft".
 
     Args:
       name: the name of the peer.
       spec: the values of `Ours` or `Peft`.
     """
-    return Ours(spec) if name == "ours" else Peft(spec)
+    return Ours(spec) if name.startswith("ours") else Peft(spec)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlora_jax.run.experiment import Experiment
 
 
-UNROLLED = 32  # the largest number of layers that a CPU's training step compiles one by one
+UNROLLED = 8  # the largest number of layers that a CPU's training step compiles one by one
 
 
 @dataclasses.dataclass(frozen=True)

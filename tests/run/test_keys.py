@@ -70,6 +70,8 @@ CHANGES = {
 ELSEWHERE = {
     "train.loss_chunk": "test_keys_of_the_program",
     "train.remat": "test_keys_of_the_program",
+    "train.row_widths": "test_keys_of_the_program",
+    "train.rows_at_once": "test_keys_of_the_program",
     "evaluation.batch_size": "test_keys_of_the_program",
     "data.pad_multiple": "test_keys_of_the_program",
     "data.task": "test_keys_of_own_data",
@@ -253,7 +255,9 @@ def program(config, tmp_path, monkeypatch):
         ("train.remat", "dots", "train"),
         ("train.remat", "full", "train"),
         ("evaluation.batch_size", 5, "evaluation"),
-        ("data.pad_multiple", 24, "train"),
+        ("train.row_widths", (64,), "train"),
+        ("train.rows_at_once", 2, "train"),
+        ("data.pad_multiple", 24, "evaluation"),
     ],
 )
 def test_keys_of_the_program(folders, tmp_path, monkeypatch, name, value, where):
