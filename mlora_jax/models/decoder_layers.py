@@ -17,18 +17,41 @@ from mlora_jax.models.flash import Flash
 
 
 class Cache(NamedTuple):
-    """The rotated keys and the values of the tokens that one layer has seen so far.
+    """The rotated keys and the values of the tokens that one layer has seen so far, or all layers in stacked arrays.
 
-    Each layer has arrays of its own, so that a step of decoding writes and reads them in place. Slices of one array for
-    all layers would be copied. The axes have the order in which the products of attention need no transposes.
+    The axes have the order in which the products of attention need no transposes.
 
     Args:
-      k: the keys [B, KV, Hd, S] in the compute dtype.
-      v: the values [B, KV, S, Hd] in the compute dtype.
+      k: the keys [B, KV, Hd, S] in the compute dtype; [L, B, KV, Hd, S] if stacked.
+      v: the values [B, KV, S, Hd] in the compute dtype; [L, B, KV, S, Hd] if stacked.
+      layer: an int32 scalar that tells a layer which part of stacked arrays is its own; None otherwise.
     """
 
     k: jax.Array
     v: jax.Array
+    layer: jax.Array | None = None
+
+    def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
+        """Returns the cache of one layer with more tokens; positions beyond the cache are not written.
+
+        Args:
+          key: [B, T, KV, Hd].
+          value: [B, T, KV, Hd].
+          positions: int32 [B, T], the slots of the tokens.
+        """
+        rows, every = jnp.arange(len(key))[:, None], slice(None)
+        own = () if self.layer is None else (self.layer,)
+        return self._replace(
+            k=self.k.at[(*own, rows, every, every, positions)].set(key.astype(self.k.dtype)),
+            v=self.v.at[(*own, rows, every, positions)].set(value.astype(self.v.dtype)),
+        )
+
+    def own(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys [B, KV, Hd, S] and values [B, KV, S, Hd] of one layer."""
+        if self.layer is None:
+            return self.k, self.v
+        k, v = (jax.lax.dynamic_index_in_dim(part, self.layer, keepdims=False) for part in (self.k, self.v))
+        return k, v
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -189,12 +212,8 @@ class Attention(nnx.Module):
         else:
             if mask is None:
                 raise ValueError("a cache needs a mask, which hides the slots without a token")
-            rows = jnp.arange(batch)[:, None]
-            cache = Cache(
-                cache.k.at[rows, :, :, positions].set(key.astype(cache.k.dtype)),
-                cache.v.at[rows, :, positions].set(value.astype(cache.v.dtype)),
-            )
-            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache), mask=mask)
+            cache = cache.written(key, value, positions)
+            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache.own()), mask=mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 
 
