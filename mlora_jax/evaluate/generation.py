@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from mlora_jax.adapters import fold_where_cheaper, set_profile
-from mlora_jax.evaluate.logit_rules import NO_TOKEN, Texts, make_rules
-from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling, next_tokens
+from mlora_jax.evaluate.programs import Programs
+from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling
+from mlora_jax.evaluate.serving import Asked, serve
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
-from mlora_jax.evaluate.slots import LENGTHS, PromptGroup, Rows, common_prefixes, group_prompts
+from mlora_jax.evaluate.slots import LENGTHS
 from mlora_jax.models.generation_config import GenerationSettings
-from mlora_jax.parallel.arrays import put_replicated, put_rows, put_weights, split_rows
-from mlora_jax.parallel.mesh import EVALUATED, shards_of
-from mlora_jax.parallel.rules import replicated
+from mlora_jax.parallel.arrays import put_weights
 
 logger = logging.getLogger(__name__)
-
-PREFILLED = 1024  # a CPU prefills at least this many tokens at a time, if there are as many
-REFILLED = 4  # rows are refilled when one in this many has ended, or earlier
-SHARED = 2**15  # prefixes are shared where this saves the prefill of at least this many tokens
-STEPS = 16  # the host looks for stop strings after at most this many steps of decoding
-SHARDS = "shards"  # the name of the axis over parts of the rows
 
 
 class PromptBatch(NamedTuple):
@@ -45,64 +33,6 @@ class PromptBatch(NamedTuple):
     members: list[int]
     tokens: np.ndarray
     lengths: np.ndarray
-
-
-class PromptRows(NamedTuple):
-    """The data that each row needs besides its tokens.
-
-    Attributes:
-      lengths: [B] int32, the number of tokens of the prompt.
-      limits: [B] int32, the largest number of tokens to generate; 0 in padding rows.
-      numbers: [B] int32, the number of the request, on which draws depend.
-    """
-
-    lengths: jax.Array
-    limits: jax.Array
-    numbers: jax.Array
-
-
-class State(NamedTuple):
-    """The state of all rows between two steps of decoding. On a mesh, every array begins with the parts of the rows.
-
-    Attributes:
-      cache: the KV cache, which holds the prompt and all tokens except the newest.
-      newest: [B] int32, the newest token of each row.
-      made: [B] int32, the number of tokens that each row has generated.
-      done: [B] bool, whether the row has ended.
-      tokens: [B, S] int32, as in `Texts`; None if the checkpoint's settings do not need them.
-    """
-
-    cache: Any
-    newest: jax.Array
-    made: jax.Array
-    done: jax.Array
-    tokens: jax.Array | None = None
-
-
-class Serving(NamedTuple):
-    """How the prompts of one call are answered.
-
-    Attributes:
-      prompts: the token ids of each prompt.
-      p: the profile, or the profiles [K, R] of all kinds.
-      kinds: the index of each prompt's profile in p; None if p is the profile of all prompts.
-      numbers: the numbers of the prompts.
-      size: B, the number of rows of the cache.
-      slots: S, the number of slots of the cache.
-      max_new_tokens: N.
-      sampling: how tokens are drawn; None takes the likeliest tokens.
-      stop: a function that says whether an answer ends, or None.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    p: Any
-    kinds: np.ndarray | None
-    numbers: Sequence[int]
-    size: int
-    slots: int
-    max_new_tokens: int
-    sampling: Sampling | None
-    stop: Callable[[list[int]], bool] | None
 
 
 class Generator:
@@ -129,8 +59,7 @@ class Generator:
 
     Attributes:
       settings: the checkpoint's generation settings.
-      begin, share, prefill, decode: the jitted functions: an empty state, the cache of a prefix, a prefill into rows of
-        the state, and at most `STEPS` steps of decoding. The cache sizes of the last three count compilations.
+      programs: the jitted functions.
     """
 
     def __init__(
@@ -147,163 +76,17 @@ class Generator:
         settings: GenerationSettings | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        text_ends = np.asarray(sorted(set(eos if ends is None else ends)), np.int32)
-        answer_ends = np.asarray(sorted(set(eos)), np.int32)
-        rules = make_rules(settings)
-
-        def choose(model, hidden, rows: PromptRows, sampling, made, done, tokens):
-            """From hidden states [B, D]: the next token [B], that token or -1 if the row has ended, who is done."""
-            logits = chosen_from = model.head(hidden)
-            if rules is not None:
-                chosen_from = rules(logits, Texts(tokens, rows.lengths, made, rows.limits, text_ends))
-            newest = next_tokens(chosen_from, sampling, rows.numbers, made)
-            if rules is not None:  # a rule may hide a logit that is not finite
-                newest = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), newest, NOT_FINITE)
-            over = done | jnp.any(newest[:, None] == answer_ends[None], axis=-1)
-            shown = jnp.where(over, -1, newest)
-            return newest, shown, over | (newest == NOT_FINITE) | (made + 1 >= rows.limits)
-
-        def extended(tokens, rows, newest, made):
-            """The rows of tokens with the newest token appended; None if there are no rows."""
-            if tokens is None:
-                return None
-            return tokens.at[jnp.arange(len(tokens)), rows.lengths + made].set(jnp.maximum(newest, 0), mode="drop")
-
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        self._on_cpu = on_cpu = platform == "cpu"
-
-        def written(whole, part, at, axis=0):
-            """The rows of an array with some of them replaced; a row beyond the array is not written."""
-            return whole.at[(*(slice(None),) * axis, at)].set(part, mode="drop")
-
-        def begin(size, slots, base, adapter):
-            model = nnx.merge(graphdef, base, adapter, profile)
-            none = jnp.zeros((size,), jnp.int32)
-            texts = None if rules is None else jnp.full((size, slots), NO_TOKEN)
-            cache = model.init_cache(size, slots, stacked=not on_cpu)
-            return State(cache, none, none, jnp.ones((size,), bool), texts)
-
-        def share(slots, base, adapter, p, tokens):
-            model = fold_where_cheaper(nnx.merge(graphdef, base, adapter, set_profile(profile, p)))
-            return cast("Any", model).prefill(tokens, slots, stacked=not on_cpu)[1]
-
-        def prefill(slots, per_example, base, adapter, p, tokens, rows, texts, at, prefix, state, sampling):
-            values = set_profile(profile, p, per_example=per_example)
-            model = cast("Any", fold_where_cheaper(nnx.merge(graphdef, base, adapter, values)))
-            if prefix is None:
-                hidden, cache = model.prefill(tokens, slots, stacked=not on_cpu)
-                last = rows.lengths - 1
-            else:
-                cache, shared = prefix
-                cache = jax.tree.map(lambda x: jnp.repeat(x, len(tokens), axis=x.ndim - 4), cache)
-                positions = jnp.broadcast_to(shared + jnp.arange(tokens.shape[1]), tokens.shape)
-                hidden, cache = model.hidden(tokens, positions=positions, cache=cache)
-                last = jnp.maximum(rows.lengths - 1 - shared, 0)
-            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [n, D]
-            made = jnp.zeros_like(rows.lengths)
-            newest, shown, done = choose(model, hidden, rows, sampling, made, rows.limits < 1, texts)
-            texts = extended(texts, rows, newest, made)
-            # The slots behind a prompt are written, too: what is not finite in them would reach the row's next answer.
-            cache = jax.tree.map(lambda x, part: written(x, part, at, axis=x.ndim - 4), state.cache, cache)
-            part = State((), newest, made + 1, done, texts)
-            rest = jax.tree.map(lambda x, part: written(x, part, at), state._replace(cache=()), part)
-            return rest._replace(cache=cache), shown
-
-        def decode(per_example, base, adapter, p, state, rows, enough, sampling):
-            model = nnx.merge(graphdef, base, adapter, set_profile(profile, p, per_example=per_example))
-            # Outside the loop, which would otherwise slice every weight at every step.
-            layers = model.single_layers() if on_cpu else None
-
-            def going(carry):
-                step, state, _ = carry
-                ended = jnp.sum(state.done)
-                # All parts of the rows continue together, because they may communicate within a layer.
-                return (step < STEPS) & ((ended if mesh is None else jax.lax.psum(ended, SHARDS)) < enough)
-
-            def advance(carry):
-                step, state, shown = carry
-                cache, newest, made, done, texts = state
-                positions = (rows.lengths + made - 1)[:, None]
-                tokens = jnp.maximum(newest, 0)[:, None]
-                hidden, cache = model.hidden(tokens, positions=positions, cache=cache, layers=layers)
-                newest, new, over = choose(model, hidden[:, 0], rows, sampling, made, done, texts)
-                texts = extended(texts, rows, newest, made)
-                made = jnp.where(done, made, made + 1)
-                return step + 1, State(cache, newest, made, over, texts), shown.at[:, step].set(new)
-
-            shown = jnp.full((len(state.done), STEPS), -1, jnp.int32)
-            _, state, shown = jax.lax.while_loop(going, advance, (jnp.zeros((), jnp.int32), state, shown))
-            return state, shown
-
-        self._mesh, self._shards = mesh, shards_of(mesh, EVALUATED)
-        # Any, because the type of a jitted function in jax lacks `_cache_size`.
-        self.begin: Any = jax.jit(begin if mesh is None else functools.partial(self._begin_on_mesh, begin), static_argnums=(0, 1))
-        self.share: Any = jax.jit(share, static_argnums=0)
-        self.prefill: Any = jax.jit(
-            prefill if mesh is None else functools.partial(self._prefill_on_mesh, prefill),
-            static_argnums=(0, 1),
-            donate_argnums=10,
-        )
-        self.decode: Any = jax.jit(
-            decode if mesh is None else functools.partial(self._decode_on_mesh, decode),
-            static_argnums=0,
-            donate_argnums=4,
+        self.programs = Programs(
+            graphdef, profile, eos=eos, ends=eos if ends is None else ends, settings=settings, mesh=mesh
         )
         self._base = base
         self._max_length, self._batch_size, self._pad_multiple = max_length, batch_size, pad_multiple
         self.settings = settings or GenerationSettings()
 
-    def _begin_on_mesh(self, begin: Callable[..., Any], size: int, *arguments: Any) -> State:
-        state = begin(size // self._shards, *arguments)
-        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (self._shards, *x.shape)), state)
-        return jax.lax.with_sharding_constraint(state, self.placed(state))
-
-    def _prefill_on_mesh(self, prefill: Callable[..., Any], slots: int, per_example: bool, *arguments: Any) -> Any:
-        base, adapter, p, tokens, rows, texts, at, prefix, state, sampling = arguments
-        parts = functools.partial(jax.tree.map, functools.partial(split_rows, axis=0, shards=self._shards))
-        return self._mapped(
-            functools.partial(prefill, slots, per_example),
-            (None, None, 0 if per_example else None, 0, 0, 0, 0, None, 0, None),
-            *(base, adapter, parts(p) if per_example else p),
-            *(parts(tokens), parts(rows), parts(texts), parts(at), prefix, state, sampling),
-        )
-
-    def _decode_on_mesh(self, decode: Callable[..., Any], per_example: bool, *arguments: Any) -> Any:
-        base, adapter, p, state, rows, enough, sampling = arguments
-        parts = functools.partial(jax.tree.map, functools.partial(split_rows, axis=0, shards=self._shards))
-        return self._mapped(
-            functools.partial(decode, per_example),
-            (None, None, 0 if per_example else None, 0, 0, None, None),
-            *(base, adapter, parts(p) if per_example else p, state, parts(rows), enough, sampling),
-        )
-
-    def _mapped(self, function: Callable[..., Any], axes: tuple, *arguments: Any) -> tuple[State, jax.Array]:
-        """Runs a function on the parts of the rows; what the host reads is the same on every device."""
-        mapped = jax.vmap(function, in_axes=axes, out_axes=(0, 0), axis_name=SHARDS, spmd_axis_name=EVALUATED)
-        state, shown = mapped(*arguments)
-        state = jax.lax.with_sharding_constraint(state, self.placed(state))
-        return state, jax.lax.with_sharding_constraint(shown, replicated(cast("Mesh", self._mesh)))
-
-    def placed(self, state: State) -> State:
-        """The shardings of a state on the mesh: rows over `EVALUATED`, heads over `tensor`, `done` on every device.
-
-        Args:
-          state: a state whose arrays, or their shapes, begin with the parts of the rows.
-        """
-        mesh = cast("Mesh", self._mesh)
-        rows = lambda x: NamedSharding(mesh, PartitionSpec(EVALUATED, *(None,) * (x.ndim - 1)))  # noqa: E731
-
-        def heads(x):
-            over = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
-            return NamedSharding(mesh, PartitionSpec(EVALUATED, *(None,) * (x.ndim - 4), over, None, None))
-
-        others = jax.tree.map(rows, state._replace(cache=()))
-        return others._replace(cache=jax.tree.map(heads, state.cache), done=replicated(mesh))
-
     @property
     def compilations(self) -> int:
         """The number of executables that have been compiled so far, without those that only make empty arrays."""
-        return sum(function._cache_size() for function in (self.share, self.prefill, self.decode))
+        return self.programs.compilations
 
     def generate(
         self,
@@ -350,31 +133,16 @@ class Generator:
                 raise ValueError(
                     f"p must have shape [R], or [{len(prompts)}, R] for {len(prompts)} prompts, got {list(p.shape)}"
                 )
-            p, kinds = np.unique(p, axis=0, return_inverse=True) if p.ndim == 2 and len(p) else (p, None)
-            if kinds is not None and len(p) == 1:
-                p, kinds = p[0], None
+            p, kinds = _kinds_of(p) if p.ndim == 2 and len(p) else (p, None)
         sampling = make_sampling(temperature, top_p, seed)
         self._check(max_new_tokens, sampling)
         self._check_prompts(prompts)
         if not prompts:
             return []
-        max_new_tokens = min(max_new_tokens, self._max_length)  # bounds the length of arrays
-        longest = self._padded(max(len(prompt) for prompt in prompts))
-        size = -(-even_batch_size(len(prompts), self._batch_size) // self._shards) * self._shards
-        made = self._serve(
-            adapter,
-            Serving(
-                prompts,
-                p,
-                kinds,
-                range(len(prompts)) if numbers is None else numbers,
-                size,
-                self._slots(longest, max_new_tokens),
-                max_new_tokens,
-                sampling,
-                stop,
-            ),
-        )
+        size = even_batch_size(len(prompts), self._batch_size)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        how: dict[str, Any] = dict(p=p, kinds=kinds, numbers=numbers, size=size, sampling=sampling, stop=stop)
+        made = self._serve(adapter, prompts, max_new_tokens, None, **how)
         if broken := sum(bool(np.any(answer == NOT_FINITE)) for answer in made):
             logger.warning(
                 "%d of %d answers end early: the model's logits for them are not finite", broken, len(prompts)
@@ -383,7 +151,7 @@ class Generator:
 
     def place(self, adapter: Any) -> Any:
         """Puts an adapter where the mesh needs it, once for many calls of `answer`."""
-        return put_weights(adapter, self._mesh)
+        return put_weights(adapter, self.programs.mesh)
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[PromptBatch]:
         """Sorts prompts by length into batches of one size, each padded to one of few multiples of `pad_multiple`.
@@ -394,7 +162,7 @@ class Generator:
         self._check_prompts(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = even_batch_size(len(order), self._batch_size)
-        size = -(-size // self._shards) * self._shards
+        size = -(-size // self.programs.shards) * self.programs.shards
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         padded = few_lengths([len(prompts[members[-1]]) for members in parts], self._pad_multiple, LENGTHS)
         batches = []
@@ -442,18 +210,39 @@ class Generator:
         size, length = batch.tokens.shape
         count = len(batch.members)
         prompts = [row[:own].tolist() for row, own in zip(batch.tokens, batch.lengths, strict=True)][:count]
-        kinds = None
-        if per_example:
-            p, kinds = np.unique(np.asarray(p)[:count], axis=0, return_inverse=True)
+        p, kinds = _kinds_of(np.asarray(p)[:count]) if per_example else (p, None)
         numbers = range(size) if numbers is None else numbers
-        slots = self._slots(length, max_new_tokens)
-        answers = self._serve(
-            adapter, Serving(prompts, p, kinds, numbers, size, slots, max_new_tokens, sampling, stop), length
-        )
+        how: dict[str, Any] = dict(p=p, kinds=kinds, numbers=numbers, size=size, sampling=sampling, stop=stop)
+        answers = self._serve(adapter, prompts, max_new_tokens, length, **how)
         made = np.full((size, max_new_tokens), -1, np.int32)
         for row, answer in zip(made, answers, strict=False):
             row[: len(answer)] = answer
         return made
+
+    def _serve(
+        self,
+        adapter: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        length: int | None,
+        *,
+        size: int,
+        **how: Any,
+    ) -> list[np.ndarray]:
+        """The answers as `serve` returns them; `length` is the padded length of all prompts, or None."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        longest = length or self._padded(int(lengths.max()))
+        slots = max(longest, min(longest + self._padded(max_new_tokens), self._padded(self._max_length)))
+        asked = Asked(
+            prompts=prompts,
+            limits=np.minimum(max_new_tokens, self._max_length - lengths),
+            size=-(-size // self.programs.shards) * self.programs.shards,
+            slots=slots,
+            multiple=self._pad_multiple,
+            length=length,
+            **how,
+        )
+        return serve(self.programs, self._base, self.place(adapter), asked)
 
     def _check(self, max_new_tokens: int, sampling: Sampling | None) -> None:
         if max_new_tokens < 1:
@@ -472,152 +261,6 @@ class Generator:
                     f"{self._max_length} that prompt and answer may have together"
                 )
 
-    def _serve(self, adapter: Any, asked: Serving, length: int | None = None) -> list[np.ndarray]:
-        """The tokens of each answer; `NOT_FINITE` comes last where the logits were not finite.
-
-        Args:
-          adapter: the tree of factors.
-          asked: what is asked.
-          length: T, the padded length of all prompts; None: as few prompts as possible are padded much.
-        """
-        adapter = self.place(adapter)
-        put = functools.partial(put_replicated, mesh=self._mesh)
-        groups, prefixes = self._groups(adapter, asked, length)
-        queue = collections.deque(groups)
-        rows = Rows(asked.size, self._shards, asked.max_new_tokens)
-        owned = np.zeros((asked.size,), np.int32)  # the kind of each row's profile
-        answers: list[Any] = [None] * len(asked.prompts)
-        sampling = put(asked.sampling)
-        alike = None if asked.kinds is not None else put(asked.p)
-        state = self.begin(asked.size, asked.slots, self._base, adapter)
-
-        def take(row: int, new: np.ndarray, done: bool) -> None:
-            if rows.extend(row, new, asked.stop) or done:
-                member, answer = rows.finish(row)
-                answers[member] = answer
-
-        while queue or not rows.ended.all():
-            while queue and rows.ended.sum() >= len(queue[0].members):
-                group = queue.popleft()
-                members, at = rows.assign(group)
-                if left := [member for member in group.members if member not in members]:
-                    queue.appendleft(group._replace(members=left))
-                filled = [(position, member) for position, member in enumerate(members) if member >= 0]
-                for position, member in filled:
-                    row = rows.row(position, group, at)
-                    rows.lengths[row] = len(asked.prompts[member])
-                    rows.limits[row] = min(asked.max_new_tokens, self._max_length - rows.lengths[row])
-                    rows.numbers[row] = asked.numbers[member]
-                    owned[row] = 0 if asked.kinds is None else asked.kinds[member]
-                state, shown = self._prefill(adapter, asked, group, members, at, prefixes.get(group.kind), state, sampling)
-                shown, done = np.asarray(shown).reshape(-1), np.asarray(state.done).reshape(-1)
-                for position, _ in filled:
-                    row = rows.row(position, group, at)
-                    take(row, shown[position : position + 1], bool(done[row]))
-            if rows.ended.all():
-                continue
-            done = put(jnp.asarray(rows.ended.reshape(state.done.shape)))
-            enough = len(queue[0].members) if queue else asked.size
-            data = put((*self._rows(rows.lengths, rows.limits, rows.numbers), jnp.asarray(enough, jnp.int32)))
-            state, shown = self.decode(
-                asked.kinds is not None,
-                self._base,
-                adapter,
-                alike if asked.kinds is None else put(jnp.asarray(asked.p[owned])),
-                state._replace(done=done),
-                PromptRows(*data[:3]),
-                data[3],
-                sampling,
-            )
-            shown, done = np.asarray(shown).reshape(asked.size, -1), np.asarray(state.done).reshape(-1)
-            for row in np.flatnonzero(~rows.ended):
-                take(row, shown[row], bool(done[row]))
-        return answers
-
-    def _groups(
-        self, adapter: Any, asked: Serving, length: int | None
-    ) -> tuple[list[PromptGroup], dict[int, tuple[Any, jax.Array]]]:
-        """The groups of prompts, and for each kind that has a shared prefix: the cache of it and its length."""
-        count, once = len(asked.prompts), len(asked.prompts) <= asked.size
-        kinds = np.zeros(count, int) if asked.kinds is None else asked.kinds
-        shared = [0] * count
-        if self._mesh is None and not isinstance(asked.p, Mapping):
-            shared = common_prefixes(asked.prompts, kinds.tolist(), SHARED)
-        # On a CPU, prompts of one profile are prefilled together, because their kernels are folded.
-        apart = any(shared) or asked.kinds is None or (self._on_cpu and not once)
-
-        def rows(padded: int) -> int:
-            most = asked.size if once else max(1, asked.size // REFILLED)
-            if self._on_cpu and self._mesh is None:
-                most = min(most, -(-PREFILLED // padded))
-                return next(rows for rows in range(most, 0, -1) if asked.size % rows == 0)
-            return -(-most // self._shards) * self._shards
-
-        groups = group_prompts(
-            [len(prompt) for prompt in asked.prompts],
-            kinds.tolist() if apart else [-1] * count,
-            shared,
-            rows=rows,
-            multiple=self._pad_multiple,
-            together=once,
-        )
-        if length is not None:
-            groups = [group._replace(length=length) for group in groups]
-        prefixes = {}
-        for group in groups:
-            if group.shared and group.kind not in prefixes:
-                tokens = np.zeros((1, self._padded(group.shared)), np.int32)
-                tokens[0, : group.shared] = asked.prompts[group.members[0]][: group.shared]
-                p = asked.p if asked.kinds is None else asked.p[group.kind]
-                cache = self.share(asked.slots, self._base, adapter, jnp.asarray(p), jnp.asarray(tokens))
-                prefixes[group.kind] = cache, jnp.asarray(group.shared, jnp.int32)
-        return groups, prefixes
-
-    def _prefill(
-        self,
-        adapter: Any,
-        asked: Serving,
-        group: PromptGroup,
-        members: Sequence[int],
-        at: np.ndarray,
-        prefix: tuple[Any, jax.Array] | None,
-        state: State,
-        sampling: Sampling | None,
-    ) -> tuple[State, jax.Array]:
-        """Prefills prompts into rows of the state; -1 among the members is padding."""
-        put = functools.partial(put_replicated, mesh=self._mesh)
-        tokens, lengths = np.zeros((group.rows, group.length), np.int32), np.full(group.rows, group.shared + 1)
-        limits, numbers = np.zeros(group.rows), np.zeros(group.rows)
-        texts = None if state.tokens is None else np.full((group.rows, asked.slots), NO_TOKEN, np.int32)
-        for row, member in enumerate(members):
-            if member < 0:
-                continue
-            prompt = asked.prompts[member]
-            tokens[row, : len(prompt) - group.shared] = prompt[group.shared :]
-            lengths[row], numbers[row] = len(prompt), asked.numbers[member]
-            limits[row] = min(asked.max_new_tokens, self._max_length - len(prompt))
-            if texts is not None:
-                texts[row, : len(prompt)] = prompt
-        per_example = asked.kinds is not None and group.kind < 0
-        p = asked.p
-        if asked.kinds is not None:
-            p = p[group.kind] if group.kind >= 0 else p[asked.kinds[[max(member, 0) for member in members]]]
-            p = jnp.asarray(p)
-        rows, texts = put((PromptRows(*self._rows(lengths, limits, numbers)), texts))
-        tokens = put_rows(tokens, self._mesh, 0, over=EVALUATED) if self._mesh is not None else jnp.asarray(tokens)
-        return self.prefill(
-            *(asked.slots, per_example, self._base, adapter, put(p), tokens, rows, texts),
-            *(put(jnp.asarray(at)), prefix, state, sampling),
-        )
-
-    @staticmethod
-    def _rows(*arrays: np.ndarray) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(array, jnp.int32) for array in arrays)
-
-    def _slots(self, longest: int, max_new_tokens: int) -> int:
-        """The slots of a cache for prompts whose padded length is at most `longest`."""
-        return max(longest, min(longest + self._padded(max_new_tokens), self._padded(self._max_length)))
-
     def _padded(self, length: int) -> int:
         return -(-length // self._pad_multiple) * self._pad_multiple
 
@@ -626,3 +269,9 @@ class Generator:
 def warn_once(message: str) -> None:
     """Logs a warning, unless the same message was logged before."""
     logger.warning("%s", message)
+
+
+def _kinds_of(p: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """The different profiles [K, R] among [B, R] and the index [B] of each; or the only one [R], and None."""
+    different, kinds = np.unique(p, axis=0, return_inverse=True)
+    return (different, kinds.reshape(-1)) if len(different) > 1 else (p[0], None)

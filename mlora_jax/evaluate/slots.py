@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,7 +38,8 @@ def group_prompts(
     *,
     rows: Callable[[int], int],
     multiple: int,
-    together: bool,
+    length: int | None = None,
+    one_length: bool = False,
 ) -> list[PromptGroup]:
     """Puts prompts of similar length into groups, longest first within a kind.
 
@@ -51,18 +51,19 @@ def group_prompts(
       shared: the number of tokens of each prompt that are prefilled before, the same within a kind.
       rows: T -> n, the number of rows of a prefill of T tokens each.
       multiple: T is a multiple of this.
-      together: whether all groups have the same T.
+      length: T of all groups; None: T is chosen.
+      one_length: whether all groups have the same T.
 
     Returns:
       The groups in the order in which they are to be prefilled.
 
-    >>> [g.members for g in group_prompts([3, 9, 4], [0, 0, 1], [0] * 3, rows=lambda _: 2, multiple=8, together=False)]
+    >>> [g.members for g in group_prompts([3, 9, 4], [0, 0, 1], [0] * 3, rows=lambda _: 2, multiple=8)]
     [[1, 0], [2]]
     """
-    own = [length - first for length, first in zip(lengths, shared, strict=True)]
+    own = [whole - first for whole, first in zip(lengths, shared, strict=True)]
     padded = few_lengths(own, multiple, LENGTHS)
-    if together and padded:
-        padded = [max(padded)] * len(padded)
+    if one_length or length is not None:
+        padded = [length or max(padded)] * len(padded)
     order = sorted(range(len(own)), key=lambda i: (kinds[i], -own[i]))
     groups: list[PromptGroup] = []
     for i in order:
@@ -82,8 +83,8 @@ def common_prefixes(prompts: Sequence[Sequence[int]], kinds: Sequence[int], leas
     Args:
       prompts: the token ids of each prompt.
       kinds: the index of each prompt's profile.
-      least: the least number of tokens, over all prompts, that need not be computed again; with fewer, all counts are 0,
-        because more executables are compiled where prefixes are shared.
+      least: the least number of tokens, over all prompts, whose prefill is saved; with fewer, all counts are 0, because
+        more executables are compiled where prefixes are shared.
 
     >>> common_prefixes([[1, 2, 3], [1, 2, 4], [1, 9]], [0, 0, 1], least=1)
     [2, 2, 0]
@@ -91,9 +92,14 @@ def common_prefixes(prompts: Sequence[Sequence[int]], kinds: Sequence[int], leas
     alike: dict[int, list[list[int]]] = {}
     for prompt, kind in zip(prompts, kinds, strict=True):
         alike.setdefault(kind, []).append([*prompt[:-1]])
-    lengths = {kind: len(os.path.commonprefix(each)) if len(each) > 1 else 0 for kind, each in alike.items()}
+    lengths = {kind: _alike(min(each), max(each)) if len(each) > 1 else 0 for kind, each in alike.items()}
     saved = sum(length * (len(alike[kind]) - 1) for kind, length in lengths.items())
     return [lengths[kind] if saved >= least else 0 for kind in kinds]
+
+
+def _alike(first: Sequence[int], last: Sequence[int]) -> int:
+    """The number of first items that two sequences have in common. All sequences between them have these, too."""
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 class Rows:
@@ -131,19 +137,19 @@ class Rows:
         waiting, members, at = [*group.members], [], np.full(group.rows, part, np.int32)
         for shard in range(self._shards):
             free = np.flatnonzero(self.ended[shard * part : (shard + 1) * part])
-            for position in range(each):
-                members.append(waiting.pop(0) if waiting and position < len(free) else -1)
+            for place in range(each):
+                members.append(waiting.pop(0) if waiting and place < len(free) else -1)
                 if members[-1] >= 0:
-                    at[len(members) - 1] = free[position]
-        for position, member in enumerate(members):
+                    at[len(members) - 1] = free[place]
+        for place, member in enumerate(members):
             if member >= 0:
-                row = position // each * part + at[position]
+                row = place // each * part + at[place]
                 self.owners[row], self.ended[row], self._counts[row] = member, False, 0
         return members, at
 
-    def row(self, position: int, group: PromptGroup, at: np.ndarray) -> int:
+    def row(self, place: int, group: PromptGroup, at: np.ndarray) -> int:
         """The row of the cache, counted over all parts, of a row of a prefill."""
-        return position // (group.rows // self._shards) * (len(self.ended) // self._shards) + int(at[position])
+        return place // (group.rows // self._shards) * (len(self.ended) // self._shards) + int(at[place])
 
     def extend(self, row: int, new: np.ndarray, stop: Callable[[list[int]], bool] | None) -> bool:
         """Appends the tokens [n] that a row has made, up to the first -1, and says whether `stop` ends the answer."""
