@@ -159,7 +159,7 @@ class _Server:
         )
         shown, done = np.asarray(shown).reshape(asked.size, -1), np.asarray(self._state.done).reshape(-1)
         for row in np.flatnonzero(~rows.ended):
-            self._take(row, shown[row], bool(done[row]))
+            self._take(int(row), shown[row], bool(done[row]))
 
     def _take(self, row: int, new: np.ndarray, done: bool) -> None:
         """Appends what a row has made, and keeps its answer if it has ended."""

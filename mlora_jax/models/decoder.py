@@ -23,6 +23,7 @@ from mlora_jax.models.decoder_layers import (
     Cache,
     DecoderLayer,
     RMSNorm,
+    StackedCache,
     linear_layer,
     rope_frequencies,
     segment_positions,
@@ -121,7 +122,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         parent_ids: jax.Array | None = None,
         spans: Spans | None = None,
-        cache: tuple[Cache, ...] | Cache | None = None,
+        cache: tuple[Cache, ...] | StackedCache | None = None,
         layers: Sequence[DecoderLayer] | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
@@ -136,8 +137,8 @@ class Decoder(nnx.Module):
             this id. So a row can hold a context once, with all its continuations. `positions` must then give the
             position at which each continuation begins.
           spans: used with segment ids. The places of texts that do not see each other, which save a CPU work.
-          cache: the cache from `init_cache`, `prefill` or an earlier call. One `Cache` for each layer runs the layers
-            one after the other in the program; stacked arrays run them in a scan, which compiles one layer.
+          cache: the cache from `init_cache`, `prefill` or an earlier call. With a `StackedCache`, one scan runs the
+            layers.
           layers: used with one `Cache` for each layer. The result of `single_layers()`, which a decoding loop then
             computes only once.
 
@@ -163,7 +164,7 @@ class Decoder(nnx.Module):
             if parent_ids is not None:
                 mask |= parent_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is not None:
-            held = cache if isinstance(cache, Cache) else cache[0]
+            held = cache if isinstance(cache, StackedCache) else cache[0]
             slots = jnp.arange(held.v.shape[-2])[None, None, None]
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
         x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, counted=counted)
@@ -171,7 +172,7 @@ class Decoder(nnx.Module):
 
     def prefill(
         self, tokens: jax.Array, slots: int, *, stacked: bool = False
-    ) -> tuple[jax.Array, tuple[Cache, ...] | Cache]:
+    ) -> tuple[jax.Array, tuple[Cache, ...] | StackedCache]:
         """Computes the hidden states of whole prompts, and a cache that holds them and has room for more tokens.
 
         The result is that of `hidden` with an empty cache, but this method does not attend to empty slots.
@@ -190,7 +191,7 @@ class Decoder(nnx.Module):
         k = jnp.pad(kept.k, [*[(0, 0)] * 4, room])  # [L, B, KV, Hd, S]
         v = jnp.pad(kept.v, [*[(0, 0)] * 3, room, (0, 0)])
         if stacked:
-            return x, Cache(k, v)
+            return x, StackedCache(k, v)
         return x, tuple(Cache(k[index], v[index]) for index in range(self.config.num_layers))
 
     def single_layers(self) -> tuple[DecoderLayer, ...]:
@@ -239,7 +240,7 @@ class Decoder(nnx.Module):
             graphdef, table = nnx.split(self.embed_tokens)
             table = placement.weights({"embed_tokens": table})["embed_tokens"]
             x = placement.activations(nnx.merge(graphdef, table)(tokens))
-        if cache is not None and not isinstance(cache, Cache):
+        if cache is not None and not isinstance(cache, StackedCache):
             written = []
             for index, layer in enumerate(self.single_layers() if layers is None else layers):
                 window, rotates = (None if each is None else each[index] for each in (windows, rotary))
@@ -296,23 +297,23 @@ class Decoder(nnx.Module):
             )
         return self.lm_head(hidden).astype(self.wide_dtype)
 
-    def init_cache(self, batch: int, length: int, *, stacked: bool = False) -> tuple[Cache, ...] | Cache:
+    def init_cache(self, batch: int, length: int, *, stacked: bool = False) -> tuple[Cache, ...] | StackedCache:
         """Returns an empty cache.
 
-        With stacked arrays, a program that decodes does not grow with the number of layers. An accelerator reads a
-        layer's part of them in place; a CPU copies it, so that it is faster with arrays for each layer.
+        With stacked arrays, a program that decodes does not grow with the number of layers. A CPU copies a layer's part
+        of them at every step, so that it is faster with arrays for each layer.
 
         Args:
           batch: B, the number of rows.
           length: S, the largest number of tokens that a row will hold.
-          stacked: whether one `Cache` has arrays for all layers.
+          stacked: whether to return a `StackedCache`.
 
         Returns:
-          One `Cache` of zeros in the compute dtype for each layer, or one that begins with [L].
+          One `Cache` of zeros in the compute dtype for each layer, or a `StackedCache` of zeros.
         """
         config = self.config
         k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, length), self.dtype)
         if stacked:
             k = jnp.zeros((config.num_layers, *k.shape), self.dtype)
-            return Cache(k, jnp.zeros_like(k.swapaxes(3, 4)))
+            return StackedCache(k, jnp.zeros_like(k.swapaxes(3, 4)))
         return tuple(Cache(jnp.copy(k), jnp.copy(k.swapaxes(2, 3))) for _ in range(config.num_layers))

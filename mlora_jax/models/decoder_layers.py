@@ -17,41 +17,66 @@ from mlora_jax.models.flash import Flash
 
 
 class Cache(NamedTuple):
-    """The rotated keys and the values of the tokens that one layer has seen so far, or all layers in stacked arrays.
+    """The rotated keys and the values of the tokens that one layer has seen so far.
 
     The axes have the order in which the products of attention need no transposes.
 
     Args:
-      k: the keys [B, KV, Hd, S] in the compute dtype; [L, B, KV, Hd, S] if stacked.
-      v: the values [B, KV, S, Hd] in the compute dtype; [L, B, KV, S, Hd] if stacked.
-      layer: an int32 scalar that tells a layer which part of stacked arrays is its own; None otherwise.
+      k: the keys [B, KV, Hd, S] in the compute dtype.
+      v: the values [B, KV, S, Hd] in the compute dtype.
     """
 
     k: jax.Array
     v: jax.Array
-    layer: jax.Array | None = None
 
     def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
-        """Returns the cache of one layer with more tokens; positions beyond the cache are not written.
+        """Returns the cache with more tokens; positions beyond it are not written.
 
         Args:
           key: [B, T, KV, Hd].
           value: [B, T, KV, Hd].
           positions: int32 [B, T], the slots of the tokens.
         """
-        rows, every = jnp.arange(len(key))[:, None], slice(None)
-        own = () if self.layer is None else (self.layer,)
-        return self._replace(
-            k=self.k.at[(*own, rows, every, every, positions)].set(key.astype(self.k.dtype)),
-            v=self.v.at[(*own, rows, every, positions)].set(value.astype(self.v.dtype)),
-        )
+        k, v = _written(self, (), key, value, positions)
+        return Cache(k, v)
 
     def own(self) -> tuple[jax.Array, jax.Array]:
-        """Returns the keys [B, KV, Hd, S] and values [B, KV, S, Hd] of one layer."""
-        if self.layer is None:
-            return self.k, self.v
+        """Returns the keys [B, KV, Hd, S] and values [B, KV, S, Hd]."""
+        return self.k, self.v
+
+
+class StackedCache(NamedTuple):
+    """The caches of all layers as two arrays, for a scan over the layers.
+
+    Args:
+      k: the keys [L, B, KV, Hd, S] in the compute dtype.
+      v: the values [L, B, KV, S, Hd] in the compute dtype.
+      layer: an int32 scalar, the layer that reads and writes; None outside the scan.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    layer: jax.Array | None = None
+
+    def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> StackedCache:
+        """Returns the cache with more tokens of the layer, as `Cache.written` does."""
+        k, v = _written(self, (self.layer,), key, value, positions)
+        return StackedCache(k, v, self.layer)
+
+    def own(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the layer's keys [B, KV, Hd, S] and values [B, KV, S, Hd]."""
         k, v = (jax.lax.dynamic_index_in_dim(part, self.layer, keepdims=False) for part in (self.k, self.v))
         return k, v
+
+
+def _written(
+    cache: Any, layer: tuple, key: jax.Array, value: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, every = jnp.arange(len(key))[:, None], slice(None)
+    return (
+        cache.k.at[(*layer, rows, every, every, positions)].set(key.astype(cache.k.dtype)),
+        cache.v.at[(*layer, rows, every, positions)].set(value.astype(cache.v.dtype)),
+    )
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -190,10 +215,10 @@ class Attention(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         positions: jax.Array,
-        cache: Cache | None,
+        cache: Cache | StackedCache | None,
         spans: Spans | None = None,
         flash: Flash | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache | StackedCache]:
         """Mixes [B, T, D] over time, and returns the result and the new cache.
 
         Without a cache, the new one holds these tokens alone.
@@ -260,10 +285,10 @@ class DecoderLayer(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         positions: jax.Array,
-        cache: Cache | None,
+        cache: Cache | StackedCache | None,
         spans: Spans | None = None,
         flash: Flash | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache | StackedCache]:
         """Applies the layer to [B, T, D], and returns the result and the layer's new cache."""
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, mask, positions, cache, spans, flash)
         # The residual stream keeps its dtype even if an adapter that replaces a projection returns another one.
