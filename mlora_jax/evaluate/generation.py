@@ -125,6 +125,44 @@ class Generator:
           ValueError: a prompt has no tokens or leaves no room for an answer, p has another shape, an option is outside
             its range, or a setting of the checkpoint cannot be applied.
         """
+        made = self.raw_answers(
+            adapter,
+            prompts,
+            p,
+            max_new_tokens=max_new_tokens,
+            sampling=make_sampling(temperature, top_p, seed),
+            stop=stop,
+            numbers=numbers,
+        )
+        if broken := sum(bool(np.any(answer == NOT_FINITE)) for answer in made):
+            logger.warning(
+                "%d of %d answers end early: the model's logits for them are not finite", broken, len(prompts)
+            )
+        return [answer[answer >= 0].tolist() for answer in made]
+
+    def raw_answers(
+        self,
+        adapter: Any,
+        prompts: Sequence[Sequence[int]],
+        p: Any,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Callable[[list[int]], bool] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[np.ndarray]:
+        """The answers of `generate`, without a warning of those whose logits are not finite.
+
+        Args:
+          adapter, prompts, p, max_new_tokens, stop, numbers: as in `generate`.
+          sampling: how tokens are drawn; None takes the likeliest tokens.
+
+        Returns:
+          One int32 array [tokens] per prompt. Its last entry is `NOT_FINITE` if the answer ended for that reason.
+
+        Raises:
+          ValueError: as in `generate`.
+        """
         if isinstance(p, Mapping):
             kinds = None
         else:
@@ -134,20 +172,15 @@ class Generator:
                     f"p must have shape [R], or [{len(prompts)}, R] for {len(prompts)} prompts, got {list(p.shape)}"
                 )
             p, kinds = _kinds_of(p) if p.ndim == 2 and len(p) else (p, None)
-        sampling = make_sampling(temperature, top_p, seed)
         self._check(max_new_tokens, sampling)
         self._check_prompts(prompts)
         if not prompts:
             return []
+        max_new_tokens = min(max_new_tokens, self._max_length)  # bounds the length of arrays
         size = even_batch_size(len(prompts), self._batch_size)
         numbers = range(len(prompts)) if numbers is None else numbers
         how: dict[str, Any] = dict(p=p, kinds=kinds, numbers=numbers, size=size, sampling=sampling, stop=stop)
-        made = self._serve(adapter, prompts, max_new_tokens, None, **how)
-        if broken := sum(bool(np.any(answer == NOT_FINITE)) for answer in made):
-            logger.warning(
-                "%d of %d answers end early: the model's logits for them are not finite", broken, len(prompts)
-            )
-        return [answer[answer >= 0].tolist() for answer in made]
+        return self._serve(adapter, prompts, max_new_tokens, None, **how)
 
     def place(self, adapter: Any) -> Any:
         """Puts an adapter where the mesh needs it, once for many calls of `answer`."""

@@ -8,7 +8,8 @@ from flax import nnx
 
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import Generator, serving
-from mlora_jax.models import load_decoder
+from mlora_jax.models import Decoder, load_decoder
+from mlora_jax.models.generation_config import GenerationSettings
 from mlora_jax.parallel.mesh import make_mesh
 from tests.evaluate.test_generation import Table, adapted, generator, prompts_of
 from tests.tiny import adapted_trees, tiny_config, write_checkpoint
@@ -110,8 +111,9 @@ def test_a_row_whose_logits_were_not_finite_is_refilled_whole(tiny):
 
 
 def test_rows_on_a_mesh_are_refilled(tiny, asked):
+    """Rows lie on two parts of the mesh, and the heads of a row on two devices."""
     prompts, p = asked
-    mesh = make_mesh({"trial": 1, "data": 2, "fsdp": 1, "tensor": 1}, jax.devices()[:2])
+    mesh = make_mesh({"trial": 1, "data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
     free = generator(tiny).generate(tiny[2], prompts, p, max_new_tokens=NEW)
     run = generator(tiny, eos=(free[0][3], free[2][9]), mesh=mesh)
     answers = run.generate(tiny[2], prompts, p, max_new_tokens=NEW)
@@ -121,8 +123,6 @@ def test_rows_on_a_mesh_are_refilled(tiny, asked):
 
 @pytest.mark.parametrize("rules", [False, True])
 def test_a_shared_prefix_is_prefilled_once_per_rank(tiny, monkeypatch, rules):
-    from mlora_jax.models.generation_config import GenerationSettings
-
     begin, *ends = prompts_of(30, 4, 1, 6, 2, 3)
     prompts, ranks = [begin + end for end in ends] * 2, [0] * 5 + [4] * 5
     p = [HIERARCHY.prefix(rank) for rank in ranks]
@@ -143,8 +143,6 @@ def test_a_shared_prefix_is_prefilled_once_per_rank(tiny, monkeypatch, rules):
 
 def test_what_is_compiled_for_an_accelerator_does_not_grow_with_depth(monkeypatch):
     """Here a CPU runs it, with the same tokens."""
-    from mlora_jax.models import Decoder
-
     texts, answers = {}, {}
     for backend, layers in (("cpu", 3), ("gpu", 3), ("gpu", 6)):
         model = Decoder(tiny_config(num_layers=layers), rngs=nnx.Rngs(0))
