@@ -121,8 +121,9 @@ def test_rows_on_a_mesh_are_refilled(tiny, asked):
     assert run.programs.decode._cache_size() == 1
 
 
-@pytest.mark.parametrize("rules", [False, True])
-def test_a_shared_prefix_is_prefilled_once_per_rank(tiny, monkeypatch, rules):
+@pytest.mark.parametrize(("rules", "backend"), [(False, "cpu"), (True, "gpu")])
+def test_a_shared_prefix_is_prefilled_once_per_rank(tiny, monkeypatch, rules, backend):
+    """Also in the form of the program that an accelerator runs."""
     begin, *ends = prompts_of(30, 4, 1, 6, 2, 3)
     prompts, ranks = [begin + end for end in ends] * 2, [0] * 5 + [4] * 5
     p = [HIERARCHY.prefix(rank) for rank in ranks]
@@ -131,7 +132,9 @@ def test_a_shared_prefix_is_prefilled_once_per_rank(tiny, monkeypatch, rules):
     expected = apart.generate(tiny[2], prompts, p, max_new_tokens=NEW)
     assert apart.programs.share._cache_size() == 0
     monkeypatch.setattr(serving, "SHARED", 200)
-    run, lengths = generator(tiny, **options), []
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        run, lengths = generator(tiny, **options), []
     prefill = run.programs.prefill
     run.programs.prefill = lambda *arguments: lengths.append(arguments[5].shape) or prefill(*arguments)
     assert run.generate(tiny[2], prompts, p, max_new_tokens=NEW) == expected
