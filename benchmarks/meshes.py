@@ -27,8 +27,8 @@ MESHES = (
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"trial": 2, "fsdp": 2, "tensor": 2},
 )
-TRIALS, ROWS, ACCUMULATION, LENGTH, ANSWERS = 4, 16, 2, 16, 4
-RANKS = (1, 2, 4, 6)
+TRIALS, EXAMPLES, ACCUMULATION = 4, 16, 2
+RANKS, WIDTHS = (1, 2, 4, 6), (32, 16)
 
 
 def main(arguments: list[str]) -> None:
@@ -74,7 +74,7 @@ def run(mesh_options: dict, method: str, steps: int) -> tuple["np.ndarray", "np.
     from mlora_jax.core import RankHierarchy, get_method
     from mlora_jax.models import Decoder, DecoderConfig
     from mlora_jax.parallel.arrays import put_weights
-    from mlora_jax.parallel.mesh import make_mesh
+    from mlora_jax.parallel.mesh import make_mesh, shards_of
     from mlora_jax.parallel.rules import Placement
     from mlora_jax.training.draws import DrawnBy, compile_draws
     from mlora_jax.training.grid import bytes_on_device
@@ -95,16 +95,19 @@ def run(mesh_options: dict, method: str, steps: int) -> tuple["np.ndarray", "np.
     graphdef, base, adapter, profile = split(adapt(model, RANKS[-1], targets, key=jax.random.key(1)))
     base, profile = put_weights(base, mesh), put_weights(profile, mesh)
     optimizer = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
-    step = TrialsStep(graphdef, optimizer, chunk=8, mesh=mesh, engine=engine)
+    layout = dict(widths=WIDTHS, micro_batch=EXAMPLES // ACCUMULATION)
+    step = TrialsStep(graphdef, optimizer, chunk=8, **layout, mesh=mesh, engine=engine)
     keys = stack_trees([trial_keys(seed) for seed in range(TRIALS)])
     state = put_weights(stack_trees(init_state(adapter, optimizer) for _ in range(TRIALS)), mesh, trials=True)
     drawn_by = [DrawnBy(get_method(method).policies[0], RankHierarchy(RANKS, "sqrt", max_rank=RANKS[-1]))] * TRIALS
-    draw = compile_draws(drawn_by, keys.draws, accumulation=ACCUMULATION, examples=ROWS // ACCUMULATION)
+    draw = compile_draws(drawn_by, keys.draws, accumulation=ACCUMULATION, examples=EXAMPLES // ACCUMULATION)
     schedule = Schedule(jnp.full(TRIALS, 1e-3), jnp.zeros(TRIALS), jnp.full(TRIALS, float(steps)))
     random, losses = np.random.default_rng(0), []
     facts = {"base_bytes": bytes_on_device(base), "state_bytes": bytes_on_device(state)}
     for number in range(steps):
-        state, metrics = step(base, profile, state, _batch(random), draw(number), schedule, keys.dropout)
+        state, metrics = step(
+            base, profile, state, _batch(random, shards_of(mesh)), draw(number), schedule, keys.dropout
+        )
         losses.append(np.asarray(metrics["loss"], np.float64))
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(state.adapter)]
     if mesh is not None:
@@ -113,16 +116,26 @@ def run(mesh_options: dict, method: str, steps: int) -> tuple["np.ndarray", "np.
     return np.array(losses), np.concatenate(leaves), facts
 
 
-def _batch(random: "np.random.Generator") -> dict[str, "np.ndarray"]:
+def _batch(random: "np.random.Generator", shards: int) -> dict[str, "np.ndarray"]:
+    """Returns the packed examples of one step, the same ones for every number of shards."""
     import numpy as np
 
-    shape = (TRIALS, ACCUMULATION, ROWS // ACCUMULATION)
-    return {
-        "tokens": random.integers(0, 128, (*shape, LENGTH)).astype(np.int32),
-        "positions": random.integers(0, LENGTH - 1, (*shape, ANSWERS)).astype(np.int32),
-        "targets": random.integers(0, 128, (*shape, ANSWERS)).astype(np.int32),
-        "weights": (random.random((*shape, ANSWERS)) < 0.8).astype(np.float32),
-    }
+    from mlora_jax.data import Example
+    from mlora_jax.data.packing import RowShape, packed_arrays, share_out
+
+    members, numbers = [], []
+    for _ in range(TRIALS):
+        lengths = random.integers(5, 17, EXAMPLES)
+        examples = [
+            Example(random.integers(0, 128, length).astype(np.int32), np.arange(length) >= length - 4)
+            for length in lengths
+        ]
+        for own in share_out(lengths.tolist(), shards):
+            members.append([examples[index] for index in own])
+            numbers.append(own)
+    shape = RowShape(WIDTHS)
+    arrays, plan = packed_arrays(members, numbers, shape, shape.passes(EXAMPLES // shards))
+    return plan | {name: array.reshape(TRIALS, shards, *array.shape[1:]) for name, array in arrays.items()}
 
 
 def moved(text: str) -> dict[str, dict[str, float]]:

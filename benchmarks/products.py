@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 REPEATS = 15
 Product = tuple[int, int, int]  # [m, k] times [k, n]
 

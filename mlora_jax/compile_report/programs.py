@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.data.packing import RowShape
-from mlora_jax.evaluate.generation import Generator, PromptRows
+from mlora_jax.evaluate.programs import Programs as Generation
+from mlora_jax.evaluate.programs import PromptRows, State
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
 from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
@@ -189,25 +190,25 @@ class Programs:
         return step.compile(*arguments, proximal=phases.shape(trial)[0].proximal)
 
     def prefill(self, batch: int) -> jax.stages.Compiled:
-        """Compiles the prefill of prompts that are as long as the longest training row, with room for an answer.
+        """Compiles the prefill of prompts as long as the longest training row, into a cache with room for answers.
 
         Args:
           batch: the number of prompts.
         """
-        tokens, *others = self._requests(batch)
-        return self._generator.prefill.lower(self.slots, False, *self._weights, tokens, *others).compile()
+        lie = rows_sharding(self.mesh, 2, 0, over=EVALUATED)
+        tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=lie)
+        prompts = tokens, self._prompt_rows(batch), None, self._whole((batch,)), None
+        arguments = *self._weights, *prompts, self._state(batch), None
+        return self._generation.prefill.lower(self.slots, False, *arguments).compile()
 
     def decode(self, batch: int) -> jax.stages.Compiled:
-        """Compiles the decoding of `STEPS` tokens in each row of a batch, with the cache that the prefill leaves.
+        """Compiles the decoding of `STEPS` tokens in each row of a batch, with a cache for `slots` tokens each.
 
         Args:
           batch: the number of rows.
         """
-        tokens, *others = self._requests(batch)
-        prefill = functools.partial(self._generator.prefill, self.slots, False)
-        state, _ = jax.eval_shape(prefill, *self._weights, tokens, *others)
-        state = _placed(state, jax.tree.map(self._kept, state))
-        return self._generator.decode.lower(False, *self._weights, state, *others).compile()
+        arguments = *self._weights, self._state(batch), self._prompt_rows(batch), self._whole(()), None
+        return self._generation.decode.lower(False, *arguments).compile()
 
     @property
     def slots(self) -> int:
@@ -215,11 +216,11 @@ class Programs:
         return self.config.data.max_length + self.config.evaluation.max_new_tokens
 
     @functools.cached_property
-    def _generator(self) -> Generator:
+    def _generation(self) -> Generation:
         # The values of this profile are replaced by the p of each call.
         profile = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.model.profile)
-        options = dict(pad_multiple=self.config.data.pad_multiple, eos=self.shape.eos_token_ids, mesh=self.mesh)
-        return Generator(self.model.graphdefs[1], None, profile, max_length=self.slots, batch_size=1, **options)
+        eos = self.shape.eos_token_ids
+        return Generation(self.model.graphdefs[1], profile, eos=eos, ends=eos, settings=None, mesh=self.mesh)
 
     @functools.cached_property
     def _weights(self) -> tuple:
@@ -227,22 +228,17 @@ class Programs:
         p = jax.ShapeDtypeStruct((self.rank,), jnp.float32, sharding=replicated(self.mesh))
         return self.weights(self.model.base), self.weights(self.model.adapter), p
 
-    def _requests(self, batch: int) -> tuple:
-        """Returns tokens [B, T], the arrays that describe each row, and None for greedy sampling."""
-        lie = rows_sharding(self.mesh, 2, 0, over=EVALUATED)
-        tokens = jax.ShapeDtypeStruct((batch, self.config.data.max_length), jnp.int32, sharding=lie)
-        one: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated(self.mesh))  # stands for an array
-        return tokens, PromptRows(one, one, one), None
+    def _state(self, batch: int) -> State:
+        """Returns the shape and sharding of the state of a batch, all of whose rows are prefilled or decoded."""
+        base, adapter, _ = self._weights
+        state = jax.eval_shape(functools.partial(self._generation.begin, batch, self.slots), base, adapter)
+        return _placed(state, self._generation.placed(state))
 
-    def _kept(self, leaf: Any) -> jax.sharding.Sharding:
-        """Returns the sharding of an array of the decoding state.
+    def _prompt_rows(self, batch: int) -> PromptRows:
+        return PromptRows(*(self._whole((batch,)) for _ in PromptRows._fields))
 
-        A cache [S, B / S, KV, ...] and the newest tokens [S, B / S] are sharded. The rest is small and replicated.
-        """
-        if leaf.ndim < 2 or leaf.dtype == bool:
-            return replicated(self.mesh)
-        heads = "tensor" if leaf.ndim == 5 and leaf.shape[2] % self.sizes["tensor"] == 0 else None
-        return NamedSharding(self.mesh, PartitionSpec(EVALUATED, None, *(heads for _ in range(leaf.ndim == 5))))
+    def _whole(self, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(self.mesh))
 
     def _trial(self) -> Trial:
         return dataclasses.replace(expand_trials(self.config)[0], rank=self.rank)

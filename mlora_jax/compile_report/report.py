@@ -17,7 +17,7 @@ from mlora_jax.compile_report.programs import Programs, base_bytes
 from mlora_jax.compile_report.records import Record, Records, measure
 from mlora_jax.compile_report.shapes import model_shape
 from mlora_jax.config_type import ConfigDict
-from mlora_jax.evaluate.generation import STEPS
+from mlora_jax.evaluate.programs import STEPS
 from mlora_jax.parallel.chips import Slice, topology
 from mlora_jax.trials import expand_trials
 

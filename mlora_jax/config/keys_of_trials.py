@@ -100,7 +100,7 @@ DATA = Group(
         "pad_multiple": Key(
             default=32,
             low=1,
-            doc="Batches of an evaluation are padded to a multiple of this many tokens, so that few shapes are compiled.",
+            doc="An evaluation pads its batches to a multiple of this many tokens, so that few shapes are compiled.",
         ),
     },
 )

@@ -46,7 +46,7 @@ class GenerationEvaluator:
       task: says how the answer is found in a text (`answer_pattern`) and which strings end an answer (`stop`).
       max_length: the largest number of tokens of a prompt; a longer prompt loses tokens on its left.
       max_new_tokens: N, the largest number of tokens of an answer.
-      batch_size: the largest B; the prompts are divided evenly among the batches.
+      batch_size: the largest number of rows that are decoded together.
       pad_multiple: prompt lengths are padded to a multiple of this.
       stop: the token ids that end an answer.
       settings: the checkpoint's generation settings, as in `Generator`; settings that cannot be applied raise an error
@@ -104,10 +104,11 @@ class GenerationEvaluator:
             for number, row in enumerate(rows)
         ]
         self.truncated = sum(len(prompt) > max_length for prompt in prompts)
-        self._batches = self.generator.batches([prompt[-max_length:] for prompt in prompts])
+        self._prompts = [prompt[-max_length:] for prompt in prompts]
+        self._batches = self.generator.batches(self._prompts)
 
     def __len__(self) -> int:
-        """The number of batches."""
+        """The number of batches that `run_batch` takes."""
         return len(self._batches)
 
     @property
@@ -117,6 +118,8 @@ class GenerationEvaluator:
 
     def run_batch(self, number: int, adapter: Any, p: Any) -> np.ndarray:
         """The greedy tokens [B, N] that answer one batch of prompts, as `Generator.answer` returns them.
+
+        The verdicts do not come from batches, because rows that end are refilled. A batch serves to time answers.
 
         Args:
           number: the index of the batch.
@@ -132,14 +135,10 @@ class GenerationEvaluator:
 
     def _generate(self, adapter: Any, p: Any) -> tuple[list[str], np.ndarray]:
         """The texts, and [items] bool: whether all logits of each text were finite."""
-        texts, finite = [""] * len(self._answers), np.ones(len(self._answers), bool)
-        adapter = self.generator.place(adapter)
-        for number, batch in enumerate(self._batches):
-            made = self.run_batch(number, adapter, p)
-            for row, member in zip(made, batch.members, strict=False):
-                finite[member] = not np.any(row == NOT_FINITE)
-                texts[member] = self._ends.text(row[row >= 0].tolist())
-        return texts, finite
+        limit, ends = self._max_new_tokens, self._ends
+        made = self.generator.raw_answers(adapter, self._prompts, p, max_new_tokens=limit, stop=ends)
+        texts = [ends.text(answer[answer >= 0].tolist()) for answer in made]
+        return texts, np.array([not np.any(answer == NOT_FINITE) for answer in made], bool)
 
     def __call__(self, adapter: Any, p: Any) -> np.ndarray:
         """The verdicts [items] bool on an adapter under the profile p: [R], or what `set_profile` takes.

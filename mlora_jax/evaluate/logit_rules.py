@@ -25,7 +25,7 @@ class Texts(NamedTuple):
     Attributes:
       tokens: [B, S] int32, prompt and answer of each row, followed by `NO_TOKEN`.
       prompts: [B] int32, the number of tokens of each prompt.
-      made: int32 scalar, the number of tokens that each answer has so far.
+      made: [B] int32, the number of tokens that each answer has so far.
       limits: [B] int32, the largest number of tokens that each answer may have.
       ends: [E], the token ids that end a text.
     """
@@ -45,12 +45,6 @@ class Texts(NamedTuple):
         """The last `count` tokens [B, count] of every row; they have no meaning where a row has fewer."""
         positions = self.lengths[:, None] - count + jnp.arange(count)[None]
         return jnp.take_along_axis(self.tokens, jnp.maximum(positions, 0), axis=1)
-
-
-def begin_texts(tokens: jax.Array, prompts: jax.Array, slots: int) -> jax.Array:
-    """The rows [B, S] of `Texts` that hold only their prompts, from right-padded tokens [B, T]."""
-    tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < prompts[:, None], tokens, NO_TOKEN)
-    return jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])), constant_values=NO_TOKEN)
 
 
 def _among(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -116,7 +110,7 @@ def _long(least: int, logits: jax.Array, texts: Texts) -> jax.Array:
 
 
 def _long_answer(least: int, logits: jax.Array, texts: Texts) -> jax.Array:
-    return _unended(logits, texts, texts.made < least)
+    return _unended(logits, texts, texts.made[:, None] < least)
 
 
 def _forced(ids: Any, logits: jax.Array, now: jax.Array) -> jax.Array:
@@ -134,10 +128,10 @@ def _forced_end(ids: tuple[int, ...], logits: jax.Array, texts: Texts) -> jax.Ar
 
 def _ended_sooner(decay: tuple[int, float], logits: jax.Array, texts: Texts) -> jax.Array:
     start, factor = decay
-    ends = logits[:, texts.ends]
-    grown = jnp.abs(ends) * (jnp.power(factor, (texts.made - start).astype(logits.dtype)) - 1)
+    ends, made = logits[:, texts.ends], texts.made[:, None]
+    grown = jnp.abs(ends) * (jnp.power(factor, (made - start).astype(logits.dtype)) - 1)
     grown = jnp.where(jnp.isfinite(ends), grown, 0.0)
-    return jnp.where(texts.made > start, logits.at[:, texts.ends].add(grown.astype(logits.dtype)), logits)
+    return jnp.where(made > start, logits.at[:, texts.ends].add(grown.astype(logits.dtype)), logits)
 
 
 def _suppressed(ids: tuple[int, ...], logits: jax.Array, texts: Texts) -> jax.Array:
@@ -170,7 +164,7 @@ class LogitRules:
       settings: the checkpoint's generation settings, at least one of which changes logits.
 
     >>> rules = LogitRules(GenerationSettings(repetition_penalty=2.0, suppress_tokens=(0,)))
-    >>> texts = Texts(jnp.array([[2, -1]]), jnp.array([1]), jnp.array(0), jnp.array([1]), np.array([1]))
+    >>> texts = Texts(jnp.array([[2, -1]]), jnp.array([1]), jnp.array([0]), jnp.array([1]), np.array([1]))
     >>> rules(jnp.array([[1.0, 4.0, 6.0]]), texts).tolist()
     [[-inf, 4.0, 3.0]]
     """

@@ -23,6 +23,7 @@ from mlora_jax.models.decoder_layers import (
     Cache,
     DecoderLayer,
     RMSNorm,
+    StackedCache,
     linear_layer,
     rope_frequencies,
     segment_positions,
@@ -147,7 +148,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         parent_ids: jax.Array | None = None,
         spans: Spans | None = None,
-        cache: tuple[Cache, ...] | None = None,
+        cache: tuple[Cache, ...] | StackedCache | None = None,
         layers: Sequence[DecoderLayer] | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
@@ -162,8 +163,10 @@ class Decoder(nnx.Module):
             this id. So a row can hold a context once, with all its continuations. `positions` must then give the
             position at which each continuation begins.
           spans: used with segment ids. The places of texts that do not see each other, which save a CPU work.
-          cache: the cache from `init_cache`, `prefill` or an earlier call.
-          layers: used with a cache. The result of `single_layers()`, which a decoding loop then computes only once.
+          cache: the cache from `init_cache`, `prefill` or an earlier call. With a `StackedCache`, one scan runs the
+            layers.
+          layers: used with one `Cache` for each layer. The result of `single_layers()`, which a decoding loop then
+            computes only once.
 
         Returns:
           [B, T, D] in the compute dtype; with a cache, the pair (hidden states, new cache).
@@ -187,7 +190,8 @@ class Decoder(nnx.Module):
             if parent_ids is not None:
                 mask |= parent_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is not None:
-            slots = jnp.arange(cache[0].v.shape[2])[None, None, None]
+            held = cache if isinstance(cache, StackedCache) else cache[0]
+            slots = jnp.arange(held.v.shape[-2])[None, None, None]
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
         texts = None
         if segment_ids is not None and parent_ids is None and counted:
@@ -196,7 +200,9 @@ class Decoder(nnx.Module):
         x, written = self._run_layers(tokens, positions, mask, cache, layers, spans, texts, counted=counted)
         return x if cache is None else (x, written)
 
-    def prefill(self, tokens: jax.Array, slots: int) -> tuple[jax.Array, tuple[Cache, ...]]:
+    def prefill(
+        self, tokens: jax.Array, slots: int, *, stacked: bool = False
+    ) -> tuple[jax.Array, tuple[Cache, ...] | StackedCache]:
         """Computes the hidden states of whole prompts, and a cache that holds them and has room for more tokens.
 
         The result is that of `hidden` with an empty cache, but this method does not attend to empty slots.
@@ -204,6 +210,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: int32 [B, T], right-padded if rows differ in length.
           slots: S, the largest number of tokens that a row will hold, at least T.
+          stacked: the form of the cache, see `init_cache`.
 
         Returns:
           The pair (hidden states [B, T, D] in the compute dtype, cache).
@@ -213,6 +220,8 @@ class Decoder(nnx.Module):
         room = (0, slots - tokens.shape[1])
         k = jnp.pad(kept.k, [*[(0, 0)] * 4, room])  # [L, B, KV, Hd, S]
         v = jnp.pad(kept.v, [*[(0, 0)] * 3, room, (0, 0)])
+        if stacked:
+            return x, StackedCache(k, v)
         return x, tuple(Cache(k[index], v[index]) for index in range(self.config.num_layers))
 
     def single_layers(self) -> tuple[DecoderLayer, ...]:
@@ -265,8 +274,7 @@ class Decoder(nnx.Module):
             graphdef, table = nnx.split(self.embed_tokens)
             table = placement.weights({"embed_tokens": table})["embed_tokens"]
             x = placement.activations(nnx.merge(graphdef, table)(tokens))
-        if cache is not None:
-            # A scan would copy the whole cache, as its input or its output, at every step of decoding.
+        if cache is not None and not isinstance(cache, StackedCache):
             written = []
             for index, layer in enumerate(self.single_layers() if layers is None else layers):
                 window, rotates = (None if each is None else each[index] for each in (windows, rotary))
@@ -274,7 +282,7 @@ class Decoder(nnx.Module):
                 written.append(part)
             return self.norm(x), tuple(written)
         graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
-        if self.unroll and not keep and placement is None and not jax.tree.leaves(mutable):
+        if self.unroll and cache is None and not keep and placement is None and not jax.tree.leaves(mutable):
             for index, state in enumerate(_unstacked(frozen, self.config.num_layers)):
                 window, rotates = (None if each is None else each[index] for each in (windows, rotary))
 
@@ -286,23 +294,28 @@ class Decoder(nnx.Module):
                 x = one(x, state)
             return self.norm(x), None
 
-        def step(x, inputs):
-            window, rotates, *state = inputs
+        def step(carry, inputs):
+            x, cache = carry
+            index, window, rotates, *state = inputs
             if placement is not None:
                 state = placement.weights(state)
             layer = nnx.merge(graphdef, *state)
-            x, part = run(layer, x, window, rotates, None)
+            x, part = run(layer, x, window, rotates, None if cache is None else cache._replace(layer=index))
             if placement is not None:
                 x = placement.activations(x)
-            return x, (nnx.state(layer, _MUTABLE), part if keep else None)
+            if cache is not None:
+                cache, part = part._replace(layer=None), None
+            return (x, cache), (nnx.state(layer, _MUTABLE), part if keep else None)
 
         if self.remat != "none":
             # The scan itself keeps the two passes apart.
             step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[self.remat])
-        x, (mutable, written) = jax.lax.scan(step, x, (windows, rotary, mutable, frozen))
+        # The cache is carried and written in place. As an input and an output of the scan it would be copied.
+        indices = None if cache is None else jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), (mutable, written) = jax.lax.scan(step, (x, cache), (indices, windows, rotary, mutable, frozen))
         if jax.tree.leaves(mutable):
             nnx.update(self.layers, mutable)
-        return self.norm(x), written
+        return self.norm(x), written if cache is None else cache
 
     def _windows(self, keys: int | None) -> int | jax.Array | None:
         """Returns the window as an int if all layers share it, else the windows of the layers as int32 [L].
@@ -330,16 +343,23 @@ class Decoder(nnx.Module):
             )
         return self.lm_head(hidden).astype(self.wide_dtype)
 
-    def init_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
+    def init_cache(self, batch: int, length: int, *, stacked: bool = False) -> tuple[Cache, ...] | StackedCache:
         """Returns an empty cache.
+
+        With stacked arrays, a program that decodes does not grow with the number of layers. A CPU copies a layer's part
+        of them at every step, so that it is faster with arrays for each layer.
 
         Args:
           batch: B, the number of rows.
           length: S, the largest number of tokens that a row will hold.
+          stacked: whether to return a `StackedCache`.
 
         Returns:
-          One `Cache` of zeros in the compute dtype for each layer.
+          One `Cache` of zeros in the compute dtype for each layer, or a `StackedCache` of zeros.
         """
         config = self.config
         k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, length), self.dtype)
+        if stacked:
+            k = jnp.zeros((config.num_layers, *k.shape), self.dtype)
+            return StackedCache(k, jnp.zeros_like(k.swapaxes(3, 4)))
         return tuple(Cache(jnp.copy(k), jnp.copy(k.swapaxes(2, 3))) for _ in range(config.num_layers))

@@ -19,8 +19,7 @@ from mlora_jax.models.flash import Flash
 class Cache(NamedTuple):
     """The rotated keys and the values of the tokens that one layer has seen so far.
 
-    Each layer has arrays of its own, so that a step of decoding writes and reads them in place. Slices of one array for
-    all layers would be copied. The axes have the order in which the products of attention need no transposes.
+    The axes have the order in which the products of attention need no transposes.
 
     Args:
       k: the keys [B, KV, Hd, S] in the compute dtype.
@@ -29,6 +28,55 @@ class Cache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+    def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
+        """Returns the cache with more tokens; positions beyond it are not written.
+
+        Args:
+          key: [B, T, KV, Hd].
+          value: [B, T, KV, Hd].
+          positions: int32 [B, T], the slots of the tokens.
+        """
+        k, v = _written(self, (), key, value, positions)
+        return Cache(k, v)
+
+    def own(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys [B, KV, Hd, S] and values [B, KV, S, Hd]."""
+        return self.k, self.v
+
+
+class StackedCache(NamedTuple):
+    """The caches of all layers as two arrays, for a scan over the layers.
+
+    Args:
+      k: the keys [L, B, KV, Hd, S] in the compute dtype.
+      v: the values [L, B, KV, S, Hd] in the compute dtype.
+      layer: an int32 scalar, the layer that reads and writes; None outside the scan.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    layer: jax.Array | None = None
+
+    def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> StackedCache:
+        """Returns the cache with more tokens of the layer, as `Cache.written` does."""
+        k, v = _written(self, (self.layer,), key, value, positions)
+        return StackedCache(k, v, self.layer)
+
+    def own(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the layer's keys [B, KV, Hd, S] and values [B, KV, S, Hd]."""
+        k, v = (jax.lax.dynamic_index_in_dim(part, self.layer, keepdims=False) for part in (self.k, self.v))
+        return k, v
+
+
+def _written(
+    cache: Any, layer: tuple, key: jax.Array, value: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, every = jnp.arange(len(key))[:, None], slice(None)
+    return (
+        cache.k.at[(*layer, rows, every, every, positions)].set(key.astype(cache.k.dtype)),
+        cache.v.at[(*layer, rows, every, positions)].set(value.astype(cache.v.dtype)),
+    )
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -167,11 +215,11 @@ class Attention(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         positions: jax.Array,
-        cache: Cache | None,
+        cache: Cache | StackedCache | None,
         spans: Spans | None = None,
         flash: Flash | None = None,
         segments: Segments | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache | StackedCache]:
         """Mixes [B, T, D] over time, and returns the result and the new cache.
 
         Without a cache, the new one holds these tokens alone.
@@ -190,12 +238,8 @@ class Attention(nnx.Module):
         else:
             if mask is None:
                 raise ValueError("a cache needs a mask, which hides the slots without a token")
-            rows = jnp.arange(batch)[:, None]
-            cache = Cache(
-                cache.k.at[rows, :, :, positions].set(key.astype(cache.k.dtype)),
-                cache.v.at[rows, :, positions].set(value.astype(cache.v.dtype)),
-            )
-            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache), mask=mask)
+            cache = cache.written(key, value, positions)
+            mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache.own()), mask=mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 
 
@@ -242,11 +286,11 @@ class DecoderLayer(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         positions: jax.Array,
-        cache: Cache | None,
+        cache: Cache | StackedCache | None,
         spans: Spans | None = None,
         flash: Flash | None = None,
         segments: Segments | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache | StackedCache]:
         """Applies the layer to [B, T, D], and returns the result and the layer's new cache."""
         normed = self.input_layernorm(x)
         mixed, cache = self.self_attn(normed, rotation, mask, positions, cache, spans, flash, segments)

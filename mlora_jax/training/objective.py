@@ -77,8 +77,8 @@ def answer_loss(
       batch: one micro-batch.
       chunk: how many answer positions have logits at one time, at least 1.
       segment_ids: integers [B, T], for rows that hold several texts; see `Decoder.hidden`.
-      answers: an int32 scalar or Python integer, the number of answer positions that count, which are the first ones of a batch whose
-        positions have the shape [A]; the logits of the others are not computed. None: all positions count.
+      answers: an int32 scalar or a Python integer, how many of the positions count, which are the first ones of a batch
+        whose positions have the shape [A]; the logits of the others are not computed. None: all positions count.
 
     Returns:
       A float32 scalar (float64 for a float64 model).

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import Generator, StopStrings
-from mlora_jax.evaluate.generation import STEPS
+from mlora_jax.evaluate.programs import STEPS
 from mlora_jax.evaluate.sampling import NOT_FINITE
 from mlora_jax.models import Tokenizer, load_decoder
 from tests.data.conftest import write_tokenizer
@@ -102,15 +102,15 @@ def test_ranks_mixed_in_a_batch_are_as_one_rank_at_a_time(tiny, shared_run):
     assert by_pattern == alone[4]
 
 
-def test_two_executables_per_bucket_whatever_ranks_adapters_and_answers(tiny):
+def test_one_executable_decodes_whatever_lengths_ranks_adapters_and_answers(tiny):
+    """And one prefills each padded length."""
     prompts = prompts_of(2, 8, 9, 14)
     run = generator(tiny, batch_size=2, pad_multiple=8)
     answers = {}
     for rank in RANKS:
         answers[rank] = run.generate(tiny[2], prompts, HIERARCHY.prefix(rank), max_new_tokens=20)
     run.generate(jax.tree.map(lambda x: -x, tiny[2]), prompts, HIERARCHY.prefix(2), max_new_tokens=23)
-    assert [batch.tokens.shape for batch in run.batches(prompts)] == [(2, 8), (2, 16)]
-    assert (run.prefill._cache_size(), run.decode._cache_size(), run.compilations) == (2, 2, 4)
+    assert (run.programs.prefill._cache_size(), run.programs.decode._cache_size(), run.compilations) == (2, 1, 3)
     wide = generator(tiny)
     assert wide.generate(tiny[2], prompts, HIERARCHY.prefix(4), max_new_tokens=20) == answers[4]
     assert wide.compilations == 2 and all(len(answer) == 20 for answer in answers[4])
@@ -135,7 +135,7 @@ class Recorded:
     def __call__(self, *arguments):
         self.calls += 1
         state, shown = self.function(*arguments)
-        self.made = int(state.made)
+        self.made = int(state.made.max())
         return state, shown
 
 
@@ -145,18 +145,18 @@ def test_decoding_ends_early_when_every_row_is_done(tiny, shared_run):
     ends = {answer[at] for answer, at in zip(free, (3, 1, 6), strict=True)}
     lengths = [next(i for i, token in enumerate(answer) if token in ends) for answer in free]
     run = generator(tiny, eos=sorted(ends))
-    run.decode = Recorded(run.decode)
+    run.programs.decode = Recorded(run.programs.decode)
     answers = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=50)
     assert answers == [answer[:length] for answer, length in zip(free, lengths, strict=True)]
-    assert run.decode.calls == 1 and run.decode.made == max(lengths) + 1 < STEPS
+    assert run.programs.decode.calls == 1 and run.programs.decode.made == max(lengths) + 1 < STEPS
     run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=1)
-    assert run.decode.calls == 1  # the first token is prefill's
+    assert run.programs.decode.calls == 1  # the first token is prefill's
     # All but the longest stop at once, and the callback stops that one after its last allowed token.
     asked = []
     run = generator(tiny)
-    run.decode = Recorded(run.decode)
+    run.programs.decode = Recorded(run.programs.decode)
     cut = run.generate(tiny[2], prompts, jnp.ones(6), max_new_tokens=50, stop=lambda made: asked.append(made) or True)
-    assert cut == [answer[:1] for answer in free] and run.decode.calls == 0 and asked
+    assert cut == [answer[:1] for answer in free] and run.programs.decode.calls == 0 and asked
 
 
 @pytest.mark.parametrize("length", [1, 2, STEPS, STEPS + 1, STEPS + 2, 30])
@@ -185,7 +185,10 @@ class Table(nnx.Module):
     def __init__(self, table):
         self.table, self.unused = nnx.Param(jnp.asarray(table)), nnx.Linear(1, 1, rngs=nnx.Rngs(0))
 
-    def prefill(self, tokens, slots):
+    def init_cache(self, batch, length, *, stacked):
+        return ()
+
+    def prefill(self, tokens, slots, *, stacked):
         return tokens[..., None], ()
 
     def single_layers(self):
@@ -275,7 +278,7 @@ def test_stop_strings(tmp_path):
         ({"prompts": [[3] * 64]}, "prompt 0 has 64 tokens: it must have .* fewer than the 64"),
         ({"p": np.ones((3, 6))}, r"p must have shape \[R\], or \[2, R\] for 2 prompts, got \[3, 6\]"),
         ({"p": np.ones((2, 1, 6))}, r"got \[2, 1, 6\]"),
-        ({"p": np.ones((2, 5))}, "must end in R = 6"),
+        ({"p": np.ones((2, 5))}, "must have shape "),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be finite"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0"),

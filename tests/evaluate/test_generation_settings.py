@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mlora_jax.data.tasks import Style, Task
 from mlora_jax.evaluate import GenerationEvaluator, Generator
-from mlora_jax.evaluate.generation import PromptRows, warn_once
+from mlora_jax.evaluate.generation import warn_once
 from mlora_jax.evaluate.harness import NestedLM
+from mlora_jax.evaluate.programs import PromptRows
 from mlora_jax.models import Tokenizer, load_decoder
 from mlora_jax.models.generation_config import APPLIED, FIELDS, read_generation_settings
 from mlora_jax.parallel.mesh import make_mesh
@@ -158,13 +159,11 @@ def test_what_says_nothing_leaves_the_programs_as_they_were(folder, trees, tmp_p
     for settings in (None, read_generation_settings(copy)):
         run = Generator(graphdef, base, profile, settings=settings, max_length=64, batch_size=4, pad_multiple=16,
                         eos=(END,))  # fmt: skip
-        (batch,) = run.batches(PROMPTS)
-        rows = jax.tree.map(jnp.asarray, (batch.lengths, batch.lengths, batch.lengths))
-        state, _ = run.prefill(
-            16, False, base, adapter, jnp.ones(1), jnp.asarray(batch.tokens), PromptRows(*rows), None
-        )
+        rows = PromptRows(*(jnp.zeros(4, jnp.int32),) * 3)
+        state = run.programs.begin(4, 16, base, adapter)
         assert state.tokens is None
-        texts.append(run.decode.lower(False, base, adapter, jnp.ones(1), state, PromptRows(*rows), None).as_text())
+        arguments = base, adapter, jnp.ones(1), state, rows, jnp.asarray(4), None
+        texts.append(run.programs.decode.lower(False, *arguments).as_text())
     assert texts[0] == texts[1]
 
 

@@ -124,12 +124,13 @@ def test_graphs_of_equal_models_are_equal():
     assert hash(nnx.graphdef(make(CONFIG, seed=0))) == hash(nnx.graphdef(make(CONFIG, seed=1)))
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [(CONFIG, jnp.float32), (CONFIG, jnp.float64), (MIXED, jnp.float32), (SLIDING, jnp.float32)],
     ids=["float32", "float64", "mixed", "sliding"],
 )
-def test_greedy_decoding_with_a_cache_equals_the_full_forward(config, dtype):
+def test_greedy_decoding_with_a_cache_equals_the_full_forward(config, dtype, stacked):
     with jax.enable_x64(dtype == jnp.float64):
         model = make(config, dtype)
         graphdef, state = nnx.split(model)
@@ -143,11 +144,11 @@ def test_greedy_decoding_with_a_cache_equals_the_full_forward(config, dtype):
 
         lengths, new, tolerance = np.array([3, 9, 1, 6]), 8, 1e-11 if dtype == jnp.float64 else 1e-4
         prompt = tokens_of(config, (4, 9))  # What lies beyond a row's length is junk.
-        cache = model.init_cache(4, 9 + new)
-        heads, features = config.num_kv_heads, config.head_dim
-        assert [(k.shape, v.shape) for k, v in cache] == [
-            ((4, heads, features, 17), (4, heads, 17, features))
-        ] * config.num_layers
+        cache = model.init_cache(4, 9 + new, stacked=stacked)
+        heads, features, layers = config.num_kv_heads, config.head_dim, config.num_layers
+        shapes = (4, heads, features, 17), (4, heads, 17, features)
+        found = [leaf.shape for leaf in jax.tree.leaves(cache)]
+        assert found == ([(layers, *shape) for shape in shapes] if stacked else [*shapes] * layers)
         assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
         logits, cache = cached(jnp.asarray(prompt), jnp.broadcast_to(jnp.arange(9), (4, 9)), cache)
         rows = [list(row[:length]) for row, length in zip(prompt, lengths, strict=True)]
@@ -192,6 +193,9 @@ def test_prefill_is_a_run_into_an_empty_cache():
         np.testing.assert_allclose(mine, other, atol=1e-5)
     again, _ = model.hidden(tokens, cache=model.init_cache(SHAPE[0], 23), layers=model.single_layers())
     np.testing.assert_array_equal(again, expected)
+    _, stacked = model.prefill(tokens, 23, stacked=True)
+    for mine, other in zip((stacked.k, stacked.v), zip(*cache, strict=True), strict=True):
+        np.testing.assert_array_equal(mine, jnp.stack(other))
 
 
 def test_a_step_of_decoding_copies_no_cache():
