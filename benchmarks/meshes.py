@@ -95,7 +95,7 @@ def run(mesh_options: dict, method: str, steps: int) -> tuple["np.ndarray", "np.
     graphdef, base, adapter, profile = split(adapt(model, RANKS[-1], targets, key=jax.random.key(1)))
     base, profile = put_weights(base, mesh), put_weights(profile, mesh)
     optimizer = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
-    layout = dict(widths=WIDTHS, micro_batch=EXAMPLES // ACCUMULATION)
+    layout: dict[str, Any] = dict(widths=WIDTHS, micro_batch=EXAMPLES // ACCUMULATION)
     step = TrialsStep(graphdef, optimizer, chunk=8, **layout, mesh=mesh, engine=engine)
     keys = stack_trees([trial_keys(seed) for seed in range(TRIALS)])
     state = put_weights(stack_trees(init_state(adapter, optimizer) for _ in range(TRIALS)), mesh, trials=True)

@@ -89,6 +89,7 @@ class Ours:
         import jax
 
         from benchmarks.products import product_seconds, step_products
+        from mlora_jax.run.adapted import CHUNK
 
         peak_of_process = peak_mib()  # before products are timed
         experiment, steps = self._experiment, self._spec["steps"]
@@ -97,7 +98,7 @@ class Ours:
         computed = sum(shape.tokens(batch["passes"]) for batch in batches)
         more: Reply = {"padding": round(1.0 - sum(float(batch["real_tokens"]) for batch in batches) / computed, 4)}
         if jax.default_backend() == "cpu" and shape.rows == 1:
-            options = dict(rank=self._trials[0].rank, chunk=experiment.config.train.loss_chunk)
+            options = dict(rank=self._trials[0].rank, chunk=min(experiment.config.train.loss_chunk, CHUNK))
             counted = step_products(experiment.model.config, batches, shape.widths, **options)
             more["products"] = product_seconds(*counted)
         device = jax.devices()[0]

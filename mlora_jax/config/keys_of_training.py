@@ -14,7 +14,10 @@ TRAIN = Group(
             default=32, low=1, doc="An optimizer step takes this many sequences, a multiple of train.accumulation."
         ),
         "accumulation": Key(
-            default=1, low=1, doc="An optimizer step adds the gradients of this many micro-batches up."
+            default=1,
+            low=1,
+            doc="An optimizer step has this many micro-batches. A policy that draws for each micro-batch draws so often, "
+            "and an accelerator computes about as many rows at a time as one of them fills.",
         ),
         "warmup_steps": Key(
             default=0, low=0, doc="The learning rate rises linearly over this many optimizer steps at the start."
@@ -40,7 +43,7 @@ TRAIN = Group(
             "fills on an accelerator.",
         ),
         "loss_chunk": Key(
-            default=256, low=1, doc="The logits of at most this many answer positions exist at one time."
+            default=1024, low=1, doc="The logits of at most this many answer positions exist at one time."
         ),
         "log_every": Key(default=10, low=1, doc="A line is written to metrics.jsonl every so many optimizer steps."),
         "remat": Key(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlora_jax.run.experiment import Experiment
 
 
+CHUNK = 256  # the largest number of answers whose logits a CPU's training step computes at a time
 UNROLLED = 8  # the largest number of layers that a CPU's training step compiles one by one
 
 
@@ -90,7 +91,8 @@ def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
     names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
     optimizer = make_optimizer(**{name: config.train[name] for name in names})
     options = dict(
-        chunk=config.train.loss_chunk,
+        # A row of a CPU has few answers, and a large chunk would be padding for the most part.
+        chunk=min(config.train.loss_chunk, CHUNK) if on_one_cpu else config.train.loss_chunk,
         widths=experiment.row_shape.widths,
         micro_batch=config.train.batch_size // config.train.accumulation,
         mesh=mesh,
