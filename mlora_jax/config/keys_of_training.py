@@ -16,8 +16,8 @@ TRAIN = Group(
         "accumulation": Key(
             default=1,
             low=1,
-            doc="An optimizer step has this many micro-batches. A policy that draws for each micro-batch draws so often, "
-            "and an accelerator computes about as many rows at a time as one of them fills.",
+            doc="An optimizer step has this many micro-batches. A policy that draws for each micro-batch draws so "
+            "often, and an accelerator computes about as many rows at a time as one of them fills.",
         ),
         "warmup_steps": Key(
             default=0, low=0, doc="The learning rate rises linearly over this many optimizer steps at the start."
