@@ -89,7 +89,7 @@ class Ours:
         import jax
 
         from benchmarks.products import product_seconds, step_products
-        from mlora_jax.run.adapted import CHUNK
+        from mlora_jax.training.trials_step import CHUNK
 
         peak_of_process = peak_mib()  # before products are timed
         experiment, steps = self._experiment, self._spec["steps"]

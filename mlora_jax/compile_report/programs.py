@@ -16,17 +16,15 @@ from jax.sharding import Mesh
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.data.packing import RowShape
-from mlora_jax.evaluate.programs import Programs as Generation
-from mlora_jax.evaluate.programs import PromptRows, State
+from mlora_jax.evaluate.programs import GenerationPrograms, PromptRows, State
 from mlora_jax.models import Decoder, DecoderConfig
 from mlora_jax.parallel.chips import Slice
 from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
-from mlora_jax.run.sizing import batch_shapes
 from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.training.step import Passes, Schedule, init_state, make_optimizer
 from mlora_jax.training.trial_trees import stack_trees, trial_keys
-from mlora_jax.training.trials_step import TrialsStep
+from mlora_jax.training.trials_step import CHUNK, TrialsStep, batch_shapes
 from mlora_jax.trials import Trial, expand_trials
 
 # A number of steps that has room for every phase; the programs do not depend on it.
@@ -179,7 +177,7 @@ class Programs:
         step = TrialsStep(
             self.model.graphdefs[0],
             self.optimizer,
-            chunk=config.train.loss_chunk,
+            chunk=min(config.train.loss_chunk, CHUNK),
             widths=packed.widths,
             micro_batch=batch // accumulation,
             plan=Passes((accumulation,), packed.rows * self.answers),
@@ -216,11 +214,11 @@ class Programs:
         return self.config.data.max_length + self.config.evaluation.max_new_tokens
 
     @functools.cached_property
-    def _generation(self) -> Generation:
+    def _generation(self) -> GenerationPrograms:
         # The values of this profile are replaced by the p of each call.
         profile = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.model.profile)
         eos = self.shape.eos_token_ids
-        return Generation(self.model.graphdefs[1], profile, eos=eos, ends=eos, settings=None, mesh=self.mesh)
+        return GenerationPrograms(self.model.graphdefs[1], profile, eos=eos, ends=eos, settings=None, mesh=self.mesh)
 
     @functools.cached_property
     def _weights(self) -> tuple:

@@ -37,7 +37,7 @@ class GroupPlan:
       trials: the number of trials in all batches together.
       batches: the number of batches.
       at_once: K, trials in a batch.
-      compilations: executables of the training step, one per batch shape in every kind of phase.
+      compilations: executables of the training step, one per kind of phase.
       tokens: the number of tokens that are trained on, over all trials; padding is not counted.
       padded_tokens: the number of tokens that are computed, empty slots and every profile included.
       compile_seconds: for one executable, measured.

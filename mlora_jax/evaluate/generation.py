@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from mlora_jax.evaluate.programs import Programs
+from mlora_jax.evaluate.programs import GenerationPrograms
 from mlora_jax.evaluate.sampling import NOT_FINITE, Sampling, make_sampling
-from mlora_jax.evaluate.serving import Asked, serve
+from mlora_jax.evaluate.serving import Questions, serve
 from mlora_jax.evaluate.shapes import even_batch_size, few_lengths
 from mlora_jax.evaluate.slots import LENGTHS
 from mlora_jax.models.generation_config import GenerationSettings
@@ -76,7 +76,7 @@ class Generator:
         settings: GenerationSettings | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        self.programs = Programs(
+        self.programs = GenerationPrograms(
             graphdef, profile, eos=eos, ends=eos if ends is None else ends, settings=settings, mesh=mesh
         )
         self._base = base
@@ -266,7 +266,7 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = length or self._padded(int(lengths.max()))
         slots = max(longest, min(longest + self._padded(max_new_tokens), self._padded(self._max_length)))
-        asked = Asked(
+        asked = Questions(
             prompts=prompts,
             limits=np.minimum(max_new_tokens, self._max_length - lengths),
             size=-(-size // self.programs.shards) * self.programs.shards,

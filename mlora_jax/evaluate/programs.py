@@ -56,7 +56,7 @@ class State(NamedTuple):
     tokens: jax.Array | None = None
 
 
-class Programs:
+class GenerationPrograms:
     """The jitted functions that generate text. Adapters and profiles are data, so that new ones compile nothing.
 
     On a mesh, B and n below are divided by the number of parts of the rows, over which the functions run by `jax.vmap`.

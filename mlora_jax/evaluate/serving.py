@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.evaluate.logit_rules import NO_TOKEN
-from mlora_jax.evaluate.programs import Programs, PromptRows, State
+from mlora_jax.evaluate.programs import GenerationPrograms, PromptRows, State
 from mlora_jax.evaluate.sampling import Sampling
-from mlora_jax.evaluate.slots import PromptGroup, Rows, common_prefixes, group_prompts
+from mlora_jax.evaluate.slots import CacheRows, PromptGroup, common_prefixes, group_prompts
 from mlora_jax.parallel.arrays import put_replicated, put_rows
 from mlora_jax.parallel.mesh import EVALUATED
 
@@ -22,7 +22,7 @@ REFILLED = 4  # rows are refilled when one in this many has ended, or earlier
 SHARED = 2**15  # prefixes are shared where this saves the prefill of at least this many tokens
 
 
-class Asked(NamedTuple):
+class Questions(NamedTuple):
     """Prompts and how they are answered.
 
     Attributes:
@@ -52,7 +52,7 @@ class Asked(NamedTuple):
     stop: Callable[[list[int]], bool] | None
 
 
-def serve(programs: Programs, base: Any, adapter: Any, asked: Asked) -> list[np.ndarray]:
+def serve(programs: GenerationPrograms, base: Any, adapter: Any, asked: Questions) -> list[np.ndarray]:
     """Answers prompts. The rows decode together, and prompts wait in a queue for the rows that have ended.
 
     Args:
@@ -76,7 +76,7 @@ def serve(programs: Programs, base: Any, adapter: Any, asked: Asked) -> list[np.
 class _Server:
     """What `serve` knows between two calls of a compiled function."""
 
-    def __init__(self, programs: Programs, base: Any, adapter: Any, asked: Asked) -> None:
+    def __init__(self, programs: GenerationPrograms, base: Any, adapter: Any, asked: Questions) -> None:
         self._programs, self._base, self._adapter, self._asked = programs, base, adapter, asked
         self._sampling = self._put(asked.sampling)
         self._p = self._put(asked.p) if asked.kinds is None else None
@@ -84,7 +84,7 @@ class _Server:
         groups = _groups(asked, programs)
         self._prefixes = self._share(groups)
         self.queue = collections.deque(groups)
-        self.rows = Rows(asked.size, programs.shards, int(asked.limits.max()))
+        self.rows = CacheRows(asked.size, programs.shards, int(asked.limits.max()))
         self.answers: list[Any] = [None] * len(asked.prompts)
         self._state: State = programs.begin(asked.size, asked.slots, base, adapter)
 
@@ -168,7 +168,7 @@ class _Server:
             self.answers[member] = answer
 
 
-def _groups(asked: Asked, programs: Programs) -> list[PromptGroup]:
+def _groups(asked: Questions, programs: GenerationPrograms) -> list[PromptGroup]:
     """The prompts that are prefilled together."""
     count, once = len(asked.prompts), len(asked.prompts) <= asked.size
     kinds = [0] * count if asked.kinds is None else asked.kinds.tolist()

@@ -102,7 +102,7 @@ def _alike(first: Sequence[int], last: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-class Rows:
+class CacheRows:
     """The rows of the cache: which prompt each of them answers, and the tokens that it has generated.
 
     Args:

@@ -16,13 +16,12 @@ from mlora_jax.parallel.arrays import put_weights
 from mlora_jax.run.evaluators import Evaluator, make_evaluator, make_validation_loss
 from mlora_jax.training.phases import AdapterForm
 from mlora_jax.training.step import make_optimizer
-from mlora_jax.training.trials_step import TrialsStep
+from mlora_jax.training.trials_step import CHUNK, TrialsStep
 
 if TYPE_CHECKING:
     from mlora_jax.run.experiment import Experiment
 
 
-CHUNK = 256  # the largest number of answers whose logits a CPU's training step computes at a time
 UNROLLED = 8  # the largest number of layers that a CPU's training step compiles one by one
 
 
@@ -91,8 +90,7 @@ def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
     names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
     optimizer = make_optimizer(**{name: config.train[name] for name in names})
     options = dict(
-        # A row of a CPU has few answers, and a large chunk would be padding for the most part.
-        chunk=min(config.train.loss_chunk, CHUNK) if on_one_cpu else config.train.loss_chunk,
+        chunk=min(config.train.loss_chunk, CHUNK),
         widths=experiment.row_shape.widths,
         micro_batch=config.train.batch_size // config.train.accumulation,
         mesh=mesh,

@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mlora_jax.data.packing import RowShape
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.mesh import shards_of
 from mlora_jax.parallel.rules import shardings
@@ -19,6 +17,7 @@ from mlora_jax.run.starts import first_state
 from mlora_jax.training.grid import bytes_on_device, cut_evenly, group_trials, largest_batch, memory_limit, memory_of
 from mlora_jax.training.step import TrialState, init_state
 from mlora_jax.training.trial_trees import stack_trees, trial_keys
+from mlora_jax.training.trials_step import batch_shapes
 from mlora_jax.trials import Trial
 
 
@@ -118,29 +117,6 @@ def compile_step(experiment: Experiment, trial: Trial, count: int, phase: int) -
         many(keys.dropout),
         proximal=phases.shape(trial)[phase].proximal,
     )
-
-
-def batch_shapes(shape: RowShape, passes: int, *, trials: int, shards: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the arrays of a packed batch that the training step takes.
-
-    Args:
-      shape: the shapes of the rows.
-      passes: P, the size of the axis of passes.
-      trials: K.
-      shards: S.
-    """
-    width, leading = shape.widths[0], (trials, shards, passes)
-    rows = jax.ShapeDtypeStruct((*leading, shape.rows, width), jnp.int32)
-    answers = jax.ShapeDtypeStruct((*leading, shape.rows * width), jnp.int32)
-    return {
-        "tokens": rows,
-        "examples": rows,
-        "positions": answers,
-        "targets": answers,
-        "weights": jax.ShapeDtypeStruct(answers.shape, jnp.float32),
-        "passes": jax.ShapeDtypeStruct((len(shape.widths),), jnp.int32),
-        "answers": jax.ShapeDtypeStruct((passes,), jnp.int32),
-    }
 
 
 def _filled(experiment: Experiment, count: int) -> int:

@@ -9,16 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.policies import Draw
+from mlora_jax.data.packing import RowShape
 from mlora_jax.parallel.arrays import put
 from mlora_jax.parallel.mesh import ROWS, shards_of
 from mlora_jax.parallel.rules import replicated, rows_sharding, shardings
 from mlora_jax.training.step import SHARDS, PackedRows, Passes, TrialState, train_step
 
+# A row has few answers, and a large chunk of them would be padding for the most part.
+CHUNK = 256
 Proximal = Callable[[Any], Any]  # adapter -> adapter, applied after the update
 
 
@@ -30,6 +34,29 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[PackedRows, Passes]:
     """
     rows = PackedRows(**{name: batch[name] for name in PackedRows._fields})
     return rows, Passes(**{name: batch[name] for name in Passes._fields})
+
+
+def batch_shapes(shape: RowShape, passes: int, *, trials: int, shards: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the arrays of a packed batch that the training step takes.
+
+    Args:
+      shape: the shapes of the rows.
+      passes: P, the size of the axis of passes.
+      trials: K.
+      shards: S.
+    """
+    width, leading = shape.widths[0], (trials, shards, passes)
+    rows = jax.ShapeDtypeStruct((*leading, shape.rows, width), jnp.int32)
+    answers = jax.ShapeDtypeStruct((*leading, shape.rows * width), jnp.int32)
+    return {
+        "tokens": rows,
+        "examples": rows,
+        "positions": answers,
+        "targets": answers,
+        "weights": jax.ShapeDtypeStruct(answers.shape, jnp.float32),
+        "passes": jax.ShapeDtypeStruct((len(shape.widths),), jnp.int32),
+        "answers": jax.ShapeDtypeStruct((passes,), jnp.int32),
+    }
 
 
 class TrialsStep:

@@ -160,7 +160,7 @@ def test_the_largest_batch(monkeypatch, each, held):
 TINY = {
     "model": {"dtype": "float32"},
     "data": {"max_length": 32},
-    "train": {"batch_size": 8, "accumulation": 2, "loss_chunk": 64},
+    "train": {"batch_size": 8, "accumulation": 2, "loss_chunk": 16},
     "evaluation": {"batch_size": 6, "max_new_tokens": 8},
 }
 

@@ -25,7 +25,7 @@ def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     return {
         "model": {"path": str(write_checkpoint(root / "model"))},
-        "data": trec_data(root, pad_multiple=2),  # two shapes
+        "data": trec_data(root, pad_multiple=2),
         "adapter": {"targets": ("v_proj",)},
         "trials": {"rank": (6,), "method": ("lora", "dylora", "sandwich"), "learning_rate": (0.01, 0.03)},
         "train": {"epochs": 2, "batch_size": 6, "trials_at_once": 3},
@@ -41,7 +41,7 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     planned = [(group.trials // group.batches, group.at_once) for group in found.groups for _ in range(group.batches)]
     assert planned == [(len(batch["trials"]), batch["slots"]) for batch in batches] == [(2, 2), (2, 2), (2, 2)]
     assert [(group.rank, group.profiles) for group in found.groups] == [(6, 1), (6, 3)]
-    assert sum(group.compilations for group in found.groups) == results.compilations["train"] > 2
+    assert sum(group.compilations for group in found.groups) == results.compilations["train"] == 2
 
     experiment = Experiment.load(resolve(config))
     tokens = 2 * sum(len(example.tokens) for example in experiment.examples.examples)

@@ -59,16 +59,15 @@ def verdicts(adapted, tokenizer, monkeypatch, task, rows, limit):
     options = {"boundary": "separate", "task": task, "stop": EOS, "max_new_tokens": limit, **shapes}
     evaluator = GenerationEvaluator(graphdef, base, profile, rows, tokenizer, **options)
 
-    def answer(adapter, batch, p, *, max_new_tokens, stop):
-        made = np.full((len(batch.tokens), max_new_tokens), -1, np.int32)
-        for at, member in enumerate(batch.members):
-            example = encode_row(rows[member], tokenizer, boundary="separate")
+    def raw_answers(adapter, prompts, p, *, max_new_tokens, stop):
+        made = []
+        for row in rows:
+            example = encode_row(row, tokenizer, boundary="separate")
             tokens = example.tokens[example.loss_mask].tolist()
-            tokens = tokens[: tokens.index(2)][:max_new_tokens]
-            made[at, : len(tokens)] = tokens
+            made.append(np.array(tokens[: tokens.index(2)][:max_new_tokens], np.int32))
         return made
 
-    monkeypatch.setattr(evaluator.generator, "answer", answer)
+    monkeypatch.setattr(evaluator.generator, "raw_answers", raw_answers)
     return evaluator(adapter, jnp.zeros(2))
 
 

@@ -257,7 +257,7 @@ def program(config, tmp_path, monkeypatch):
         ("evaluation.batch_size", 5, "evaluation"),
         ("train.row_widths", (64,), "train"),
         ("train.rows_at_once", 2, "train"),
-        ("data.pad_multiple", 24, "evaluation"),
+        ("data.pad_multiple", 32, "evaluation"),
     ],
 )
 def test_keys_of_the_program(folders, tmp_path, monkeypatch, name, value, where):

@@ -46,7 +46,7 @@ def loaded(config):
 
 
 def batches_of(experiment, trial, count):
-    for _, arrays in zip(range(count), experiment.pipeline([trial]), strict=False):
+    for _, arrays in zip(range(count), experiment.pipeline([trial]).pipelines[0], strict=False):
         yield {name: np.reshape(part, (-1, part.shape[-1])) for name, part in arrays.items()}
 
 

@@ -261,7 +261,7 @@ class Stopped:
 
         return train_trials(
             self.phases,
-            itertools.repeat({"tokens": np.zeros((1, 1))}, steps - start),
+            itertools.repeat({"real_tokens": np.float32(1)}, steps - start),
             state,
             loop,
             steps=steps,
