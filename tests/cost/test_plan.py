@@ -48,8 +48,7 @@ def test_a_plan_is_what_the_run_does(config, tmp_path):
     assert [group.tokens for group in found.groups] == [4 * tokens, 2 * tokens]
     assert time_loss(experiment, AdapterForm(6)) > 0
     for group in found.groups:
-        assert group.padded_tokens % (6 * 4 * group.profiles) == 0
-        assert group.padded_tokens >= group.tokens * group.profiles
+        assert group.tokens <= group.padded_tokens / group.profiles < 1.2 * group.tokens
         assert group.training_seconds > 3 * group.batches * group.step_seconds * 0.3 > 0
         assert group.compile_seconds > 0
 

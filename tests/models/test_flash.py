@@ -21,14 +21,17 @@ def inputs(batch=2, length=256, heads=4, groups=2, features=64, seed=0):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def numpy_attention(query, key, value, cotangent):
-    """Output, and gradients of its product with the cotangent, in float64."""
+def numpy_attention(query, key, value, cotangent, ids=None):
+    """Output, and gradients of its product with the cotangent, in float64; `ids` [B, T] are those of texts."""
     query, key, value, cotangent = (x.astype(np.float64) for x in (query, key, value, cotangent))
     each = query.shape[2] // key.shape[2]
     wide_key, wide_value = (np.repeat(x, each, axis=2) for x in (key, value))
     length, scale = query.shape[1], 1 / np.sqrt(query.shape[-1])
     scores = np.einsum("bthd,bshd->bhts", query, wide_key) * scale
-    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    seen = np.tri(length, dtype=bool)[None, None]
+    if ids is not None:
+        seen = seen & (ids[:, None, :, None] == ids[:, None, None, :])
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     d_weights = np.einsum("bthd,bshd->bhts", cotangent, wide_value)
@@ -59,6 +62,22 @@ def test_values_and_gradients(monkeypatch, groups, length):
     cotangent = np.random.default_rng(1).standard_normal(arrays[0].shape).astype(np.float32)
     found = run(functools.partial(flash_attend, interpret=True), arrays, cotangent)
     for mine, other in zip(found, numpy_attention(*arrays, cotangent), strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5, rtol=1e-4)
+
+
+def test_texts_of_packed_rows_do_not_see_each_other(monkeypatch):
+    """Texts begin within blocks and at their edges, others in each row; by `attend`, as a step calls it."""
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(attention, "flash_attend", functools.partial(flash_attend, interpret=True))
+    monkeypatch.setattr(Flash, "takes", lambda self, query, key: True)
+    arrays = inputs()
+    ids = np.stack([np.repeat([0, 1, 2], [100, 28, 128]), np.repeat([5, 3, -1], [1, 200, 55])]).astype(np.int32)
+    starts = np.array([[np.argmax(row == each) for each in row] for row in ids], np.int32)
+    segments = attention.Segments(jnp.asarray(ids), jnp.asarray(starts), windowed=False)
+    mask = jnp.asarray(ids[:, None, :, None] == ids[:, None, None, :])
+    cotangent = np.random.default_rng(1).standard_normal(arrays[0].shape).astype(np.float32)
+    attend = lambda *parts: attention.attend(*parts, mask, True, flash=Flash(), segments=segments)  # noqa: E731
+    for mine, other in zip(run(attend, arrays, cotangent), numpy_attention(*arrays, cotangent, ids), strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-5, rtol=1e-4)
 
 
