@@ -21,6 +21,7 @@ UNIT = 64  # the widths are multiples of this, or of less where all examples are
 MOST_WIDTHS = 5  # a width costs the compilation of one body of the training step
 PADDING = 0.04  # no width is added once this share of the tokens is padding
 WIDEST = 1024  # from here on, wider rows make no matrix product faster
+LEAST = 128  # below this a narrower row saves next to no time
 SAMPLED = 512  # the examples of sampled steps that the widths are chosen by, if a step has fewer
 
 
@@ -200,7 +201,7 @@ def choose_widths(lengths: Sequence[int], examples: int, *, most: int = MOST_WID
     """Chooses the widths of rows: the fewest that leave little padding, at most `most` of them.
 
     The first width is the one from which rows become no better. Then the width that saves the most padding in some
-    sampled steps is added, and again.
+    sampled steps is added, and again, unless all rows are short.
 
     Args:
       lengths: the numbers of tokens of all examples.
@@ -216,6 +217,8 @@ def choose_widths(lengths: Sequence[int], examples: int, *, most: int = MOST_WID
     # A row that all examples of most steps do not fill would be padding for the most part.
     while whole < WIDEST and 2 * whole <= examples * mean:
         whole *= 2
+    if whole < LEAST:
+        return (whole,)
     step = unit * max(1, -(-whole // unit) // 16)
     steps = _sampled_steps(np.asarray(lengths), examples)
 

@@ -21,12 +21,11 @@ def test_gsm8k_compiles_one_step(shared, tmp_path):
                 "max_length": 512,
                 "overflow": "drop",
             },
-            "train": {"batch_size": 6, "accumulation": 2, "epochs": 1},
+            "train": {"batch_size": 6, "accumulation": 2, "epochs": 1, "row_widths": (512, 320)},
             "trials": {"method": ("lora", "dylora"), "learning_rate": (1e-3, 1e-4), "seed": (42,), "rank": (4,)},
         }
     )
     experiment = Experiment.load(config)
-    assert experiment.row_shape.widths[0] >= 400 and len(experiment.row_shape.widths) > 1
     lengths, passes = set(), set()
     for trial in expand_trials(config):
         state, keys = first_state(experiment, [trial])
