@@ -62,7 +62,7 @@ def collate(
       batch_size: the number of rows of a step, over all parts.
       accumulation: M, the number of parts that the rows of a step are split into.
       pad_multiple: the time axis is rounded up to a multiple of this.
-      length: the size of the time axis T; None: the longest example decides. It is for several pipelines in one batch.
+      length: the size of the time axis T; None: the longest example decides.
       answers: the size of the answer axis A; None: the example with the most targets decides.
 
     Returns:
@@ -124,15 +124,13 @@ class Pipeline:
 
     Attributes:
       batches: the grain data set, with one list of examples per step.
-      batch_size, accumulation, pad_multiple, length, answers: the arguments of `collate`.
+      batch_size, accumulation, pad_multiple: the arguments of `collate`.
     """
 
     batches: grain.MapDataset
     batch_size: int
     accumulation: int
     pad_multiple: int
-    length: int | None
-    answers: int | None
 
     @property
     def steps(self) -> int:
@@ -160,8 +158,6 @@ class Pipeline:
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             pad_multiple=self.pad_multiple,
-            length=self.length,
-            answers=self.answers,
         )
 
     def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -176,8 +172,6 @@ def make_pipeline(
     accumulation: int = 1,
     epochs: int = 1,
     pad_multiple: int = 32,
-    length: int | None = None,
-    answers: int | None = None,
 ) -> Pipeline:
     """Makes a pipeline over the examples.
 
@@ -188,8 +182,6 @@ def make_pipeline(
       accumulation: M, the number of parts that the rows of a step are split into.
       epochs: how often every example appears.
       pad_multiple: the time axis is rounded up to a multiple of this.
-      length: the size of the time axis of every batch (see `batch_shape`); None: each batch has its own size.
-      answers: the size of the answer axis of every batch; None: each batch has its own size.
 
     Raises:
       ValueError: there are no examples, or a value is out of its range.
@@ -211,7 +203,7 @@ def make_pipeline(
     # `seed` hashes the seed before `shuffle` adds the number of the epoch, so neighbouring seeds share no permutation.
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     batches = shuffled.batch(batch_size, drop_remainder=False, batch_fn=list)
-    return Pipeline(batches, batch_size, accumulation, pad_multiple, length, answers)
+    return Pipeline(batches, batch_size, accumulation, pad_multiple)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,13 +108,13 @@ def test_axes_are_the_least_that_fit():
     assert collate(some_examples(2), batch_size=2, pad_multiple=8)["tokens"].shape == (1, 2, 8)
 
 
-def test_forced_axes_give_one_shape_for_several_pipelines():
-    short, long = some_examples(5, 6), some_examples(5, 40)
+def test_forced_axes_give_one_shape_for_all_batches():
+    short, long = some_examples(2, 6), some_examples(2, 40)
     length, answers = batch_shape([*short, *long], 16)
     shapes = {
         batch["tokens"].shape + batch["targets"].shape
         for examples in (short, long)
-        for batch in make_pipeline(examples, seed=0, batch_size=2, pad_multiple=16, length=length, answers=answers)
+        for batch in [collate(examples, batch_size=2, length=length, answers=answers)]
     }
     assert shapes == {(1, 2, 48, 1, 2, 2)}
 
