@@ -12,6 +12,7 @@ from benchmarks.records import RESULTS, ROOT, latest, read
 PAGE = ROOT / "docs" / "speed.md"
 NAMES = {
     "ours": "this package",
+    "ours_none": 'this package, `remat="none"`',
     "ours_dots": 'this package, `remat="dots"`',
     "ours_full": 'this package, `remat="full"`',
     "peft": "PEFT, eager",
@@ -63,6 +64,17 @@ the base's weights with the adapter folded in at each rank, so that they have no
 not counted. "equal answers" is the share of the answers at all ranks whose text equals this package's.
 """
 
+PROFILE = """\
+## Where the time of a training step goes
+
+    python -m benchmarks.profile --shapes stories-3m,random-15m,smollm2-135m,llama-1b-2-layers \\
+        --models MODELS --gsm8k GSM8K
+
+The program sums the time of every operation of the compiled step, as jax's profiler traces it, and assigns it to a part
+of the step by the scope that the compiled program names. The figures are shares of the summed time. Sums of kernel and
+adapter are multiplied where that is cheaper than multiplying by the factors (`mlora_jax.core.product.folding_pays`).
+"""
+
 GPU = """\
 ## GPU
 
@@ -84,18 +96,21 @@ def write_page(results: pathlib.Path = RESULTS, file: pathlib.Path = PAGE) -> pa
       results: the folder of the records.
       file: the file to write.
     """
-    text = page(*(read(name, results) for name in ("training", "generation", "gpu")))
+    text = page(*(read(name, results) for name in ("training", "profile", "generation", "gpu")))
     file.write_text(text, encoding="utf-8")
     return file
 
 
 def page(
-    training: Sequence[Mapping[str, Any]], generation: Sequence[Mapping[str, Any]], gpu: Sequence[Mapping[str, Any]]
+    training: Sequence[Mapping[str, Any]],
+    profile: Sequence[Mapping[str, Any]],
+    generation: Sequence[Mapping[str, Any]],
+    gpu: Sequence[Mapping[str, Any]],
 ) -> str:
     """Returns the page in Markdown. Of several records of a shape the last one counts.
 
     Args:
-      training, generation, gpu: the records of the three benchmarks.
+      training, profile, generation, gpu: the records of the four benchmarks.
     """
     parts = [INTRODUCTION]
     for introduction, found, work, columns, none in (
@@ -105,6 +120,7 @@ def page(
     ):
         parts += [introduction] if found else [introduction, f"{none}\n"]
         parts += [_section(record, work(record["settings"]), columns) for record in latest(found).values()]
+        parts += [PROFILE, _profile(list(latest(profile).values()))] if profile and found is training else []
     return "\n".join(parts)
 
 
@@ -155,6 +171,18 @@ def generation_work(settings: Mapping[str, Any]) -> str:
 def gpu_work(settings: Mapping[str, Any]) -> str:
     """Returns the sentence that says what a repeat of a part of the GPU benchmark does."""
     return f"{settings['work']}; {settings['repeats']} repeats."
+
+
+def _profile(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table of the parts of a step, with a column for each shape."""
+    lines = [
+        _line(["", *(record["settings"]["about"] for record in found)]),
+        _line(["---", *["---:"] * len(found)]),
+    ]
+    parts = [record["peers"]["ours"]["parts"] for record in found]
+    for name in dict.fromkeys(name for each in parts for name in each):
+        lines.append(_line([name, *(f"{each.get(name, 0.0) / sum(each.values()):.1%}" for each in parts)]))
+    return "\n".join([*lines, "", _origin(found[-1]), ""])
 
 
 def _section(record: Mapping[str, Any], work: str, columns: Mapping[str, Cell]) -> str:

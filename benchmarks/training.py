@@ -26,8 +26,8 @@ from benchmarks import records, shapes, training_peers
 from benchmarks.page import write_page
 from benchmarks.workers import Worker, compare, serve
 
-PEERS = ("ours", "peft", "peft_compiled", "ours_dots", "ours_full")
-REMAT = {"ours_dots": "dots", "ours_full": "full"}  # this package with layers that are computed again
+REMAT = {f"ours_{word}": word for word in ("none", "dots", "full")}  # how much of a layer is computed again
+PEERS = ("ours", "peft", "peft_compiled", *REMAT)
 RANK = 32
 
 

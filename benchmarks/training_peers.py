@@ -79,6 +79,11 @@ class Ours:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "first_loss": float(np.ravel(losses[0])[0])}
 
+    def program(self) -> str:
+        """Returns the text of the compiled training step."""
+        (executable,) = self._experiment.adapted_for(self._trials[0]).step.executables
+        return executable.as_text()
+
     def facts(self) -> Reply:
         """Returns the number of executables, the share of padding, and the peak memory of the device where it is known.
 

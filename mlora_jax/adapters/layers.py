@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mlora_jax.adapters.einsum_axes import (
     EinsumAxes,
@@ -26,6 +27,7 @@ from mlora_jax.adapters.einsum_axes import (
 )
 from mlora_jax.adapters.variables import AdapterParam, DropoutKey, InputGram, RankProfile
 from mlora_jax.core.product import (
+    ADAPTED_OUTPUT,
     apply_profile,
     folded_product,
     initialize_factors,
@@ -201,8 +203,10 @@ class AdaptedLinear(AdaptedLayer):
         """Computes what the base layer's call computes, plus the adapter's contribution."""
         if self.trains_folded and out_sharding is None and self._sum_is_exact() and x.dtype == self.base.kernel.dtype:
             factors = self.a[...], self.b[...], self._rank_scales()
-            # The stubs of jax.custom_vjp lose the type of what the function returns.
-            y: Any = folded_product(x, self.base.kernel[...], *factors, self.base.precision)
+            with jax.named_scope("folded_product"):
+                # The stubs of jax.custom_vjp lose the type of what the function returns.
+                y: Any = folded_product(x, self.base.kernel[...], *factors, self.base.precision)
+            y = checkpoint_name(y, ADAPTED_OUTPUT)
             return y if self.base.bias is None else y + jnp.broadcast_to(self.base.bias[...], y.shape)
         if not self._folds(x):
             return super().__call__(x, out_sharding)
@@ -442,4 +446,5 @@ def _sharded(out_sharding) -> dict[str, Any]:
 
 
 def _add(y: jax.Array, product: jax.Array, out_sharding) -> jax.Array:
-    return y + (product if out_sharding is None else jax.sharding.reshard(product, out_sharding))
+    product = product if out_sharding is None else jax.sharding.reshard(product, out_sharding)
+    return checkpoint_name(y + product, ADAPTED_OUTPUT)

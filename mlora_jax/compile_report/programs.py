@@ -18,6 +18,7 @@ from mlora_jax.config_type import ConfigDict
 from mlora_jax.data.packing import RowShape
 from mlora_jax.evaluate.programs import GenerationPrograms, PromptRows, State
 from mlora_jax.models import Decoder, DecoderConfig
+from mlora_jax.models.decoder import choose_remat
 from mlora_jax.parallel.chips import Slice
 from mlora_jax.parallel.mesh import EVALUATED, make_mesh, shards_of
 from mlora_jax.parallel.rules import Placement, replicated, rows_sharding, shardings
@@ -68,7 +69,8 @@ def abstract_model(
 
     def make():
         model = Decoder(shape, dtype=jnp.dtype(config.model.dtype or "bfloat16"), rngs=nnx.Rngs(0))
-        model.remat, model.flash_from = config.train.remat, flash_from
+        model.remat = choose_remat(config.train.remat, model.config.num_layers)
+        model.flash_from = flash_from
         model.placement = None if mesh is None else Placement(mesh)
         key = jax.random.key(0)
         return adapt(

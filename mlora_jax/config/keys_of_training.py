@@ -47,12 +47,13 @@ TRAIN = Group(
         ),
         "log_every": Key(default=10, low=1, doc="A line is written to metrics.jsonl every so many optimizer steps."),
         "remat": Key(
-            default="none",
-            choices=("none", "dots", "full"),
+            default="auto",
+            choices=("auto", "none", "dots", "full"),
             former={"false": "none", "true": "full"},
             doc='The backward pass computes this much of a layer again, so that less is kept: "none" keeps all '
             'activations, "dots" keeps the products with weights and computes the rest again, such as attention, '
-            'and "full" keeps the inputs of the layers only. The former values False and True are "none" and "full".',
+            'and "full" keeps the inputs of the layers only. "auto" is "dots" for a model of more than 8 layers, else '
+            '"none". The former values False and True are "none" and "full".',
         ),
         "trials_at_once": Key(
             default=0,

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.rank_axes import (
@@ -36,6 +37,10 @@ Tree = Any
 
 # These are the names that a frozen layer may give to its matrix.
 FROZEN = ("kernel", "embedding")
+
+# The names of products that the policies of `jax.checkpoint` cannot see, because functions with gradients of their own
+# compute them: ``x A``, and the output of an adapted layer.
+RANK_SPACE, ADAPTED_OUTPUT = "rank_space", "adapted_output"
 
 # (D, R) -> the bound of the uniform distribution that A starts from. "fan_rank" is the paper's rule, "fan_in" PEFT's.
 INITIALIZERS: dict[str, Callable[[int, int], float]] = {
@@ -85,9 +90,11 @@ def p_scaled_product(x: jax.Array, a: jax.Array, b: jax.Array, p: jax.Array, *, 
     if p.shape[-1] != a.shape[-1] or p.ndim > x.ndim or p.shape[:-1] != x.shape[: p.ndim - 1]:
         raise ValueError(f"profile of shape {p.shape} does not fit x {x.shape} and A {a.shape}")
     accumulate = wide_dtype(x.dtype)
-    # The stubs of jax.custom_vjp lose the type of what the function returns.
-    hidden = cast("jax.Array", _matmul(x, a.astype(x.dtype), accumulate, precision))  # [..., R]
-    return _matmul(apply_profile(hidden, p).astype(x.dtype), b.astype(x.dtype), x.dtype, precision)  # [..., F]
+    with jax.named_scope("adapter"):
+        # The stubs of jax.custom_vjp lose the type of what the function returns.
+        hidden = cast("jax.Array", _matmul(x, a.astype(x.dtype), accumulate, precision))  # [..., R]
+        hidden = checkpoint_name(hidden, RANK_SPACE)
+        return _matmul(apply_profile(hidden, p).astype(x.dtype), b.astype(x.dtype), x.dtype, precision)  # [..., F]
 
 
 def apply_profile(hidden: jax.Array, p: jax.Array) -> jax.Array:

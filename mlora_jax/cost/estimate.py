@@ -17,6 +17,7 @@ from mlora_jax.config import harness_tasks, resolve
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.data import find_task, load_task
 from mlora_jax.models import Decoder, DecoderConfig
+from mlora_jax.models.decoder import choose_remat
 from mlora_jax.run.inputs import model_folder
 from mlora_jax.training.phases import AdapterForm, TrialPhases
 from mlora_jax.trials import Trial, expand_trials, readouts_of
@@ -154,8 +155,9 @@ def estimate(config: ConfigDict | dict) -> Estimate:
     adapters = {form: _adapter_parameters(base, resolved, form) for form in dict.fromkeys(forms)}
     passes = [phases.cost(trial) for trial in trials]
     tokens = train * resolved.train.epochs * length
-    forward, full = _per_token(shape, length), resolved.train.remat == "full"
-    again = {"none": 0.0, "dots": _attention(shape, length), "full": forward}[resolved.train.remat]
+    remat = choose_remat(resolved.train.remat, shape.num_layers)
+    forward, full = _per_token(shape, length), remat == "full"
+    again = {"none": 0.0, "dots": _attention(shape, length), "full": forward}[remat]
     each = {
         form: tokens * (2 * forward + again + 2 * (3 + full) * extra)
         + tokens / length * answer * 2 * (2 * shape.vocab_size * shape.hidden_size)

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mlora_jax.core.product import ADAPTED_OUTPUT, RANK_SPACE
 from mlora_jax.models.attention import Segments, Spans
 from mlora_jax.models.config import DecoderConfig
 from mlora_jax.models.decoder_layers import (
@@ -30,6 +31,7 @@ from mlora_jax.models.decoder_layers import (
     within_window,
 )
 from mlora_jax.models.flash import LEAST, Flash
+from mlora_jax.models.segments import ATTENDED
 
 # The state that a layer may change while it runs. Only added modules, such as dropout, have any.
 _MUTABLE = (nnx.RngState, nnx.BatchStat)
@@ -37,9 +39,29 @@ _MUTABLE = (nnx.RngState, nnx.BatchStat)
 # How much is computed again -> what jax keeps of a layer besides its inputs. "none" keeps everything.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RANK_SPACE, ADAPTED_OUTPUT, ATTENDED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+FEW_LAYERS = 8  # up to this number, layers are compiled one by one for training on a CPU, and keep their activations
+
+
+def choose_remat(setting: str, num_layers: int) -> str:
+    """Returns the key of `REMAT` that a setting of `config.train.remat` stands for.
+
+    Args:
+      setting: a key of `REMAT`, which is returned, or "auto". A loop over many layers has to copy what it keeps for the
+        backward pass, so "auto" is "dots" for more than `FEW_LAYERS` layers, else "none".
+      num_layers: L.
+
+    >>> choose_remat("auto", 6), choose_remat("auto", 30), choose_remat("full", 6)
+    ('none', 'dots', 'full')
+    """
+    if setting != "auto":
+        return setting
+    return "dots" if num_layers > FEW_LAYERS else "none"
 
 
 def _unstacked(state: Any, layers: int) -> Iterator[Any]:

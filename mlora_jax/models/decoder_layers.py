@@ -233,7 +233,8 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is None:
-            mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash, segments=segments)
+            with jax.named_scope("attention"):
+                mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash, segments=segments)
             cache = Cache(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
         else:
             if mask is None:

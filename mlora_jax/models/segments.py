@@ -16,7 +16,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+ATTENDED = "attended"  # the name of what the backward pass needs, for the policies of `jax.checkpoint`
 BLOCKS = (64, 32, 16)  # the numbers of tokens that a block may have; the largest that divides T is used
 HIDDEN = -1e30  # a score of a key that is not seen: its exponential is zero, and it is no NaN if all keys are hidden
 
@@ -154,7 +156,7 @@ def _attend(query, key, value, first_keys):
 
 
 def _attend_forward(query, key, value, first_keys):
-    mixed, logarithm = _forward(query, key, value, first_keys)
+    mixed, logarithm = (checkpoint_name(x, ATTENDED) for x in _forward(query, key, value, first_keys))
     return mixed, (query, key, value, first_keys, mixed, logarithm)
 
 

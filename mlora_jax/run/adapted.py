@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from mlora_jax.adapters import AdaptedLayer, adapt, fold_in_training, split
+from mlora_jax.models.decoder import FEW_LAYERS
 from mlora_jax.parallel.arrays import put_weights
 from mlora_jax.run.evaluators import Evaluator, make_evaluator, make_validation_loss
 from mlora_jax.training.phases import AdapterForm
@@ -20,9 +21,6 @@ from mlora_jax.training.trials_step import CHUNK, TrialsStep
 
 if TYPE_CHECKING:
     from mlora_jax.run.experiment import Experiment
-
-
-UNROLLED = 8  # the largest number of layers that a CPU's training step compiles one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
     config, mesh = experiment.config, experiment.mesh
     adapted: Any = adapt_model(experiment, form, jax.random.key(0))
     on_one_cpu = jax.default_backend() == "cpu" and mesh is None
-    adapted.unroll = on_one_cpu and experiment.model.config.num_layers <= UNROLLED
+    adapted.unroll = on_one_cpu and experiment.model.config.num_layers <= FEW_LAYERS
     fold_in_training(adapted, on=on_one_cpu)
     train_graphdef, base, adapter, profile = split(adapted)
     base = put_weights(base, mesh)

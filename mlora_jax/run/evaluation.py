@@ -22,7 +22,7 @@ def evaluate_base(run: Stage, trial: Trial) -> None:
 
     Args:
       run: the run.
-      trial: the trial whose adapter, before training, is switched off for this.
+      trial: the trial whose untrained adapter is switched off for this.
     """
     measured = run.folder.curves().base()
     for split in run.experiment.rows:

@@ -17,6 +17,7 @@ from mlora_jax.data import TaskData, load_task
 from mlora_jax.data.load import hold_out
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.models.config import CONFIG_FILE
+from mlora_jax.models.decoder import choose_remat
 from mlora_jax.models.weight_files import weight_files
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.mesh import AXES, make_mesh, shards_of
@@ -73,7 +74,7 @@ def load_model(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Decoder, T
         model.placement = Placement(mesh)
     if config.model.quantization:
         model = quantize_decoder(model, config.model.quantization)
-    model.remat = config.train.remat
+    model.remat = choose_remat(config.train.remat, model.config.num_layers)
     return model, Tokenizer.load(folder)
 
 

@@ -100,13 +100,14 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
         try:
             if new := folder.unplanned(trials):  # first, because its errors ask for another config
                 folder.add(plan_batches(experiment, new, before_each=run.leave_if_asked))
-            evaluate_base(run, trials[0])
             wanted = [batch for batch in folder.batches if set(batch.trials) & set(trials)]
             to_train = [trial.name for batch in wanted if not folder.trained(batch) for trial in batch.trials]
             progress.expect(dict.fromkeys(to_train, experiment.steps))
             for batch in wanted:
                 if not folder.trained(batch):
                     train_batch(run, batch)
+                # Not before the first training, which begins some seconds earlier for that.
+                evaluate_base(run, trials[0])
                 for trial in batch.trials:
                     evaluate_trial(run, trial)
             evaluate_on_tasks(run, trials)

@@ -92,7 +92,8 @@ def answer_loss(
     graphdef, head, rest, profiles = _split_head(model, batch, chunk)
     size = chunks[0].shape[1]
     count = len(chunks[0]) if answers is None else (answers + size - 1) // size
-    return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, count, *chunks)
+    with jax.named_scope("head_and_loss"):
+        return _chunked_loss(graphdef, head, jax.lax.stop_gradient(rest), profiles, count, *chunks)
 
 
 def answer_scores(

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import gpu, records, shapes
 from benchmarks.page import PAGE, page
+from benchmarks.profile import part_seconds
 from benchmarks.workers import WorkerError, compare, in_turns
 
 MEASURED = {
@@ -68,13 +69,41 @@ def test_messages_lose_their_paths(message, shown):
 
 def test_the_page_has_a_row_for_every_peer():
     slower = {**MEASURED, **records.measurements([8.0], 800, unit="tokens", first=9.0), "executables": 0}
-    text = page([training_record(peft=slower, peft_compiled={"error": "InductorError: no | compiler"})], [], [])
+    text = page([training_record(peft=slower, peft_compiled={"error": "InductorError: no | compiler"})], [], [], [])
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert "| this package | 400 (200 to 800) |  | 1,234 | 10.0 | 3 |  |  | 3.2500 |" in rows
     assert "| PEFT, eager | 100 (100 to 100) | 4.00 | 1,234 |  | 0 |  |  | 3.2500 |" in rows
     assert r"| PEFT, `torch.compile` | error: InductorError: no \| compiler |  |  |  |  |  |  |  |" in rows
     assert "4 steps of 8 examples, 800 tokens" in text and "2 threads" in text
     assert "no record of generation" in text and "The GPU part has not been run." in text
+
+
+def test_the_page_shows_the_parts_of_a_step():
+    parts = [{"products": 3.0, "the rest": 1.0}, {"products": 1.0}]
+    made = records.origin()
+    found = [
+        records.new_record("profile", str(n), {"about": f"shape {n}"}, {"ours": {"parts": each}}, made=made)
+        for n, each in enumerate(parts)
+    ]
+    text = page([training_record(peft=MEASURED)], found, [], [])
+    assert "|  | shape 0 | shape 1 |" in text
+    assert "| products | 75.0% | 100.0% |\n| the rest | 25.0% | 0.0% |" in text
+
+
+def test_an_operation_belongs_to_one_part_of_a_step():
+    program = """
+  %while.1 = (f32[2]) while(%t), metadata={op_name="jit(alone)/while"}
+  %dot.7 = f32[2]{0} dot(%a, %b), metadata={op_name="jit(alone)/transpose(jvp())/adapter/dot_general"}
+  ROOT %fusion.2 = f32[2]{0} fusion(%dot.7), metadata={op_name="jit(alone)/attention/dot_general"}
+  %copy.3 = f32[2]{0} copy(%dot.7)
+"""
+    found = part_seconds({"while.1": 9.0, "dot.7": 1.0, "fusion.2": 2.0, "copy.3": 3.0, "unknown.4": 4.0}, program)
+    assert {part: seconds for part, seconds in found.items() if seconds} == {
+        "attention without its projections": 2.0,
+        "products with the adapter's factors": 1.0,
+        "copies of the loop over layers": 3.0,
+        "optimizer, norms, activations and the rest": 4.0,
+    }
 
 
 def test_the_page_shows_generation_and_gpu():
@@ -87,14 +116,14 @@ def test_the_page_shows_generation_and_gpu():
     part = records.new_record(
         "gpu", "p", {"about": "a part", "work": "8 steps", "repeats": 3}, {"ours": used}, made=made
     )
-    text = page([], [generation], [part])
+    text = page([], [], [generation], [part])
     assert "99.5%" in text and "| 1.00 |" in text
     assert "| this package | 400 (200 to 800) | 41.0% | 20,480 | 10.0 |" in text
     assert "no record of training" in text and "has not been run" not in text
 
 
 def test_the_page_in_the_docs_is_that_of_the_results():
-    found = (records.read(name) for name in ("training", "generation", "gpu"))
+    found = (records.read(name) for name in ("training", "profile", "generation", "gpu"))
     assert PAGE.read_text(encoding="utf-8") == page(*found), "run `python -m benchmarks.training --page`"
 
 

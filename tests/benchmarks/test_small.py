@@ -41,6 +41,16 @@ def test_training_beside_peft():
     assert ours["executables"] >= 1
 
 
+def test_the_parts_of_a_step_take_most_of_its_time():
+    command = [sys.executable, "-m", "benchmarks.profile", "--small", "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = json.loads(done.stdout)["peers"]["ours"]
+    parts = ours["parts"]
+    assert parts["logits and loss"] > 0 and parts["attention without its projections"] > 0
+    assert 0.3 * ours["seconds"] < sum(parts.values()) < 2 * ours["seconds"]
+
+
 def test_generation_beside_the_harness_and_generate():
     need("torch", "transformers", "accelerate")
     (record,) = run("generation")

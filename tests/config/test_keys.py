@@ -196,7 +196,7 @@ def test_the_table_allows_what_the_code_behind_it_takes():
     """The table may not import those parts of the package, so it says their names again."""
     assert set(LEAVES["data.overflow"].choices) == set(OVERFLOW)
     assert set(LEAVES["model.quantization"].choices) == {"", *FORMATS}
-    assert LEAVES["train.remat"].choices == tuple(REMAT)
+    assert LEAVES["train.remat"].choices == ("auto", *REMAT)
     assert set(LEAVES["report.choose_on"].choices) == set(SPLITS)
     assert LEAVES["trials.seed"].high == SEEDS.high
     assert DEFAULTS["evaluation"]["readouts"].keys() == METHODS.keys()

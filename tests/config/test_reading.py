@@ -233,7 +233,9 @@ def test_remat_takes_the_values_that_it_formerly_had(former, now):
     assert changed_keys(stored, other) == [
         f"config.train.remat was {now!r} and is {other['train']['remat']!r}",
     ]
-    with pytest.raises(ValueError, match=r"config\.train\.remat must be one of 'none', 'dots', 'full', got 'some'"):
+    with pytest.raises(
+        ValueError, match=r"config\.train\.remat must be one of 'auto', 'none', 'dots', 'full', got 'some'"
+    ):
         resolve(nested("train.remat", "some"))
 
 

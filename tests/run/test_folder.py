@@ -50,7 +50,7 @@ def test_a_folder_with_a_measurement_alone_keeps_its_config(tmp_path):
     RunFolder(tmp_path, resolve({}))
     with JsonLines(tmp_path / CURVES) as curves:
         curves.write(*CurveRecord(None, "trec", "test", BASE, (0,), (0.5,), (0.1,), 26).to_lines())
-    with pytest.raises(ValueError, match=r"config\.train\.remat was 'none'"):
+    with pytest.raises(ValueError, match=r"config\.train\.remat was 'auto'"):
         RunFolder(tmp_path, resolve({"train": {"remat": "full"}}))
 
 

@@ -48,10 +48,11 @@ def floor(config: DecoderConfig) -> float:
     return total + head + pair * config.num_layers
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-def test_a_step_multiplies_no_more_than_it_must(unroll):
+@pytest.mark.parametrize(("unroll", "remat"), [(True, "none"), (False, "none"), (False, "dots")])
+def test_a_step_multiplies_no_more_than_it_must(unroll, remat):
+    """With "dots", neither the products of the adapters nor attention are computed again."""
     model = adapt(Decoder(CONFIG, rngs=nnx.Rngs(0)), RANK, TARGETS, key=jax.random.key(0))
-    model.unroll = unroll
+    model.unroll, model.remat = unroll, remat
     graphdef, base, adapter, profile = split(model)
     optimizer = make_optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, clip=1.0)
     step = compile_step(graphdef, optimizer, chunk=CHUNK, widths=(TOKENS,), examples=1)
