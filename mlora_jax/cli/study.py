@@ -2,7 +2,8 @@
 
 A cell is the study on one task and model, with a config of its own (configs/study_*.py). MODELS holds the models'
 folders and DATA those of the raw data, under the names that the configs give them. A signal or the end of its hours
-stops the study, and the same command continues it. The group `study` of a cell's config says what is trained;
+stops the study, and the same command continues it. With `--records FOLDER` it also continues on another machine, which
+has the records but not DIR. The group `study` of a cell's config says what is trained;
 docs/config.md lists its keys. Every cell has a folder of its name in DIR. Whenever the command ends, it writes tables
 and figures of all results so far.
 """
@@ -24,6 +25,12 @@ CELLS = flags.DEFINE_list("cells", [], "Cells, such as trec_656k of configs/stud
 MODELS = flags.DEFINE_string("models", "", "Folder that holds the models' folders.")
 DATA = flags.DEFINE_string("data", "", "Folder that holds the raw data's folders; by default they are downloaded.")
 HOURS = define_float("hours", 0.0, "Saves everything and stops after this many hours; 0 sets no limit.")
+RECORDS = flags.DEFINE_string(
+    "records",
+    "",
+    "Folder with a file of records for each cell. What it holds is not trained again, and every finished trial is "
+    "appended to it.",
+)
 TRAIN = flags.DEFINE_bool("train", True, "Trains what is missing; --notrain only writes the tables and figures.")
 
 
@@ -56,14 +63,20 @@ def _study(left: list[str]) -> None:
         if TRAIN.value:
             _train(asked, workdir)
     finally:
-        there = {name: config for name, config in known.items() if name in asked or (workdir / name).is_dir()}
-        print(write_study(workdir, there))
+        there = {
+            name: config
+            for name, config in known.items()
+            if name in asked or (workdir / name).is_dir() or (RECORDS.value and _records(name).is_file())
+        }
+        print(write_study(workdir, there, RECORDS.value or None))
 
 
 def _train(cells: dict, workdir: pathlib.Path) -> None:
     """Trains the first group of all cells, then the second one, until nothing is missing or the time is over."""
     from mlora_jax.study.queue import run_cell
+    from mlora_jax.study.records import code_origin
 
+    origin = code_origin()
     end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
 
     def leave_if_late():
@@ -77,9 +90,20 @@ def _train(cells: dict, workdir: pathlib.Path) -> None:
     try:
         for stage in range(max(len(config.study.groups) for config in cells.values())):
             for name, config in cells.items():
-                run_cell(config, workdir / name, groups=config.study.groups[: stage + 1], before_each=leave_if_late)
+                run_cell(
+                    config,
+                    workdir / name,
+                    groups=config.study.groups[: stage + 1],
+                    before_each=leave_if_late,
+                    records=_records(name) if RECORDS.value else None,
+                    origin=origin,
+                )
     finally:
         timer.cancel()  # its signal would also interrupt the report
+
+
+def _records(cell: str) -> pathlib.Path:
+    return pathlib.Path(RECORDS.value) / f"{cell}.jsonl"
 
 
 def _known_cells() -> dict:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -36,13 +37,19 @@ from mlora_jax.trials import Trial, expand_trials, readouts_of
 __all__ = ["Interrupted", "Results", "TrialResult", "train"]
 
 
-def train(config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]) -> Results:
+def train(
+    config: ConfigDict | Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    *,
+    after_trial: Callable[[Trial], None] = lambda trial: None,
+) -> Results:
     """Runs an experiment: data, training, evaluation, report. A run that was cut short goes on where it was.
 
     Args:
       config: see `mlora_jax.config.DEFAULTS` for the keys; those not set take their defaults.
       workdir: folder for the results. What an earlier run of the same config has finished in it is kept, and trials
         that the config has in addition are trained.
+      after_trial: a function of a trial that is called when the trial's curves on the run's own rows are on disk.
 
     Raises:
       ValueError: a config, data row, checkpoint or target that cannot be used, or a workdir of another config or
@@ -64,7 +71,7 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str
         folder.list_not_compared(hosts.first_then_others(lambda: unavailable_tasks(resolved)))
         compilations = {"train": 0, "evaluation": 0}
         if not _all_done(resolved, folder, trials):
-            compilations = _run_what_is_missing(resolved, folder, trials)
+            compilations = _run_what_is_missing(resolved, folder, trials, after_trial)
         hosts.on_first_process(lambda: write_report(folder.path))
         return read_results(resolved, folder, trials, compilations)
 
@@ -81,7 +88,9 @@ def _all_done(config, folder: RunFolder, trials: Sequence[Trial]) -> bool:
     return bool(splits) and set(trials) <= trained and whole
 
 
-def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> dict[str, int]:
+def _run_what_is_missing(
+    config, folder: RunFolder, trials: Sequence[Trial], after_trial: Callable[[Trial], None]
+) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         records = JsonLines if hosts.is_first() else lambda path: NoRecords()
         metrics = stack.enter_context(records(folder.path / METRICS))
@@ -110,6 +119,7 @@ def _run_what_is_missing(config, folder: RunFolder, trials: Sequence[Trial]) -> 
                 evaluate_base(run, trials[0])
                 for trial in batch.trials:
                     evaluate_trial(run, trial)
+                    hosts.on_first_process(functools.partial(after_trial, trial))
             evaluate_on_tasks(run, trials)
             run.leave_if_asked()
         except Interrupted:

@@ -6,14 +6,16 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import aurac
 from mlora_jax.run.train import train
 from mlora_jax.study.keys import without_study
+from mlora_jax.study.records import append_new, read_measured
 from mlora_jax.study.rivals import Rival, rivals_of
-from mlora_jax.training.curve_records import CURVES, CurveKey, CurvesOnRecord, read_curves
+from mlora_jax.training.curve_records import CurveKey, CurvesOnRecord
 from mlora_jax.trials import Trial
 
 
@@ -87,6 +89,8 @@ def run_cell(
     *,
     groups: Sequence[str],
     before_each: Callable[[], None] = lambda: None,
+    records: str | os.PathLike[str] | None = None,
+    origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Trains all trials of a cell; it does not train again what an earlier call has finished.
 
@@ -95,8 +99,12 @@ def run_cell(
       workdir: the folder of the cell.
       groups: the groups of `config.study.groups` to train.
       before_each: a function that is called before each round of trials. It may raise an exception to stop.
+      records: the cell's file of records, see `mlora_jax.study.records`. Trials that it holds are not trained again,
+        and every trial is appended when it is finished. None: there is none.
+      origin: what each new line of the records says about the code.
 
     Raises:
+      ValueError: the records belong to another config, base or data.
       Interrupted: a signal asked to stop. Everything is saved, and another call continues.
     """
     rivals = rivals_of(groups, rank := config.study.rank)
@@ -104,16 +112,21 @@ def run_cell(
     for rival in rivals:
         known = readouts.setdefault(rival.method, [])
         known += [rival.readout] if rival.readout not in known else []
+
+    def save(trial: Trial) -> None:
+        if records is not None:
+            append_new(workdir, records, config, origin=origin)
+
     values = without_study(config).to_dict()
     values["evaluation"]["readouts"] |= {method: tuple(known) for method, known in readouts.items()}
     while True:
-        curves = read_curves(pathlib.Path(workdir) / CURVES)
+        curves = read_measured(workdir, records, config).curves
         trials = list(dict.fromkeys(trial for rival in rivals for trial in wanted(curves, rival, rank, config.study)))
         if not trials:
             return
         before_each()
         values["trials"]["list"] = tuple(as_entry(trial) for trial in trials)
-        train(values, pathlib.Path(workdir))
+        train(values, pathlib.Path(workdir), after_trial=save)
 
 
 def as_entry(trial: Trial) -> dict[str, Any]:

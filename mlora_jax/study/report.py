@@ -18,6 +18,7 @@ from mlora_jax.disk import write_aside
 from mlora_jax.evaluate import Interval
 from mlora_jax.report.figure import PALETTE
 from mlora_jax.report.formats import Table, to_markdown
+from mlora_jax.study.records import records_file
 from mlora_jax.study.results import Cell, MeasuredRival, area_interval, difference, read_cell, regret
 from mlora_jax.study.rivals import GROUPS, Rival
 
@@ -28,19 +29,25 @@ _DRAWN = (*GROUPS["leading"], *GROUPS["dearer"])
 _COMPARED = (*_DRAWN, *GROUPS["variants"])
 
 
-def write_study(workdir: str | os.PathLike[str], configs: Mapping[str, ConfigDict]) -> str:
+def write_study(
+    workdir: str | os.PathLike[str],
+    configs: Mapping[str, ConfigDict],
+    records: str | os.PathLike[str] | None = None,
+) -> str:
     """Writes study.md, study.csv and study.png into the folder of the study.
 
     Args:
       workdir: the folder of the study, which holds a folder for each cell.
       configs: name of a cell -> its config.
+      records: the folder of the cells' files of records; None: there is none.
 
     Returns:
       The text of study.md.
     """
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [read_cell(name, config, folder / name) for name, config in configs.items()]
+    files = {name: None if records is None else records_file(records, name) for name in configs}
+    cells = [read_cell(name, config, folder / name, files[name]) for name, config in configs.items()]
     begun = [cell for cell in cells if cell.measured]
     parts = [_cell_text(cell) for cell in begun]
     parts += [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,10 +14,10 @@ from mlora_jax.config import further_methods
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import Method, aurac, get_method
 from mlora_jax.evaluate import Interval
-from mlora_jax.run.folder import load_verdicts
 from mlora_jax.study.queue import best_rate, scores, wanted
+from mlora_jax.study.records import Measured, read_measured
 from mlora_jax.study.rivals import Rival, rivals_of
-from mlora_jax.training.curve_records import CURVES, CurveKey, CurvesOnRecord, read_curves
+from mlora_jax.training.curve_records import CurveKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,36 +78,41 @@ class Cell:
         return {found.rival.rank: found for found in finished if found.rival.rank is not None}
 
 
-def read_cell(name: str, config: ConfigDict, workdir: str | os.PathLike[str]) -> Cell:
+def read_cell(
+    name: str,
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    records: str | os.PathLike[str] | None = None,
+) -> Cell:
     """Reads the results that a cell has so far.
 
     Args:
       name: the name of the cell.
       config: the config of the cell.
-      workdir: the folder of the cell; it may not exist yet.
+      workdir: the folder of the cell; it may not exist.
+      records: the cell's file of records, which may not exist; None: there is none.
     """
-    folder, rank = pathlib.Path(workdir), config.study.rank
-    curves = read_curves(folder / CURVES)
+    rank, found_all = config.study.rank, read_measured(workdir, records, config)
     methods, measured, unfinished = further_methods(config), {}, []
     for rival in rivals_of(config.study.groups, rank):
-        found = _measured(folder, curves, rival, rank, config.study, methods)
+        found = _measured(found_all, rival, rank, config.study, methods)
         if found:
             measured[rival] = found
         if not found or not found.complete:
             unfinished.append(rival)
-    base = curves.base().get("test")
+    base = found_all.curves.base().get("test")
     accuracy, items = (base.accuracies[0], base.items) if base else (math.nan, 0)
     return Cell(name, accuracy, items, rank, measured, tuple(unfinished))
 
 
 def _measured(
-    folder: pathlib.Path,
-    curves: CurvesOnRecord,
+    on_record: Measured,
     rival: Rival,
     rank: int,
     options: ConfigDict,
     methods: Mapping[str, Method],
 ) -> MeasuredRival | None:
+    curves = on_record.curves
     tried = scores(curves, rival, rank, options)
     if all(value in (None, -math.inf) for value in tried.values()):
         return None
@@ -116,8 +120,8 @@ def _measured(
     verdicts, ranks = {}, ()
     for seed in options.seeds:
         trial = rival.trial(rank, best, seed)
-        found = load_verdicts(folder, trial.name, rival.readout, "test")
-        record = curves.get(CurveKey(trial.name, "test", rival.readout))
+        key = CurveKey(trial.name, "test", rival.readout)
+        found, record = on_record.verdicts.get(key), curves.get(key)
         if found is None or record is None:
             continue
         ranks = record.ranks

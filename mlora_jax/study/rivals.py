@@ -103,6 +103,26 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
     ),
     "matryoshka": _matryoshka(("none", "uniform"), ("rank", "mean")),
     "matryoshka_all": _matryoshka(*_SETTINGS),
+    "instruct": (  # What the first look at instruct models left open, the cheapest answers first.
+        Rival("lora"),
+        Rival("lora", "squeeze"),
+        Rival("renest"),
+        Rival("matryoshka"),
+        Rival("matryoshka", "masked"),
+        Rival("matryoshka", "squeeze"),
+        Rival("dylora"),
+        Rival("renest_30_rotated"),
+    ),
+    "ceiling": tuple(Rival("lora", rank=rank) for rank in (1, 4, 16)),
+    "scalings": tuple(
+        Rival(method, scaling=scaling) for scaling in ("rank", "sqrt") for method in ("matryoshka", "dylora")
+    ),
+    "instruct_further": (
+        Rival("lora", "squeeze_inputs"),
+        Rival("matryoshka", "calibrated"),
+        Rival("per_example"),
+        Rival("matryoshka_exact"),
+    ),
     "further": (
         Rival("dylora", "squeeze"),
         Rival("per_example", "squeeze"),

@@ -1,6 +1,7 @@
 """`python -m experiments.study`: cells are found, trained group by group, stopped, gone on with and reported."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import mlora_jax
 from mlora_jax.cli import config_flags, study
 from mlora_jax.run import batch as run_batch
 from mlora_jax.run import experiment as experiment_module
@@ -89,11 +91,11 @@ def rounds(places):
     del places
     seen, train = [], queue.train
 
-    def record(config, workdir):
+    def record(config, workdir, **options):
         trials = config["trials"]["list"]
         methods = dict.fromkeys(entry["method"][0] for entry in trials)
         seen.append((workdir.name, ", ".join(methods), {entry["seed"][0] for entry in trials}, len(trials)))
-        return train(config, workdir)
+        return train(config, workdir, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue, "train", record)
@@ -154,6 +156,37 @@ def test_a_second_call_trains_nothing_and_writes_the_same_report(finished, place
     assert capsys.readouterr().out == (copy / "study.md").read_text() + "\n"
 
 
+def test_a_study_goes_on_from_its_records_without_its_folders(finished, places, copy, rounds, tmp_path):
+    """Every finished trial is in the records at once; another machine has them and nothing else."""
+    records = tmp_path / "records"
+    shutil.rmtree(copy / "tiny")
+    command(places, copy, records=str(records), cells=["tiny"])
+    assert rounds == ROUNDS[1:3]
+    assert [file.name for file in records.iterdir()] == ["tiny.jsonl"]
+    whole = (records / "tiny.jsonl").read_text().splitlines(keepends=True)
+    lines = [json.loads(line) for line in whole]
+    assert {line["version"] for line in lines[1:]} == {mlora_jax.__version__}
+    assert sum("verdicts" in line for line in lines) == len(lines) - 1 > 4
+    rounds.clear()
+    command(places, tmp_path / "empty", records=str(records), cells=["tiny"])
+    assert rounds == [] and not (tmp_path / "empty/tiny").exists()
+    texts = [(folder / "study.md").read_text() for folder in (tmp_path / "empty", finished[0])]
+    assert cell_text(texts[0], "tiny") == cell_text(texts[1], "tiny")
+    # What a later machine lost is trained again, and only that.
+    last = next(at for at, line in enumerate(lines) if line.get("seed") == 3)
+    (records / "tiny.jsonl").write_text("".join(whole[:last]))
+    command(places, tmp_path / "other", records=str(records), cells=["tiny"])
+    assert rounds == ROUNDS[2:3]
+    again = [json.loads(line) for line in (records / "tiny.jsonl").read_text().splitlines()]
+    strip = lambda found: [{k: v for k, v in line.items() if k != "date"} for line in found]  # noqa: E731
+    assert strip(again) == strip(lines)
+
+
+def cell_text(report, cell):
+    """The table of one cell in a report."""
+    return report[report.index(f"### {cell}\n") :].split("\n### ")[0]
+
+
 def test_without_training_it_only_reports(finished, places, copy, rounds, tmp_path):
     drop_report(copy)
     shutil.rmtree(copy / "tiny")
@@ -202,7 +235,7 @@ def test_models_and_data_are_found(places, tmp_path, monkeypatch):
         seen.add((workdir.name, config.model.path, config.data.raw_dir))
 
     monkeypatch.setattr(queue, "run_cell", run_cell)
-    monkeypatch.setattr(report, "write_study", lambda workdir, cells: "")
+    monkeypatch.setattr(report, "write_study", lambda workdir, cells, records: "")
     base = f"{places['models']}/base"
     command(places, tmp_path)
     assert seen == {("own", "quickstart", ""), ("questions", base, f"{places['data']}/questions")}
@@ -237,8 +270,8 @@ def test_a_stopped_study_reports_and_goes_on(finished, places, copy, rounds, mon
         if stop == "in training" and len(rounds) == 2:
             clock.timers[0].fire()  # sends the signal
 
-    def train_and_stop(*arguments):
-        train(*arguments)
+    def train_and_stop(*arguments, **options):
+        train(*arguments, **options)
         if stop == "between two rounds":
             os.kill(os.getpid(), signal.SIGTERM)
         elif stop == "when the time is over":
@@ -277,7 +310,7 @@ def test_no_timer_is_left_when_the_report_is_written(places, tmp_path, monkeypat
         if error:
             raise error
 
-    def write_study(workdir, cells):
+    def write_study(workdir, cells, records):
         seen.append(running())
         return ""
 

@@ -1,0 +1,30 @@
+"""A cell of the study: GSM8K on Qwen2.5-Coder-0.5B-Instruct, 1,500 training rows, generated answers.
+
+    python -m experiments.study --workdir DIR --cells gsm8k_qwen_coder --models MODELS --data DATA \\
+        --records results/study
+
+MODELS is a folder that holds the model's folder, and DATA one that holds the folder of the raw data; the config below
+names both. `mlora_jax/study/rivals.py` defines the groups of rivals, and docs/study.md has the results.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the cell's values; other keys have the defaults of `mlora_jax.config` and `mlora_jax.study.keys`."""
+    return ConfigDict(
+        {
+            "model": {"path": "qwen2.5-coder-0.5b-instruct", "dtype": "float32"},
+            "data": {"task": "gsm8k", "style": "harness", "raw_dir": "gsm8k", "limit": 1500, "overflow": "drop"},
+            "train": {"epochs": 1, "batch_size": 16, "trials_at_once": 1},
+            "validation": {"holdout": 0.1, "limit": 50},
+            "checkpoint": {"every": 0},
+            "evaluation": {"limit": 150, "max_new_tokens": 256},
+            "study": {
+                "groups": ("instruct", "ceiling", "scalings", "instruct_further"),
+                "rank": 32,
+                "rates": (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3),
+                "start": (5e-4, 1.5e-3),
+            },
+        }
+    )
