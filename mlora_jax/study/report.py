@@ -19,10 +19,11 @@ from mlora_jax.evaluate import Interval
 from mlora_jax.report.figure import PALETTE
 from mlora_jax.report.formats import Table, to_markdown
 from mlora_jax.study.records import records_file
+from mlora_jax.study.regimes import draw_regimes, regime_table, regrets
 from mlora_jax.study.results import Cell, MeasuredRival, area_interval, difference, read_cell, regret
 from mlora_jax.study.rivals import GROUPS, Rival
 
-MARKDOWN, CSV, FIGURE = "study.md", "study.csv", "study.png"
+MARKDOWN, CSV, FIGURE, MAP = "study.md", "study.csv", "study.png", "regimes.png"
 CHAMPIONS = Rival("renest"), Rival("renest_30_rotated")
 PANEL = (4.4, 3.3)  # The size of a panel in inches.
 _DRAWN = (*GROUPS["leading"], *GROUPS["dearer"])
@@ -34,7 +35,7 @@ def write_study(
     configs: Mapping[str, ConfigDict],
     records: str | os.PathLike[str] | None = None,
 ) -> str:
-    """Writes study.md, study.csv and study.png into the folder of the study.
+    """Writes study.md, study.csv, study.png and regimes.png into the folder of the study.
 
     Args:
       workdir: the folder of the study, which holds a folder for each cell.
@@ -49,7 +50,8 @@ def write_study(
     files = {name: None if records is None else records_file(records, name) for name in configs}
     cells = [read_cell(name, config, folder / name, files[name]) for name, config in configs.items()]
     begun = [cell for cell in cells if cell.measured]
-    parts = [_cell_text(cell) for cell in begun]
+    mapped = regrets(begun)
+    parts = [regime_table(mapped), *(_cell_text(cell) for cell in begun)]
     parts += [
         *(_differences(begun, champion) for champion in CHAMPIONS),
         _pairs(begun),
@@ -62,9 +64,10 @@ def write_study(
         aside.write_text(text, encoding="utf-8")
     with write_aside(folder / CSV) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         _write_csv(file, begun)
-    if begun:
-        with write_aside(folder / FIGURE) as aside:
-            figure = draw_study(begun)
+    figures = {FIGURE: draw_study(begun)} if begun else {}
+    figures |= {MAP: draw_regimes(mapped)} if mapped else {}
+    for name, figure in figures.items():
+        with write_aside(folder / name) as aside:
             FigureCanvasAgg(figure)
             figure.savefig(aside, format="png", dpi=150)
     return text

@@ -9,6 +9,7 @@ from scipy.stats import t, ttest_1samp
 
 from mlora_jax.core import aurac
 from mlora_jax.study.keys import resolve_cell
+from mlora_jax.study.regimes import draw_regimes, regrets
 from mlora_jax.study.report import draw_study, write_study
 from mlora_jax.study.results import area_interval, difference, interval, read_cell, regret
 from mlora_jax.study.rivals import Rival
@@ -96,6 +97,28 @@ def test_differences_and_regret_are_paired(study):
     alone = cell.separate()[1]
     expected = np.mean([alone.verdicts[seed].mean() - found["renest", seed][0].mean() for seed in (1, 2)])
     assert regret(renest, alone).value == pytest.approx(expected)
+
+
+def test_the_map_of_regimes_is_the_regret_at_the_ends_of_the_ranks(study):
+    """At rank 1 against LoRA of rank 1 alone, at rank R against plain LoRA; what is not finished is in brackets."""
+    workdir, config, found = study
+    text = write_study(workdir, {"cell": config})
+    mapped = {(each.rival.name, each.rank): each for each in regrets([read_cell("cell", config, workdir / "cell")])}
+    assert set(mapped) == {("renest", 1), ("renest", 4)}
+    first = found["alone", 1e-1][0].mean(), found["alone", 2][0].mean()
+    assert mapped["renest", 1].ceiling == pytest.approx(np.mean(first))
+    for rank, at, alone in ((1, 0, None), (4, 2, "lora")):
+        seeds = (1, 2)
+        ceiling = first if alone is None else [found[alone, seed][at].mean() for seed in seeds]
+        own = [found["renest", seed][at].mean() for seed in seeds]
+        assert mapped["renest", rank].loss.value == pytest.approx(np.mean(ceiling) - np.mean(own))
+        assert mapped["renest", rank].finished
+    shown = mapped["renest", 1].loss
+    row = f"| cell | 0.100 | 1 | {np.mean(first):.3f} | {shown.value:+.3f} ({shown.low:+.3f} to {shown.high:+.3f}) |"
+    assert row in text
+    assert (workdir / "regimes.png").stat().st_size > 10_000
+    figure = draw_regimes([mapped["renest", 4]._replace(finished=False)])
+    assert [area.get_title() for area in figure.axes] == ["rank 1", "the largest rank R"]
 
 
 @pytest.mark.parametrize(("of_seeds", "of_items"), [(3.0, 0.3), (1.0, 1.0), (0.3, 3.0), (0.0, 0.0)])
