@@ -1,7 +1,8 @@
 """Finds ranks to deploy: `python -m experiments.ranks RUN --trial NAME [--readout prefix] [--budget 4,8,16] ...`.
 
 RUN is the workdir of a finished run. The command prints the rank-accuracy curve with intervals, the smallest rank that
-is nearly the best, and ranks per layer in comparison with uniform ranks. It writes ranks.md, ranks.csv and ranks.png.
+is nearly the best, and ranks per layer in comparison with uniform ranks. It writes ranks.md, ranks.csv,
+ranks.png and spectra.png, which shows the singular values of the adapter by layer and module.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The report on choosing ranks: ranks.md, ranks.csv, and accuracy against adapter parameters as ranks.png."""
+"""The report on choosing ranks: ranks.md, ranks.csv, and two figures, ranks.png and spectra.png."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from matplotlib.ticker import EngFormatter
 from mlora_jax.disk import write_aside
 from mlora_jax.report.figure import PALETTE, PANEL
 from mlora_jax.report.formats import Table, to_markdown
+from mlora_jax.report.spectrum import draw_spectra, spectrum_text
 
 
 class IntervalEstimate(Protocol):
@@ -103,6 +104,7 @@ class RankReport:
       aurac: the AURAC over log2 rank, on the items on which results are reported.
       rows: one row per rank of S.
       budgets: one row per budget of parameters.
+      spectra: path of a module -> the singular values of its layers at the largest rank, [L, R].
     """
 
     title: str
@@ -116,10 +118,11 @@ class RankReport:
     aurac: IntervalEstimate
     rows: list[RankRow]
     budgets: list[BudgetRow]
+    spectra: dict[str, np.ndarray]
 
 
 def write_ranks(report: RankReport, out: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes ranks.md, ranks.csv (full precision) and ranks.png into a folder.
+    """Writes ranks.md, ranks.csv (full precision), ranks.png and spectra.png into a folder.
 
     Args:
       report: the report to write.
@@ -137,6 +140,8 @@ def write_ranks(report: RankReport, out: str | os.PathLike[str]) -> pathlib.Path
         writer.writerows(records)
     with write_aside(out / "ranks.png") as aside:
         draw_ranks(report).savefig(aside, format="png")
+    with write_aside(out / "spectra.png") as aside:
+        draw_spectra(report.spectra, report.title).savefig(aside, format="png")
     with write_aside(out / "ranks.md") as aside:
         aside.write_text(_markdown(report), encoding="utf-8")
     return out / "ranks.md"
@@ -200,6 +205,7 @@ def _markdown(report: RankReport) -> str:
             to_markdown(_budget_table(report)),
             *(f"{to_markdown(_ranks_table(row))}" for row in report.budgets),
         ]
+    parts.append(spectrum_text(report.spectra, [row.rank for row in report.rows]))
     return "\n".join(parts)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from mlora_jax.adapters import set_profile
 from mlora_jax.core import read_out
 from mlora_jax.core.hierarchy import check_rank
 from mlora_jax.core.readouts import readouts_without_data
@@ -24,6 +25,7 @@ from mlora_jax.evaluate import (
 )
 from mlora_jax.evaluate.choice import STARTS
 from mlora_jax.report.ranks import BudgetRow, RankReport, RankRow
+from mlora_jax.report.spectrum import spectra
 from mlora_jax.run.experiment import Experiment
 from mlora_jax.run.folder import find_trial
 from mlora_jax.training.adapter_file import load_adapter
@@ -125,6 +127,7 @@ def choose_ranks(
         aurac=bootstrap_aurac(_verdicts(curves["test"]), hierarchy.ranks),
         rows=_rank_rows(curves, adapter),
         budgets=[_budget_row(row) for row in found],
+        spectra=spectra(adapter, set_profile(adapted.profile, hierarchy.prefix(hierarchy.ranks[-1]))),
     )
 
 

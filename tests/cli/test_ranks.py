@@ -69,7 +69,7 @@ def test_the_command_writes_its_report_beside_the_records(made):
     done = ranks(run, "--trial", TRIAL, "--budget=1,3", "--limit=12", "--within=0.1")
     assert done.returncode == 0, done.stderr
     after = contents(run)
-    assert set(after) - set(before) == {"ranks.md", "ranks.csv", "ranks.png"}
+    assert set(after) - set(before) == {"ranks.md", "ranks.csv", "ranks.png", "spectra.png"}
     assert all(after[name] == before[name] for name in before)
     text = after["ranks.md"].decode()
     assert text in done.stdout and f"report in {run}" in done.stdout
