@@ -8,7 +8,7 @@ small = project(model, projections, uniform_ranks(0.5, *projections.shape), cut=
 
 from mlora_jax.kv_cache.attention import ProjectedAttention, Projections, cache_shape, identity, project
 from mlora_jax.kv_cache.cut import CutCache, CutForm, cache_bytes
-from mlora_jax.kv_cache.folder import Saved, load_projections, read_projected, save_projections
+from mlora_jax.kv_cache.folder import SavedProjections, load_projections, read_projected, save_projections
 from mlora_jax.kv_cache.orthogonal import cayley, orthogonality_error
 from mlora_jax.kv_cache.pca import principal_components
 from mlora_jax.kv_cache.ranks import RATES, RankPath, Ranks, uniform_ranks
@@ -25,7 +25,7 @@ __all__ = [
     "Projections",
     "RankPath",
     "Ranks",
-    "Saved",
+    "SavedProjections",
     "cache_bytes",
     "cache_shape",
     "cayley",

@@ -145,9 +145,9 @@ class ProjectedAttention(Attention):
 
 
 def _product(axes: str, x: jax.Array, u: jax.Array) -> jax.Array:
-    """Multiplies by bases in the dtype of x, with sums in float32 or better."""
+    """Multiplies by bases in float32 or better, because rounded bases are not orthogonal; the result has x's dtype."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(axes, x, u.astype(x.dtype), preferred_element_type=wide).astype(x.dtype)
+    return jnp.einsum(axes, x.astype(wide), u.astype(wide)).astype(x.dtype)
 
 
 def identity(model: Decoder) -> Projections:

@@ -23,7 +23,7 @@ TENSORS, DESCRIPTION = "kv_cache.safetensors", "kv_cache.json"
 ORDER = "order"  # the name of the tensor of a `RankPath`
 
 
-class Saved(NamedTuple):
+class SavedProjections(NamedTuple):
     """The content of a folder.
 
     Attributes:
@@ -108,7 +108,7 @@ def save_projections(
 _SHAPES = ("u_k", "u_v", "mean_v")
 
 
-def load_projections(folder: str | os.PathLike, model: Decoder) -> Saved:
+def load_projections(folder: str | os.PathLike, model: Decoder) -> SavedProjections:
     """Reads what `save_projections` wrote for a model.
 
     Args:
@@ -141,7 +141,7 @@ def load_projections(folder: str | os.PathLike, model: Decoder) -> Saved:
             f"{folder} belongs to another base, {record.get('base_model', 'which it does not name')}: the weights that "
             "make keys and values differ"
         )
-    return Saved(projections, path, record)
+    return SavedProjections(projections, path, record)
 
 
 def read_projected(
@@ -157,7 +157,7 @@ def read_projected(
       cut: as in `project`.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_projections` and `Saved.ranks`.
+      FileNotFoundError, ValueError: as `load_projections` and `SavedProjections.ranks`.
     """
     saved = load_projections(folder, model)
     return project(model, saved.projections, saved.ranks(budget, rates), cut=cut)

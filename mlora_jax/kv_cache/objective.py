@@ -38,7 +38,7 @@ def hidden_states(graphdef: Any, state: Any, tokens: jax.Array, segments: jax.Ar
     Args:
       graphdef, state: a decoder as `nnx.split` returns it.
       tokens: int32 [B, T].
-      segments: int32 [B, T], as in `mlora_jax.kv_cache.text.Rows`.
+      segments: int32 [B, T], as in `mlora_jax.kv_cache.text.TextRows`.
     """
     return nnx.merge(graphdef, state).hidden(tokens, segment_ids=segments)
 

@@ -70,7 +70,10 @@ def check_budget(budget: float, name: str = "kv_budget") -> float:
     Raises:
       ValueError: the budget is outside this range.
     """
-    return _BUDGET.check(name, float(budget))
+    try:
+        return _BUDGET.check(name, float(budget))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number above 0 and at most 1, got {budget!r}") from None
 
 
 def uniform_ranks(budget: float, layers: int, heads: int, head_dim: int) -> Ranks:

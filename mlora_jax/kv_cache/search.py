@@ -24,7 +24,7 @@ from flax import nnx
 from mlora_jax.kv_cache.attention import Projections
 from mlora_jax.kv_cache.objective import Sums, distillation_sums
 from mlora_jax.kv_cache.ranks import KINDS, RankPath, Ranks, check_budget, check_levels
-from mlora_jax.kv_cache.text import Rows
+from mlora_jax.kv_cache.text import TextRows
 from mlora_jax.kv_cache.training import CHUNK, ProjectedTrees
 from mlora_jax.models.decoder import Decoder
 
@@ -59,7 +59,7 @@ class Meter:
       compiled: the jitted function, whose cache size counts compilations.
     """
 
-    def __init__(self, model: Decoder, projections: Projections, rows: Rows, *, batch_size: int) -> None:
+    def __init__(self, model: Decoder, projections: Projections, rows: TextRows, *, batch_size: int) -> None:
         teacher, full = nnx.split(model)
         graphdef, *trees = ProjectedTrees.of(model, projections)
 

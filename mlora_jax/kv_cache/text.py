@@ -17,7 +17,7 @@ from mlora_jax.training.pretrain import pack
 FIELD = "text"  # the key of a document in a line of a .jsonl file
 
 
-class Rows(NamedTuple):
+class TextRows(NamedTuple):
     """Packed documents.
 
     Attributes:
@@ -92,9 +92,9 @@ def encode(documents: Sequence[str], tokenizer: Tokenizer, length: int) -> list[
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def packed_rows(pieces: Sequence[Sequence[int]], length: int) -> Rows:
+def packed_rows(pieces: Sequence[Sequence[int]], length: int) -> TextRows:
     """Packs pieces into rows of equal length; no token sees another piece."""
-    return Rows(*pack(pieces, length))
+    return TextRows(*pack(pieces, length))
 
 
 def single_rows(

@@ -21,7 +21,7 @@ from mlora_jax.kv_cache.attention import Projections, cache_shape, project
 from mlora_jax.kv_cache.objective import Sums, distillation_sums
 from mlora_jax.kv_cache.orthogonal import turned
 from mlora_jax.kv_cache.ranks import KINDS, Ranks, check_levels
-from mlora_jax.kv_cache.text import Rows
+from mlora_jax.kv_cache.text import TextRows
 from mlora_jax.kv_cache.variables import KVBasis, KVRank
 from mlora_jax.models.decoder import Decoder
 from mlora_jax.training.pretrain import make_optimizer
@@ -75,7 +75,7 @@ def draw_ranks(key: jax.Array, shape: tuple[int, int, int], levels: int) -> Rank
     return Ranks(*drawn)
 
 
-class Step(NamedTuple):
+class StepMeans(NamedTuple):
     """What one step of training returns besides its state: means per token, in nats.
 
     Attributes:
@@ -97,7 +97,7 @@ def make_step(
     levels: int,
     kl_weight: float,
     remat: str = "none",
-) -> tuple[Callable[..., tuple[Any, Any, Step]], Any]:
+) -> tuple[Callable[..., tuple[Any, Any, StepMeans]], Any]:
     """Compiles a step over the free matrices X of `orthogonal.turned`.
 
     Args:
@@ -110,8 +110,7 @@ def make_step(
 
     Returns:
       (step, frozen): step(frozen, free, optimizer_state, key, tokens [A, B, T], segments [A, B, T]) returns the new
-      free matrices, the new optimizer state and a `Step`. Each micro-batch draws its own ranks. The buffers of `free`
-      and of the optimizer's state are used again.
+      free matrices, the new optimizer state and a `StepMeans`. Each micro-batch draws its own ranks.
     """
     shape = cache_shape(model)
     check_levels(levels, shape[2])
@@ -148,7 +147,7 @@ def make_step(
         count = jnp.maximum(sums.count, 1.0)
         gradient = jax.tree.map(lambda x: x / count, gradient)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, free)
-        means = Step(sums.loss(kl_weight), sums.divergence / count, sums.cross_entropy / count)
+        means = StepMeans(sums.loss(kl_weight), sums.divergence / count, sums.cross_entropy / count)
         return optax.apply_updates(free, updates), optimizer_state, means
 
     first = {"k": jnp.asarray(start.u_k), "v": jnp.asarray(start.u_v)}
@@ -158,12 +157,12 @@ def make_step(
 def train_projections(
     model: Decoder,
     start: Projections,
-    rows: Rows,
+    rows: TextRows,
     train: Mapping[str, Any],
     *,
     levels: int,
     seed: int,
-    report: Callable[[int, Step], None] = lambda number, step: None,
+    report: Callable[[int, StepMeans], None] = lambda number, step: None,
 ) -> Projections:
     """Trains projections from a start.
 
@@ -174,7 +173,7 @@ def train_projections(
       train: the group `train` of a config, see `configs/kv_cache_smollm2.py`. With steps = 0 the start is returned.
       levels: the number of ranks of the grid.
       seed: the seed of the order of the rows and of the ranks.
-      report: a function that gets the number of each step and its `Step`.
+      report: a function that gets the number of each step and its `StepMeans`.
 
     Returns:
       The trained projections in float32, orthogonal to rounding.
