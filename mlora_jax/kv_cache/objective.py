@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 
 class Sums(NamedTuple):
@@ -30,17 +29,6 @@ class Sums(NamedTuple):
     def loss(self, kl_weight: float | jax.Array) -> jax.Array:
         """Returns the weighted mean per token: w KL + (1 - w) cross-entropy."""
         return (kl_weight * self.divergence + (1.0 - kl_weight) * self.cross_entropy) / jnp.maximum(self.count, 1.0)
-
-
-def hidden_states(graphdef: Any, state: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """Returns the hidden states [B, T, D] of packed rows after the final norm.
-
-    Args:
-      graphdef, state: a decoder as `nnx.split` returns it.
-      tokens: int32 [B, T].
-      segments: int32 [B, T], as in `mlora_jax.kv_cache.text.TextRows`.
-    """
-    return nnx.merge(graphdef, state).hidden(tokens, segment_ids=segments)
 
 
 def distillation_sums(

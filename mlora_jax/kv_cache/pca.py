@@ -6,7 +6,7 @@ Axes: B batch, T time, L layer, KV key and value heads, Hd features of a head.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 
 from mlora_jax.kv_cache.attention import Projections
 from mlora_jax.models.decoder import Decoder
+from mlora_jax.models.decoder_layers import StackedCache
 
 
 def principal_components(model: Decoder, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Projections:
@@ -40,7 +41,8 @@ def principal_components(model: Decoder, batches: Iterable[tuple[np.ndarray, np.
         _, kept = nnx.merge(graphdef, state).prefill(tokens, tokens.shape[1], stacked=True)
         counted = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
         found = {"count": jnp.sum(counted)}
-        for name, x in (("k", kept.k.swapaxes(3, 4)), ("v", kept.v)):  # [L, B, KV, T, Hd]
+        keys, values = cast(StackedCache, kept)[:2]
+        for name, x in (("k", keys.swapaxes(3, 4)), ("v", values)):  # [L, B, KV, T, Hd]
             x = x.astype(jnp.float32) * counted[None, :, None, :, None]
             found[f"{name}_sum"] = jnp.sum(x, axis=(1, 3))
             found[f"{name}_gram"] = jnp.einsum("lbktd,lbkte->lkde", x, x, precision=jax.lax.Precision.HIGHEST)

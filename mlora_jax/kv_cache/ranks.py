@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mlora_jax.core.ranges import Range
@@ -26,8 +27,8 @@ class Ranks(NamedTuple):
       v: int32 [L, KV], of each value, from 1 to Hd.
     """
 
-    k: np.ndarray
-    v: np.ndarray
+    k: np.ndarray | jax.Array
+    v: np.ndarray | jax.Array
 
     @classmethod
     def full(cls, layers: int, heads: int, head_dim: int) -> Ranks:

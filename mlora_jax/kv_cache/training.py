@@ -59,7 +59,7 @@ class ProjectedTrees(NamedTuple):
 def _with(tree: Any, values: Mapping[str, Any]) -> Any:
     """Returns a tree whose leaves are the values of their last name."""
     flat = nnx.to_flat_state(tree)
-    return nnx.from_flat_state([(path, leaf.replace(jnp.asarray(values[path[-1]]))) for path, leaf in flat])
+    return nnx.from_flat_state([(path, leaf.replace(jnp.asarray(values[str(path[-1])]))) for path, leaf in flat])
 
 
 def draw_ranks(key: jax.Array, shape: tuple[int, int, int], levels: int) -> Ranks:
@@ -123,8 +123,8 @@ def make_step(
         u = {name: turned(first[name], free[name]) for name in KINDS}
         cut = trees.at(u, draw_ranks(key, shape, levels))
         whole = nnx.merge(teacher, full)
-        states = (each.hidden(tokens, segment_ids=segments) for each in (cut, whole))
-        sums = distillation_sums(whole, *states, tokens, segments, chunk=CHUNK)
+        mine, theirs = (each.hidden(tokens, segment_ids=segments) for each in (cut, whole))
+        sums = distillation_sums(whole, mine, theirs, tokens, segments, chunk=CHUNK)
         # The sum, not the mean: a micro-batch counts by its tokens.
         return sums.loss(kl_weight) * sums.count, sums
 
