@@ -8,7 +8,7 @@ from flax import nnx
 
 from mlora_jax.adapters import set_profile
 from mlora_jax.core import RankHierarchy
-from mlora_jax.evaluate import Generator
+from mlora_jax.evaluate import Generator, serving
 from mlora_jax.kv_cache import CutForm, Ranks, cache_bytes, cache_shape, project, uniform_ranks
 from mlora_jax.models import Decoder
 from tests.kv_cache.made import random_projections, random_ranks
@@ -107,23 +107,34 @@ def greedy(model, prompt, count):
     return tokens[len(prompt) :], gap
 
 
-@pytest.mark.parametrize("stacks", [False, True], ids=["arrays for each layer", "as on an accelerator"])
-def test_generation_with_an_adapter_at_several_ranks_in_one_batch(stacks):
+@pytest.mark.parametrize(
+    ("accelerator", "shares"),
+    [(False, False), (True, False), (False, True)],
+    ids=["arrays for each layer", "as on an accelerator", "a prefix that prompts share"],
+)
+def test_generation_with_an_adapter_at_several_ranks_in_one_batch(accelerator, shares, monkeypatch):
     """Nested in weights and in cache at once. More prompts than rows, so rows are refilled."""
+    if shares:
+        monkeypatch.setattr(serving, "SHARED", 1)
     model = Decoder(tiny_config(), rngs=nnx.Rngs(3))
     shape = cache_shape(model)
     cut = project(model, random_projections(shape), random_ranks(shape, seed=2), cut=True)
     graphdef, base, adapter, profile = adapted_trees(cut, 6, ("q_proj", "v_proj", "o_proj", "down_proj"))
     adapter = random_like(adapter, seed=0, scale=0.3)
     hierarchy = RankHierarchy((1, 3, 6), "sqrt")
-    prompts = [[5, 6, 7], [9, 8], [4, 4, 4, 4], [20, 21], [7]]
-    ranks = [0, 3, 6, 1, 3]
+    prompts, ranks = [[5, 6, 7], [9, 8], [4, 4, 4, 4], [20, 21], [7]], [0, 3, 6, 1, 3]
+    if shares:
+        prompts, ranks = [[5, 6, 7], [5, 6, 9], [4, 4, 4, 4], [5, 6, 8, 8]], [3, 3, 6, 3]
     p = np.stack([hierarchy.prefix(rank) for rank in ranks])
-    generator = Generator(graphdef, base, profile, max_length=SLOTS, batch_size=2, pad_multiple=4, eos=())
-    generator.programs.on_cpu = not stacks
+    with monkeypatch.context() as patch:
+        if accelerator:  # the programs of which ask for stacked arrays
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+        generator = Generator(graphdef, base, profile, max_length=SLOTS, batch_size=2, pad_multiple=4, eos=())
+    assert generator.programs.on_cpu is not accelerator
     made = generator.generate(adapter, prompts, p, max_new_tokens=5)
     assert len(set(map(tuple, made))) > 2
     for prompt, each, answer in zip(prompts, p, made, strict=True):
         alone = nnx.merge(graphdef, base, adapter, set_profile(profile, jnp.asarray(each)))
         expected, gap = greedy(alone, prompt, 5)
         assert gap > 1e-4 and answer == expected
+    assert generator.programs.share._cache_size() == shares
