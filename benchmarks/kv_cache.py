@@ -152,7 +152,7 @@ def prepare(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
         file.write_text(json.dumps(parts[name]), encoding="utf-8")
     folders = {name: options.work / name for name in ("pca", "trained")}
     for name, folder in folders.items():
-        if (folder / "kv_cache.json").is_file():
+        if _finished(folder):
             say(f"takes the projections in {name} that are there")
             continue
         config = get_config()
@@ -176,6 +176,12 @@ def prepare(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
             sys.stdout = out
         _note_seconds(folder, round(time.monotonic() - began, 1))
     return folders, test
+
+
+def _finished(folder: pathlib.Path) -> bool:
+    """Returns whether a folder has projections whose ranks were searched and measured."""
+    file = folder / "kv_cache.json"
+    return file.is_file() and "measures" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def _value(text: str) -> Any:

@@ -67,7 +67,7 @@ pieces = encode(read_documents("TEXT.json"), tokenizer, 256)
 train, held_out = packed_rows(pieces[:-4], 256), packed_rows(pieces[-4:], 256)
 
 start = principal_components(model, single_rows(pieces[:32], 256, 4))
-settings = dict(steps=20, batch_size=2, accumulation=1, learning_rate=5e-3, warmup_steps=2, beta1=0.9, beta2=0.98,
+settings = dict(steps=20, batch_size=2, accumulation=1, learning_rate=2e-2, warmup_steps=2, beta1=0.9, beta2=0.98,
                 weight_decay=0.0, clip=1.0, kl_weight=0.25, remat="full")
 projections = train_projections(model, start, train, settings, levels=4, seed=0)
 

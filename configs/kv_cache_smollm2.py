@@ -2,6 +2,9 @@
 
     python -m experiments.kv_cache --config configs/kv_cache_smollm2.py --out DIR --config.data.train=TEXT
 
+On one core of a Xeon a training step of 4 rows takes 27 s and a measurement of the search 2.4 s (processor time), so
+training takes about 2 hours and the search about 1.5. A second start with other settings of the search trains nothing.
+
 TEXT is a .json file with a list of texts, a .jsonl file of {"text": ...}, or a text file, which is one text.
 
 model.path            a Hugging Face folder or hub id
@@ -43,7 +46,7 @@ def get_config() -> ConfigDict:
                 "steps": 300,
                 "batch_size": 4,
                 "accumulation": 2,
-                "learning_rate": 5e-3,
+                "learning_rate": 2e-2,
                 "warmup_steps": 20,
                 "beta1": 0.9,
                 "beta2": 0.98,
@@ -52,6 +55,6 @@ def get_config() -> ConfigDict:
                 "kl_weight": 0.25,
                 "remat": "full",
             },
-            "search": {"budget": 0.25, "share": 0.25, "rows": 2, "batch_size": 2},
+            "search": {"budget": 0.25, "share": 0.5, "rows": 1, "batch_size": 1},
         }
     )

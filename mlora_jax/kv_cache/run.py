@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from mlora_jax.core.ranges import LARGEST_FLOAT, LARGEST_INTEGER, SEEDS, Range
 from mlora_jax.kv_cache.attention import Projections, cache_shape
-from mlora_jax.kv_cache.folder import save_projections
+from mlora_jax.kv_cache.folder import load_projections, save_projections
 from mlora_jax.kv_cache.orthogonal import orthogonality_error
 from mlora_jax.kv_cache.pca import principal_components
 from mlora_jax.kv_cache.ranks import RankPath, check_budget, check_levels, uniform_ranks
@@ -52,6 +53,9 @@ RANGES = {
 def make_projections(config: Mapping[str, Any], folder: str | os.PathLike, *, command: str = "") -> dict[str, Any]:
     """Makes the projections that a config describes, and writes their folder.
 
+    The trained projections are written before the search. If the folder holds those of the same base, text and settings
+    of training, they are not trained again; so a search can be repeated with other settings.
+
     Args:
       config: the values of `configs/kv_cache_smollm2.py`, which says what each key means.
       folder: the folder to write; it is made if it does not exist.
@@ -73,28 +77,55 @@ def make_projections(config: Mapping[str, Any], folder: str | os.PathLike, *, co
     if length > model.config.max_position_embeddings:
         raise ValueError(f"data.length={length} is above the {model.config.max_position_embeddings} of the base")
     pieces = encode(train, tokenizer, length)
+    packed = packed_rows(pieces, length)
     rows = TextRows(*(x[: config["search"]["rows"]] for x in packed_rows(encode(held_out, tokenizer, length), length)))
-    with RunProgress() as progress:
-        batches = single_rows(pieces[: config["pca"]["texts"]], length, config["train"]["batch_size"])
-        start = principal_components(model, batches)
-        progress.say(f"principal components of {min(len(pieces), config['pca']['texts'])} texts")
-        trained = _train(model, start, packed_rows(pieces, length), config, progress)
-        meter = Meter(model, trained, rows, batch_size=config["search"]["batch_size"])
-        path = _search(meter, cache_shape(model), config, progress.say)
-        before = Meter(model, start, rows, batch_size=config["search"]["batch_size"])
-        measures = _measures(before, meter, path, cache_shape(model), config)
-        for line in _lines(measures):
-            progress.say(line)
     record = {
         "command": command,
         "base_model": pathlib.Path(config["model"]["path"]).name or config["model"]["path"],
         "shape": dict(zip(("layers", "heads", "head_dim"), cache_shape(model), strict=True)),
         "config": json.loads(json.dumps(_plain(config))),
-        "orthogonality_error": max(orthogonality_error(trained.u_k), orthogonality_error(trained.u_v)),
-        "measures": measures,
+        "training": _fingerprint(config, packed),
     }
+    with RunProgress() as progress:
+        batches = single_rows(pieces[: config["pca"]["texts"]], length, config["train"]["batch_size"])
+        start = principal_components(model, batches)
+        progress.say(f"principal components of {min(len(pieces), config['pca']['texts'])} texts")
+        trained = _trained_before(folder, model, record["training"])
+        if trained is None:
+            trained = _train(model, start, packed, config, progress)
+        else:
+            progress.say(f"takes the trained projections in {folder}")
+        record["orthogonality_error"] = max(orthogonality_error(trained.u_k), orthogonality_error(trained.u_v))
+        save_projections(folder, model, trained, None, record)  # a search that is stopped loses no training
+        meter = Meter(model, trained, rows, batch_size=config["search"]["batch_size"])
+        path = _search(meter, cache_shape(model), config, progress.say)
+        before = Meter(model, start, rows, batch_size=config["search"]["batch_size"])
+        record["measures"] = _measures(before, meter, path, cache_shape(model), config)
+        for line in _lines(record["measures"]):
+            progress.say(line)
     save_projections(folder, model, trained, path, record)
     return record
+
+
+# The keys of a config that decide what is trained; the others belong to the search and the measures.
+_TRAINED_BY = ("seed", "levels", "model", "pca", "train")
+
+
+def _fingerprint(config: Mapping[str, Any], rows: TextRows) -> str:
+    """Returns a digest of all that the trained projections depend on besides the base's weights."""
+    digest = hashlib.sha256(json.dumps({key: _plain(config[key]) for key in _TRAINED_BY}, sort_keys=True).encode())
+    for array in rows:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _trained_before(folder: str | os.PathLike, model: Decoder, training: str) -> Projections | None:
+    """Returns the projections of a folder if this training made them for this base; None otherwise."""
+    try:
+        saved = load_projections(folder, model)
+    except (OSError, ValueError):
+        return None
+    return saved.projections if saved.description.get("training") == training else None
 
 
 def _check(config: Mapping[str, Any]) -> None:

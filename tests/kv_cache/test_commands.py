@@ -18,7 +18,7 @@ from mlora_jax.cli import generate
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate.harness import NestedLM
 from mlora_jax.evaluate.loading import load_adapted
-from mlora_jax.kv_cache import load_projections
+from mlora_jax.kv_cache import load_projections, run
 from mlora_jax.kv_cache.run import RANGES, make_projections
 from mlora_jax.models import Tokenizer, load_decoder
 from mlora_jax.run.inputs import model_folder  # noqa: F401  flags that grain defines inside a flagsaver would be lost
@@ -221,6 +221,25 @@ def test_every_key_changes_the_folder(checkpoint, text, tmp_path):
         load_projections(tmp_path / "first", load_decoder(other))
     make_projections(settings(other, text), tmp_path / "first")
     load_projections(tmp_path / "first", load_decoder(other))
+
+
+def test_a_search_can_be_repeated_without_training(checkpoint, text, tmp_path, monkeypatch):
+    first, _, _ = changed(checkpoint, text, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_projections", None)  # a call would be a TypeError
+        again, order, measures = changed(checkpoint, text, tmp_path, search__budget=0.7, budgets=(0.7,))
+        assert (again == first).all() and len(order) == 4 and measures[0]["budget"] == 0.7
+        patch.setattr(run, "search_ranks", None)
+        for changes in ({"train__learning_rate": 0.06}, {"data__held_out_documents": 4}, {"seed": 1}):
+            with pytest.raises(TypeError):  # it would train
+                changed(checkpoint, text, tmp_path, **changes)
+    # A search that is stopped leaves what was trained, without ranks.
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "search_ranks", None)
+        with pytest.raises(TypeError):
+            make_projections(settings(checkpoint, text), tmp_path)
+    left = load_projections(tmp_path, load_decoder(checkpoint))
+    assert left.path is None and (left.projections.u_k == first[0]).all()
 
 
 @pytest.mark.parametrize("key", RANGES)
