@@ -56,7 +56,14 @@ heads. An adapter goes on top: the cache is then nested in its ranks, and the we
 import jax.numpy as jnp
 from flax import nnx
 from mlora_jax.kv_cache import (
-    Meter, cache_bytes, cache_shape, principal_components, project, search_ranks, train_projections, uniform_ranks,
+    Meter,
+    cache_bytes,
+    cache_shape,
+    principal_components,
+    project,
+    search_ranks,
+    train_projections,
+    uniform_ranks,
 )
 from mlora_jax.kv_cache.text import encode, packed_rows, read_documents, single_rows
 from mlora_jax.models import Tokenizer, checkpoint_folder, load_decoder
@@ -67,8 +74,19 @@ pieces = encode(read_documents("TEXT.json"), tokenizer, 256)
 train, held_out = packed_rows(pieces[:-4], 256), packed_rows(pieces[-4:], 256)
 
 start = principal_components(model, single_rows(pieces[:32], 256, 4))
-settings = dict(steps=20, batch_size=2, accumulation=1, learning_rate=2e-2, warmup_steps=2, beta1=0.9, beta2=0.98,
-                weight_decay=0.0, clip=1.0, kl_weight=0.25, remat="full")
+settings = dict(
+    steps=20,
+    batch_size=2,
+    accumulation=1,
+    learning_rate=2e-2,
+    warmup_steps=2,
+    beta1=0.9,
+    beta2=0.98,
+    weight_decay=0.0,
+    clip=1.0,
+    kl_weight=0.25,
+    remat="full",
+)
 projections = train_projections(model, start, train, settings, levels=4, seed=0)
 
 meter = Meter(model, projections, held_out, batch_size=1)  # any ranks, one executable

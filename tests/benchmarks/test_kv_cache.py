@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import records
 from benchmarks.kv_cache import areas
-from benchmarks.kv_cache_page import FIGURE, page, write_page
+from benchmarks.kv_cache_page import FIGURE, PAGE, page, write_page
 from tests.benchmarks.test_small import run
 from tests.tiny import write_checkpoint
 
@@ -86,3 +86,7 @@ def test_the_whole_measurement_with_tiny_sizes():
             assert each["cache_bytes"] == each["bytes_per_token"] * 32 * 2 and each["tokens_per_second"] > 0
     assert cells["pca", 1.0]["divergence"] < 1e-5 < cells["pca", 0.25]["divergence"]
     assert set(record["peers"]["searched"]["areas"]) == {"log_perplexity", "arc_easy"}
+
+
+def test_the_committed_page_is_that_of_the_records():
+    assert PAGE.read_text(encoding="utf-8") == page([*records.latest(records.read("kv_cache")).values()])
