@@ -161,7 +161,7 @@ def test_generate_takes_a_budget(checkpoint, made, adapter, capsys):
     def printed(**values):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        with flagsaver.flagsaver(adapter=str(adapter), rank=["3"], prompt="Who wrote", max_new_tokens=8, **values):
+        with flagsaver.flagsaver(adapter=str(adapter), rank=["0", "3"], prompt="Who wrote", max_new_tokens=8, **values):
             generate._run(["generate"])
         return capsys.readouterr().out
 

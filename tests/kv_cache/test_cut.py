@@ -9,8 +9,10 @@ from flax import nnx
 from mlora_jax.adapters import set_profile
 from mlora_jax.core import RankHierarchy
 from mlora_jax.evaluate import Generator, serving
+from mlora_jax.evaluate.scoring import Request, Scorer
 from mlora_jax.kv_cache import CutForm, Ranks, cache_bytes, cache_shape, project, uniform_ranks
 from mlora_jax.models import Decoder
+from mlora_jax.parallel.mesh import make_mesh
 from tests.kv_cache.made import random_projections, random_ranks
 from tests.models.test_decoder import MIXED, make, tokens_of
 from tests.tiny import adapted_trees, random_like, tiny_config
@@ -138,3 +140,23 @@ def test_generation_with_an_adapter_at_several_ranks_in_one_batch(accelerator, s
         expected, gap = greedy(alone, prompt, 5)
         assert gap > 1e-4 and answer == expected
     assert generator.programs.share._cache_size() == shares
+
+
+@pytest.mark.slow
+def test_a_mesh_answers_and_scores_as_one_device_does():
+    model = Decoder(tiny_config(), rngs=nnx.Rngs(3))
+    shape = cache_shape(model)
+    cut = project(model, random_projections(shape), random_ranks(shape, seed=2), cut=True)
+    graphdef, base, adapter, profile = adapted_trees(cut, 6, ("q_proj", "v_proj"))
+    adapter, p = random_like(adapter, seed=0, scale=0.3), RankHierarchy((1, 3, 6)).prefix(3)
+    prompts = [[5, 6, 7], [9, 8], [4, 4, 4, 4], [20, 21], [7]]
+    requests = [Request((5, 6), (7, 8)), Request((5,), (9,))]
+    found = []
+    for mesh in (None, make_mesh({"trial": 1, "data": 2, "fsdp": 1, "tensor": 2})):
+        sizes = {"max_length": SLOTS, "batch_size": 4, "pad_multiple": 4, "mesh": mesh}
+        scorer = Scorer(graphdef, base, profile, **sizes)
+        scores = scorer.score(scorer.prepare(requests), adapter, p).log_likelihoods
+        generator = Generator(graphdef, base, profile, eos=(), **sizes)
+        found.append((generator.generate(adapter, prompts, p, max_new_tokens=5), scores))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0, atol=1e-5)
