@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
                 "steps": 300,
                 "batch_size": 4,
                 "accumulation": 2,
-                "learning_rate": 2e-2,
+                "learning_rate": 5e-3,
                 "warmup_steps": 20,
                 "beta1": 0.9,
                 "beta2": 0.98,
