@@ -39,7 +39,7 @@ EXTRAS = {
     ],
 }
 
-COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks", "study", "compile-report")
+COMMANDS = ("run", "table", "generate", "export", "lm-eval", "plan", "ranks", "study", "compile-report", "kv-cache")
 
 setup(
     name="mlora_jax",

@@ -17,7 +17,7 @@ SOURCES = sorted((*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), 
 
 # What every part may import besides itself: the arrows of the design.
 BELOW_TRAINING = {"core", "disk", "config_type", "adapters", "trials", "config", "models", "data", "parallel"}
-BELOW_EVALUATE = BELOW_TRAINING | {"training"}
+BELOW_EVALUATE = BELOW_TRAINING | {"training", "kv_cache"}
 BELOW_RUN = BELOW_EVALUATE | {"evaluate", "interop", "report", "compilation_cache"}
 MAY_IMPORT = {
     "core": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "data": {"core", "disk", "models"},
     "parallel": {"core", "disk"},
     "training": BELOW_TRAINING,
+    "kv_cache": BELOW_TRAINING | {"training"},
     "evaluate": BELOW_EVALUATE,
     "interop": BELOW_EVALUATE | {"evaluate"},
     "report": {"core", "disk", "config_type", "trials", "config", "training.curve_records"},
@@ -44,8 +45,8 @@ MAY_IMPORT = {
 }
 STANDARD_OR = {"core": {"jax", "numpy"}, "configs": {"ml_collections"}}
 DOCTESTED = (
-    *("adapters", "compile_report", "config", "core", "data", "evaluate", "interop", "models", "parallel", "report"),
-    *("training", "trials"),
+    *("adapters", "compile_report", "config", "core", "data", "evaluate", "interop", "kv_cache", "models", "parallel"),
+    *("report", "training", "trials"),
 )
 
 

@@ -16,6 +16,7 @@ COMMANDS = (
     "study",
     "compile_report",
     "pretrain",
+    "kv_cache",
     "keys",
 )
 

@@ -37,7 +37,7 @@ def find_config(name: str) -> pathlib.Path:
     """
     if pathlib.Path(name).is_file():
         return pathlib.Path(name)
-    names = sorted(path.stem for path in SHIPPED.glob("[!_]*.py") if not path.stem.startswith("pretrain"))
+    names = sorted(path.stem for path in SHIPPED.glob("[!_]*.py") if not path.stem.startswith(("pretrain", "kv_cache")))
     if name in names:
         return SHIPPED / f"{name}.py"
     raise FileNotFoundError(f"there is no config file {name}; configs that can be given by name: {', '.join(names)}")

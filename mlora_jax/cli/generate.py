@@ -4,6 +4,8 @@ The adapter is that of a trial of a run, or the one in a folder given by `--adap
 prompt at each of these ranks, all in the same batches; rank 0 is the base model. `--prompts FILE` answers every line of
 a file. If the file's name ends in .jsonl, each line is a JSON object {"prompt": ...}; otherwise each line is a prompt.
 
+`--kv FOLDER --kv_budget 0.4` answers with a smaller KV cache. FOLDER is what `experiments.kv_cache` wrote for the base.
+
 The settings in the base's generation_config.json that change logits, such as repetition_penalty, are applied as in
 transformers. The flags alone decide whether and how tokens are drawn: do_sample, temperature, top_k, top_p and similar
 settings of the file are not applied, and a warning names them if tokens are drawn.
@@ -20,6 +22,7 @@ from mlora_jax.cli.adapter_flags import READOUT, TRIAL
 from mlora_jax.cli.deploy_flags import OUTPUT, RANK, base_folder, chosen_ranks, find_adapter
 from mlora_jax.cli.number_flags import define_float, define_integer
 from mlora_jax.disk import naming
+from mlora_jax.kv_cache.ranks import RATES
 from mlora_jax.models.text_file import check_text, read_lines
 
 flags.adopt_module_key_flags(adapter_flags)
@@ -34,6 +37,9 @@ TOP_P = define_float("top_p", 1.0, "Tokens are drawn from the likeliest ones tha
 SEED = define_integer("seed", 0, "Seed of the draws.")
 STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; may be given several times.")
 BATCH_SIZE = define_integer("batch_size", 32, "Largest number of answers that are made at the same time.")
+KV = flags.DEFINE_string("kv", "", "Folder of projections of keys and values, for a smaller KV cache.")
+KV_BUDGET = define_float("kv_budget", None, "Fraction of the full cache's bytes that the cache may take, with --kv.")
+KV_RATES = flags.DEFINE_enum("kv_rates", "searched", list(RATES), "How the ranks of the cache follow from its budget.")
 
 # The lengths of prompts and answers are padded to a multiple of this: few shapes compile, and padding stays small.
 PAD_MULTIPLE = 32
@@ -115,8 +121,10 @@ def read_prompts(path: str) -> list[str]:
 def _load_base(folder: pathlib.Path, description: Mapping):
     """Returns the frozen base of an adapter, its tokenizer, and its settings for generation.
 
-    The base has the dtype and the quantisation of the run, or is as stored if the adapter is not in a run.
+    The base has the dtype and the quantisation of the run, or is as stored if the adapter is not in a run. Its cache
+    is that of `--kv`.
     """
+    from mlora_jax.evaluate.loading import with_cache_budget
     from mlora_jax.models import Tokenizer, load_decoder, quantize_decoder
     from mlora_jax.models.generation_config import read_generation_settings
     from mlora_jax.models.json_file import read_json_object
@@ -125,6 +133,7 @@ def _load_base(folder: pathlib.Path, description: Mapping):
     config = pathlib.Path(RUN.value or folder) / "config.json"
     options = read_json_object(config)["model"] if RUN.value and config.is_file() else {}
     model = load_decoder(base, dtype=options.get("dtype") or None)
+    model = with_cache_budget(model, KV.value, KV_BUDGET.value, KV_RATES.value)
     quantization = options.get("quantization")
     model = quantize_decoder(model, quantization) if quantization else model
     return model, Tokenizer.load(base), read_generation_settings(base)

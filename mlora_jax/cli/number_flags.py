@@ -19,6 +19,7 @@ RANGES = {
     "effort": Range(low=-1.0, high=1.0),
     "flash_from": COUNT_OR_NONE,
     "hours": Range(low=0.0, high=1e6),
+    "kv_budget": Range(low=0.0, high=1.0, open_low=True),
     "levels": COUNT_OR_NONE,
     "limit": COUNT,
     "max_new_tokens": COUNT,

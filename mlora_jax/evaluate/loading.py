@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mlora_jax.adapters import adapt, split
 from mlora_jax.core import RankHierarchy
 from mlora_jax.core.ranges import LARGEST_INTEGER, SEEDS, Range
+from mlora_jax.kv_cache import read_projected
 from mlora_jax.models import Decoder, Tokenizer, checkpoint_folder, load_decoder, quantize_decoder
 from mlora_jax.models.generation_config import GenerationSettings, read_generation_settings
 from mlora_jax.training.adapter_file import load_adapted as read_adapted
@@ -66,6 +67,11 @@ def load_adapted(**options: Any) -> Loaded:
         made it.
       dtype: the dtype of weights and compute; empty keeps the stored dtype.
       quantization: the quantization of the base model's kernels, as in `config.model.quantization`; empty is none.
+      kv: the folder of projections of keys and values that `experiments.kv_cache` wrote; empty keeps the full cache.
+        An adapter goes on top of it.
+      kv_budget: the fraction of the full cache's bytes that the cache may take, above 0 and at most 1. It must be given
+        with `kv`.
+      kv_rates: a key of `mlora_jax.kv_cache.RATES`: "searched" ranks per layer and head, or a "uniform" rank.
       max_length: the context, in tokens; None stands for the model's own context.
       batch_size, pad_multiple, seed: see `Loaded`.
 
@@ -74,7 +80,8 @@ def load_adapted(**options: Any) -> Loaded:
 
     Raises:
       ValueError: an option (the message names the nearest one), the rank or the read-out is unknown, a rank is given
-        without an adapter, or a number is outside its range.
+        without an adapter, a budget of the cache is given without projections or the other way round, the projections
+        are those of another base, or a number is outside its range.
       FileNotFoundError: a file of the checkpoint or the adapter is missing.
     """
     known = inspect.signature(_load).parameters
@@ -95,6 +102,9 @@ def _load(
     readout: str = "prefix",
     dtype: str = "",
     quantization: str = "",
+    kv: str = "",
+    kv_budget: float | None = None,
+    kv_rates: str = "searched",
     max_length: int | None = None,
     batch_size: int = BATCH_SIZE,
     pad_multiple: int = PAD_MULTIPLE,
@@ -105,12 +115,15 @@ def _load(
     SEEDS.check("seed", seed)
     folder = checkpoint_folder(checkpoint)
     model, tokenizer = load_decoder(folder, dtype=jnp.dtype(dtype) if dtype else None), Tokenizer.load(folder)
+    model = with_cache_budget(model, kv, kv_budget, kv_rates)
     if quantization:
         model = quantize_decoder(model, quantization)
     context = model.config.max_position_embeddings
     if max_length is not None and not 1 < max_length <= context:
         raise ValueError(f"max_length={max_length} must be in 2..{context}, the model's context")
     name = str(checkpoint)
+    if kv:
+        name += f" with {kv_budget} of the cache by {kv} ({kv_rates})"
     if adapter:
         trees, p, hierarchy = _read_out(model, pathlib.Path(adapter).expanduser(), rank, readout)
         name += f" + {adapter} at rank {hierarchy.ranks[-1] if rank is None else rank} ({readout})"
@@ -131,6 +144,25 @@ def _load(
         name=name,
         seed=seed,
     )
+
+
+def with_cache_budget(model: Decoder, kv: str, kv_budget: float | None, kv_rates: str) -> Decoder:
+    """Returns a base model whose cache has a budget, or the model itself if no projections are given.
+
+    Args:
+      model: the base model, before it is quantised or adapted.
+      kv, kv_budget, kv_rates: as in `load_adapted`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_adapted`.
+    """
+    if not kv and kv_budget is None:
+        return model
+    if kv_budget is None:
+        raise ValueError(f"kv={kv} needs kv_budget, the fraction of the cache's bytes, above 0 and at most 1")
+    if not kv:
+        raise ValueError(f"kv_budget={kv_budget} needs kv=FOLDER, the projections of keys and values")
+    return read_projected(model, kv, kv_budget, kv_rates)
 
 
 def _read_out(

@@ -156,7 +156,7 @@ class GenerationPrograms:
         def decode(per_example, base, adapter, p, state, rows, enough, sampling):
             model = nnx.merge(graphdef, base, adapter, set_profile(profile, p, per_example=per_example))
             # Outside the loop, which would otherwise slice every weight at every step.
-            layers = model.single_layers() if on_cpu else None
+            layers = model.single_layers() if on_cpu or model.cache_form is not None else None
 
             def going(carry):
                 step, state, _ = carry

@@ -8,6 +8,7 @@ length, so that there is little padding and all batches have the same shape.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -160,6 +161,12 @@ class Scorer:
         self.max_length = max_length
         self._batch_size, self._pad_multiple = batch_size, pad_multiple
         self._mesh, self._shards = mesh, shards_of(mesh, EVALUATED)
+
+    def with_base(self, base: Any) -> Scorer:
+        """Returns a scorer of another frozen tree of the same structure, which shares the compiled programs."""
+        other = copy.copy(self)
+        other._score = functools.partial(self.compiled, base)
+        return other
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
         """Makes batches for `score` from requests in any order.

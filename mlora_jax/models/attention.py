@@ -105,17 +105,21 @@ def attend(
     return jax.lax.platform_dependent(*operands, cpu=blocks, default=functools.partial(other, causal))
 
 
-def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_cached(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, head_dim: int | None = None
+) -> jax.Array:
     """Computes what `attend` computes, from keys and values in the layout of a cache.
 
     Args:
       query: [B, T, H, Hd], with a small T: one step of decoding.
       key: [B, KV, Hd, S].
-      value: [B, KV, S, Hd].
+      value: [B, KV, S, Hd]; its number of features may differ from that of the keys.
       mask: boolean [B, 1, T, S]. Every query sees some key.
+      head_dim: the number by whose square root the scores are divided; None: the number of features of a query.
 
     Returns:
-      [B, T, H, Hd] in the dtype of `query`. The softmax is computed in float32, or in float64 for float64.
+      [B, T, H, Hd] in the dtype of `query`, with the features of `value`. The softmax is computed in float32, or in
+      float64 for float64.
     """
     batch, length, heads, features = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
@@ -123,10 +127,11 @@ def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
     # The queries of a group are the rows of one matrix. With other orders of the axes XLA transposes keys or scores.
     query = query.reshape(batch, length, groups, -1, features).transpose(0, 2, 1, 3, 4)  # [B, KV, T, H / KV, Hd]
     query = query.reshape(batch, groups, -1, features)
-    scores = jnp.matmul(query, key, preferred_element_type=wide) / math.sqrt(features)
+    scores = jnp.matmul(query, key, preferred_element_type=wide) / math.sqrt(head_dim or features)
     scores = jnp.where(jnp.repeat(mask, heads // groups, axis=2), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.matmul(weights, value, preferred_element_type=wide)  # [B, KV, T H / KV, Hd]
+    features = value.shape[-1]
     mixed = mixed.reshape(batch, groups, length, -1, features).transpose(0, 2, 1, 3, 4)
     return mixed.reshape(batch, length, heads, features).astype(query.dtype)
 

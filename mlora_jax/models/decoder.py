@@ -95,6 +95,8 @@ class Decoder(nnx.Module):
       placement: the placement of weights and activations on a mesh while the decoder runs, an object like
         `mlora_jax.parallel.rules.Placement`; None: one device.
       flash_from: the number of tokens per row from which a TPU attends by the flash kernel; None: never.
+      cache_form: how a layer stores its keys and values if not all of their features are kept, a hashable object like
+        `mlora_jax.kv_cache.CutForm`; None: a `Cache` or a `StackedCache` holds all features.
       quantization: only where `mlora_jax.models.quantized` made the decoder: its `Quantization`, or None.
 
     Example:
@@ -118,6 +120,7 @@ class Decoder(nnx.Module):
         self.unroll = False
         self.placement: Any = None
         self.flash_from: int | None = LEAST
+        self.cache_form: Any = None
         normal = nnx.initializers.normal(config.initializer_range)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=normal, rngs=rngs
@@ -213,7 +216,7 @@ class Decoder(nnx.Module):
                 mask |= parent_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is not None:
             held = cache if isinstance(cache, StackedCache) else cache[0]
-            slots = jnp.arange(held.v.shape[-2])[None, None, None]
+            slots = jnp.arange(held.slots)[None, None, None]
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
         texts = None
         if segment_ids is not None and parent_ids is None and counted:
@@ -232,13 +235,15 @@ class Decoder(nnx.Module):
         Args:
           tokens: int32 [B, T], right-padded if rows differ in length.
           slots: S, the largest number of tokens that a row will hold, at least T.
-          stacked: the form of the cache, see `init_cache`.
+          stacked: the form of the cache, see `init_cache`. A `cache_form` has arrays for each layer in any case.
 
         Returns:
           The pair (hidden states [B, T, D] in the compute dtype, cache).
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x, kept = self._run_layers(tokens, positions, None, keep=True)
+        if self.cache_form is not None:
+            return x, tuple(self.cache_form.cut(index, each, slots) for index, each in enumerate(kept))
         room = (0, slots - tokens.shape[1])
         k = jnp.pad(kept.k, [*[(0, 0)] * 4, room])  # [L, B, KV, Hd, S]
         v = jnp.pad(kept.v, [*[(0, 0)] * 3, room, (0, 0)])
@@ -266,7 +271,8 @@ class Decoder(nnx.Module):
           spans: see `hidden`.
           texts: the `Segments` of packed rows whose positions begin at zero in every segment; None otherwise.
           counted: whether the distance of any two positions of a row is below the number of keys.
-          keep: whether to return, where no cache is given, a `Cache` of these tokens whose arrays begin with [L].
+          keep: whether to return, where no cache is given, a `Cache` of these tokens whose arrays begin with [L], or
+            one `Cache` for each layer if there is a `cache_form`.
         """
         keys = positions if cache is None else jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
         windows = self._windows(keys.shape[1] if counted else None)
@@ -296,11 +302,12 @@ class Decoder(nnx.Module):
             graphdef, table = nnx.split(self.embed_tokens)
             table = placement.weights({"embed_tokens": table})["embed_tokens"]
             x = placement.activations(nnx.merge(graphdef, table)(tokens))
-        if cache is not None and not isinstance(cache, StackedCache):
+        apart = cache is not None and not isinstance(cache, StackedCache)
+        if apart or (keep and self.cache_form is not None):
             written = []
             for index, layer in enumerate(self.single_layers() if layers is None else layers):
                 window, rotates = (None if each is None else each[index] for each in (windows, rotary))
-                x, part = run(layer, x, window, rotates, cache[index])
+                x, part = run(layer, x, window, rotates, None if cache is None else cache[index])
                 written.append(part)
             return self.norm(x), tuple(written)
         graphdef, mutable, frozen = nnx.split(self.layers, _MUTABLE, ...)
@@ -374,11 +381,14 @@ class Decoder(nnx.Module):
         Args:
           batch: B, the number of rows.
           length: S, the largest number of tokens that a row will hold.
-          stacked: whether to return a `StackedCache`.
+          stacked: whether to return a `StackedCache`. A `cache_form` has arrays for each layer in any case.
 
         Returns:
-          One `Cache` of zeros in the compute dtype for each layer, or a `StackedCache` of zeros.
+          One `Cache` of zeros in the compute dtype for each layer, or a `StackedCache` of zeros. With a `cache_form`,
+          its own cache for each layer.
         """
+        if self.cache_form is not None:
+            return self.cache_form.empty(batch, length, self.dtype)
         config = self.config
         k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, length), self.dtype)
         if stacked:

@@ -29,6 +29,11 @@ class Cache(NamedTuple):
     k: jax.Array
     v: jax.Array
 
+    @property
+    def slots(self) -> int:
+        """S, the largest number of tokens of a row."""
+        return self.v.shape[-2]
+
     def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
         """Returns the cache with more tokens; positions beyond it are not written.
 
@@ -57,6 +62,11 @@ class StackedCache(NamedTuple):
     k: jax.Array
     v: jax.Array
     layer: jax.Array | None = None
+
+    @property
+    def slots(self) -> int:
+        """S, the largest number of tokens of a row."""
+        return self.v.shape[-2]
 
     def written(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> StackedCache:
         """Returns the cache with more tokens of the layer, as `Cache.written` does."""
@@ -225,13 +235,7 @@ class Attention(nnx.Module):
         Without a cache, the new one holds these tokens alone.
         """
         batch, length, _ = x.shape
-        query, key, value = (
-            projection(x).astype(x.dtype).reshape(batch, length, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, T, H, Hd], [B, T, KV, Hd] twice
-        if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        query, key, value = self._heads(x, rotation)
         if cache is None:
             with jax.named_scope("attention"):
                 mixed = attend(query, key, value, mask, causal=True, spans=spans, flash=flash, segments=segments)
@@ -242,6 +246,16 @@ class Attention(nnx.Module):
             cache = cache.written(key, value, positions)
             mixed = attend_cached(query, *(part.astype(x.dtype) for part in cache.own()), mask=mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
+
+    def _heads(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the rotated queries [B, T, H, Hd], the rotated keys [B, T, KV, Hd] and the values [B, T, KV, Hd]."""
+        query, key, value = (
+            projection(x).astype(x.dtype).reshape(*x.shape[:2], -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, *rotation), rotate(key, *rotation), value
 
 
 class MLP(nnx.Module):

@@ -14,7 +14,7 @@ from mlora_jax.study.keys import resolve_cell, without_study
 from mlora_jax.trials import Trial, expand_trials
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
-EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("_", "pretrain"))]
+EXPERIMENTS = [name for name in CONFIGS if not name.startswith(("_", "pretrain", "kv_cache"))]
 
 
 def nested(dotted, value):

@@ -3,13 +3,14 @@
 import numpy as np
 
 
-def logits(weights, config, tokens):
+def logits(weights, config, tokens, compress=None):
     """Logits of a Llama decoder, one row, one layer, one head and one query at a time.
 
     Args:
         weights: dotted path -> float64 array; what lies under `layers` has a leading layer axis.
         config: any object with the sizes and constants as attributes.
         tokens: integers [B, T].
+        compress: (layer, rotated keys [T, KV, Hd], values [T, KV, Hd]) -> the keys and values to attend to instead.
 
     Returns:
         float64 [B, T, V].
@@ -56,6 +57,8 @@ def logits(weights, config, tokens):
             turned = turn if config.rotary_layers is None or config.rotary_layers[layer] else lambda x, position: x
             slides = config.sliding_window is not None and config.sliding_layers[layer]
             keys = np.array([[turned(k[s, group], s) for group in range(config.num_kv_heads)] for s in range(time)])
+            if compress is not None:
+                keys, v = compress(layer, keys, v)
             for head in range(config.num_heads):
                 group = head // (config.num_heads // config.num_kv_heads)
                 for t in range(time):
