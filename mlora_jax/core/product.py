@@ -286,6 +286,13 @@ def scale_ranks(adapter: Tree, factor: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(scale, adapter)
 
 
+def scale_leaves(adapter: Tree, factors: Mapping[str, Any]) -> Tree:
+    """Multiplies every leaf of an adapter by the factor that a dictionary has under the leaf's name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * jnp.asarray(factors[leaf_name(path)], leaf.dtype), adapter
+    )
+
+
 def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:
     """Adds every adapter to its frozen kernel: ``W + A diag(p) B``, or ``W + A diag(p * gate) B`` with a gate.
 

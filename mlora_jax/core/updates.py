@@ -1,6 +1,6 @@
 """Update rules: a rule changes Adam's update before it is added to an adapter. `UPDATES` is the table of them.
 
-The rates of columns are data, so rules that differ only in them share an executable. To add a rule, add a row.
+Rates and strengths are data, so rules that differ only in them share an executable. To add a rule, add a row.
 """
 
 from __future__ import annotations
@@ -8,35 +8,60 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core.hierarchy import RankHierarchy
-from mlora_jax.core.rank_axes import GATE, leaf_name
+from mlora_jax.core.rank_axes import ADAPTER_LEAVES, GATE, leaf_name
 from mlora_jax.core.rows import find_row
 
 Tree = Any
 
 
+class AfterUpdate(NamedTuple):
+    """The numbers that a proximal step may use besides the adapter. They are data.
+
+    Attributes:
+      strength: scalar, `Update.strength` of the trial's rule.
+      progress: scalar in (0, 1], the share of the run's steps that are finished after this one.
+      learning_rate: scalar, the learning rate of this step.
+      optimizer: the state of the optimizer after this step.
+    """
+
+    strength: Any
+    progress: Any
+    learning_rate: Any
+    optimizer: Any = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """A row of `UPDATES`: ``adapter <- proximal(adapter + column_rates * update)``.
+    """A row of `UPDATES`: ``leaf <- proximal(leaf + leaf_rate * column_rates * update)``.
 
     Attributes:
       summary: one line for tables and errors.
       column_rates: (hierarchy) -> [R], a factor on the update of column i of A, of row i of B and of entry i of a gate;
         0 freezes them.
-      proximal: (adapter) -> adapter, the proximal step after the update; None if there is none.
+      leaf_rates: pairs of a leaf's name, a key of `mlora_jax.core.rank_axes.RANK_AXES`, and a factor on the update of
+        all leaves of this name; 0 freezes them. Leaves that are not named have the factor 1.
+      proximal: (adapter, `AfterUpdate`) -> adapter, the proximal step after the update; None if there is none.
+      strength: a number for the proximal step, such as a threshold.
       needs_gate: true if the rule acts on gates, which the method must then have.
     """
 
     summary: str
     column_rates: Callable[[RankHierarchy], jax.Array] = lambda hierarchy: jnp.ones(hierarchy.max_rank)
-    proximal: Callable[[Tree], Tree] | None = None
+    leaf_rates: tuple[tuple[str, float], ...] = ()
+    proximal: Callable[[Tree, AfterUpdate], Tree] | None = None
+    strength: float = 0.0
     needs_gate: bool = False
+
+    def all_leaf_rates(self) -> dict[str, float]:
+        """Returns the factor of every kind of leaf of an adapter."""
+        return dict.fromkeys(ADAPTER_LEAVES, 1.0) | dict(self.leaf_rates)
 
 
 def _upper_half(hierarchy: RankHierarchy) -> jax.Array:
@@ -47,22 +72,43 @@ def _first_faster(hierarchy: RankHierarchy, *, rate: float) -> jax.Array:
     return jnp.asarray(np.where(np.arange(hierarchy.max_rank) == 0, rate, 1.0), float)
 
 
-def soft_threshold_gates(adapter: Tree, *, threshold: float) -> Tree:
-    """Applies ``g <- sign(g) max(|g| - threshold, 0)`` to every gate; factors stay as they are.
+def soft_threshold_gates(
+    adapter: Tree, after: AfterUpdate, *, threshold: Callable[[AfterUpdate], Any] = lambda after: after.strength
+) -> Tree:
+    """Applies ``g <- sign(g) max(|g| - lambda, 0)`` to every gate; factors stay as they are.
 
     Args:
       adapter: the tree of factors and gates.
-      threshold: the amount by which every entry comes nearer to zero.
+      after: the numbers of the step.
+      threshold: the function that computes lambda, the amount by which every entry comes nearer to zero.
 
-    Source: SoRA, arXiv 2311.11696, equation 8.
+    Source: SoRA, arXiv 2311.11696, equation 8. As in the authors' code, the learning rate is no part of lambda.
     """
 
     def shrink(path, leaf):
         if leaf_name(path) != GATE:
             return leaf
-        return jnp.sign(leaf) * jnp.maximum(jnp.abs(leaf) - threshold, 0.0)
+        amount = jnp.asarray(threshold(after), leaf.dtype)
+        return jnp.sign(leaf) * jnp.maximum(jnp.abs(leaf) - amount, 0.0)
 
     return jax.tree_util.tree_map_with_path(shrink, adapter)
+
+
+def rising_in_stages(after: AfterUpdate, *, stages: int) -> jax.Array:
+    """Returns a threshold that rises from 0 to ``strength`` in stages of equal length.
+
+    In stage k of n, counted from 0, it is ``strength k / (n - 1)``.
+
+    Args:
+      after: the numbers of the step.
+      stages: n, at least 2.
+
+    Source: the dense-to-sparse schedule of SoRA, arXiv 2311.11696, algorithm 1. The authors' script takes 7 values from
+    0 to 7e-4. There the first value is trained for 50 epochs and each of the others for 15; here all stages have the
+    same share of the steps of one run.
+    """
+    stage = jnp.clip(jnp.ceil(jnp.asarray(after.progress) * stages) - 1, 0, stages - 1)
+    return after.strength * stage / (stages - 1)
 
 
 UPDATES: dict[str, Update] = {
@@ -73,9 +119,17 @@ UPDATES: dict[str, Update] = {
     "first_column_3": Update(
         summary="the update of the first column three times", column_rates=functools.partial(_first_faster, rate=3.0)
     ),
+    "lora_plus": Update(summary="B has 16 times the learning rate of A, as in LoRA+", leaf_rates=(("b", 16.0),)),
     "soft_threshold": Update(
         summary="every gate comes nearer to zero by 3e-4, as in SoRA",
-        proximal=functools.partial(soft_threshold_gates, threshold=3e-4),
+        proximal=soft_threshold_gates,
+        strength=3e-4,
+        needs_gate=True,
+    ),
+    "soft_threshold_rising": Update(
+        summary="soft_threshold whose threshold rises from 0 to 7e-4 in 7 stages, as in SoRA's schedule",
+        proximal=functools.partial(soft_threshold_gates, threshold=functools.partial(rising_in_stages, stages=7)),
+        strength=7e-4,
         needs_gate=True,
     ),
 }

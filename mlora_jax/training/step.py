@@ -12,7 +12,8 @@ import optax
 
 from mlora_jax.adapters import set_dropout_key, set_profile
 from mlora_jax.core.policies import Draw
-from mlora_jax.core.product import scale_ranks
+from mlora_jax.core.product import scale_leaves, scale_ranks
+from mlora_jax.core.updates import AfterUpdate
 from mlora_jax.training.objective import AnswerBatch, answer_loss
 
 SHARDS = "shards"  # the name of the axis over shards of the rows
@@ -142,7 +143,7 @@ def train_step(
     schedule: Schedule,
     dropout_key: jax.Array,
     *,
-    proximal: Callable[[Any], Any] | None = None,
+    proximal: Callable[[Any, AfterUpdate], Any] | None = None,
     sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
     """Takes one optimizer step on packed rows with N profiles each.
@@ -162,8 +163,9 @@ def train_step(
       state: the adapter, the optimizer state and the step.
       rows: the rows.
       plan: the passes over the rows.
-      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N]. Example number
-        m B + e of the step gets the profile of micro-batch m, and the one of e if every example has its own.
+      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N], leaf_rates and
+        strength. Example number m B + e of the step gets the profile of micro-batch m, and the one of e if every
+        example has its own.
       schedule: the learning rate and the lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
       proximal: the function that is applied to the adapter after the update, `mlora_jax.core.Update.proximal`.
@@ -214,8 +216,12 @@ def train_step(
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
     # A masked column keeps momentum from the steps in which it could move, so its learning rate here must be 0.
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.column_rates))
+    updates = updates if draw.leaf_rates is None else scale_leaves(updates, draw.leaf_rates)
     adapter = optax.apply_updates(state.adapter, updates)
-    adapter = adapter if proximal is None else proximal(adapter)
+    if proximal is not None:
+        progress = (state.step + 1) / jnp.maximum(jnp.asarray(schedule.total_steps, float), 1.0)
+        strength = 0.0 if draw.strength is None else draw.strength
+        adapter = proximal(adapter, AfterUpdate(strength, jnp.minimum(progress, 1.0), rate, optimizer_state))
     norm = optax.tree.norm(gradient)
     # The adapter is checked too, because no later step would notice that the last update broke it.
     whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])

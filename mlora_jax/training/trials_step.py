@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.policies import Draw
+from mlora_jax.core.updates import AfterUpdate
 from mlora_jax.data.packing import RowShape
 from mlora_jax.parallel.arrays import put
 from mlora_jax.parallel.mesh import ROWS, shards_of
@@ -23,7 +23,7 @@ from mlora_jax.training.step import SHARDS, PackedRows, Passes, TrialState, trai
 
 # A row has few answers, and a large chunk of them would be padding for the most part.
 CHUNK = 256
-Proximal = Callable[[Any], Any]  # adapter -> adapter, applied after the update
+Proximal = Callable[[Any, AfterUpdate], Any]  # (adapter, numbers of the step) -> adapter, applied after the update
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[PackedRows, Passes]:
@@ -174,7 +174,7 @@ class TrialsStep:
         else:
             trial, state = NamedSharding(self._mesh, PartitionSpec("trial")), shardings(state, self._mesh, trials=True)
             rows = jax.tree.map(lambda leaf: rows_sharding(mesh, leaf.ndim, 1, trials=True), rows)
-        draw = dataclasses.replace(draw, profiles=trial, update_mask=trial, column_rates=trial, loss_weights=trial)
+        draw = jax.tree.map(lambda _: trial, draw)
         plan = jax.tree.map(lambda _: whole, plan)
         return state, rows, plan, draw, jax.tree.map(lambda _: trial, schedule), trial
 
