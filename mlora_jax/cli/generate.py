@@ -167,6 +167,11 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     reading = found.read(adapter, hierarchy, trained_profile(description, hierarchy))
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
+    if reading.norms is not None:
+        raise ValueError(
+            f"the read-out {READOUT.value!r} gives every layer a rank of its own, with which answers at several ranks "
+            "cannot be made at once; export the adapter at one rank, or take the read-out 'ordered'"
+        )
     generator = Generator(
         graphdef,
         base,

@@ -7,7 +7,14 @@ from mlora_jax.config.tasks import harness_tasks
 from mlora_jax.core import METHODS, READOUTS
 
 # Method -> its default read-outs, for the methods whose default is not ("prefix",).
-DEFAULT_READOUTS = {"lora": ("prefix", "squeeze"), "matryoshka": ("prefix", "nested", "masked")}
+DEFAULT_READOUTS = {
+    "lora": ("prefix", "squeeze"),
+    "matryoshka": ("prefix", "nested", "masked"),
+    # The columns of these have no order of their own.
+    "lora_plus": ("prefix", "squeeze"),
+    "sora": ("ordered", "ordered_global", "squeeze"),
+    "sora_schedule": ("ordered", "ordered_global", "squeeze"),
+}
 
 REPORT = Group(
     doc="The tables and figures of a run.",

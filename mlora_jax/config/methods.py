@@ -16,6 +16,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "rotate": {"start": "squeeze_rotated"},
     "restart": {"schedule": "phase"},
     "gate": {"gate": True},
+    "normal_gate": {"gate": "normal"},
 }
 
 

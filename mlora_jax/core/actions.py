@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 
 from mlora_jax.core.hierarchy import RankHierarchy
-from mlora_jax.core.product import initialize_factors, path_hash
-from mlora_jax.core.rank_axes import FACTORS, by_parent, leading_axes, path_names
+from mlora_jax.core.importance import order_components
+from mlora_jax.core.product import initialize_factors, initialize_gate, path_hash
+from mlora_jax.core.rank_axes import FACTORS, GATE, by_parent, leading_axes, path_names
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.squeeze import profile_like, squeeze_factors
 
@@ -30,7 +31,7 @@ MOMENTS = ("kept", "reset", "mapped")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("adapter", "trained_profile", "key", "needed"),
-    meta_fields=("init",),
+    meta_fields=("init", "gate"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActionInput:
@@ -42,6 +43,7 @@ class ActionInput:
       key: a `jax.random.key`, or [K] of them.
       needed: a dictionary: the name of every need of the action -> the value that was collected for it.
       init: a key of `INITIALIZERS`, from which fresh columns are drawn.
+      gate: a key of `GATE_INITIALIZERS`, from which a fresh adapter's gates are drawn.
     """
 
     adapter: Tree
@@ -49,6 +51,7 @@ class ActionInput:
     key: jax.Array
     needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     init: str = "fan_rank"
+    gate: str = "ones"
 
 
 class ActionOutput(NamedTuple):
@@ -59,11 +62,14 @@ class ActionOutput(NamedTuple):
       gradient_maps: the tree by which gradients of the old factors become gradients of the new ones, see
         `mlora_jax.core.squeeze.map_gradients`; None where the action gives none.
       profiles: [ranks of S, R], one profile for each rank; None where the fixed read-outs serve.
+      norms: a dictionary: path of a layer -> [..., R], the norms of the layer's components from large to small, by
+        which a read-out spreads ranks over layers; None where every layer has the same rank.
     """
 
     adapter: Tree
     gradient_maps: Tree | None = None
     profiles: jax.Array | None = None
+    norms: Mapping[str, jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ def _keep(given: ActionInput) -> ActionOutput:
 
 
 def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
-    """Draws A anew from the key and the path of its layer and sets B to zero; a gate stays as it is."""
+    """Draws A and a gate anew from the key and the path of their layer and sets B to zero."""
     drawn = {}
     for parent, leaves in by_parent(given.adapter).items():
         a, b = (leaves[name] for name in FACTORS)
@@ -103,12 +109,21 @@ def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
         leading, sizes = leading_axes(leaves), (a.shape[-2], b.shape[-1], a.shape[-1])
         fresh = initialize_factors(key, *sizes, leading=leading, init=init, dtype=a.dtype)
         drawn[parent] = dict(zip(FACTORS, fresh, strict=True))
+        if GATE in leaves:
+            shape, dtype = leaves[GATE].shape, leaves[GATE].dtype
+            drawn[parent][GATE] = initialize_gate(key, shape, init=given.gate, dtype=dtype)
+
+    return ActionOutput(_with_leaves(given.adapter, drawn))
+
+
+def _with_leaves(adapter: Tree, made: Mapping[tuple[str, ...], Mapping[str, Any]]) -> Tree:
+    """Returns the adapter with the leaves that `made` has under their layer and name; the others stay."""
 
     def replace(path, leaf):
         *parent, name = path_names(path)
-        return drawn[tuple(parent)].get(name, leaf)
+        return made[tuple(parent)].get(name, leaf)
 
-    return ActionOutput(jax.tree_util.tree_map_with_path(replace, given.adapter))
+    return jax.tree_util.tree_map_with_path(replace, adapter)
 
 
 def _squeeze(given: ActionInput, *, moments: str | None = None) -> ActionOutput:
@@ -116,6 +131,11 @@ def _squeeze(given: ActionInput, *, moments: str | None = None) -> ActionOutput:
     profiles = profile_like(given.adapter, given.trained_profile)
     adapter, maps = squeeze_factors(given.adapter, profiles, key=given.key, grams=grams, init=given.init)
     return ActionOutput(adapter, maps)
+
+
+def _ordered(given: ActionInput, *, spread: bool) -> ActionOutput:
+    adapter, norms = order_components(given.adapter, profile_like(given.adapter, given.trained_profile))
+    return ActionOutput(adapter, norms=norms if spread else None)
 
 
 def _without_scale(hierarchy: RankHierarchy) -> RankHierarchy:
@@ -159,6 +179,16 @@ ACTIONS: dict[str, Action] = {
         summary="the truncated SVD of what A B makes of training data",
         needs=("hidden_moments",),
         **_SQUEEZE,
+    ),
+    "ordered": Action(
+        apply=functools.partial(_ordered, spread=False),
+        summary="the components of every layer by their norms",
+        **_SQUEEZE,
+    ),
+    "ordered_global": Action(
+        apply=functools.partial(_ordered, spread=True),
+        summary="the components by their norms, with ranks that are spread over the layers",
+        **_SQUEEZE | {"places": ("end",)},
     ),
     "calibrated": Action(
         apply=lambda given: ActionOutput(given.adapter, profiles=given.needed["fitted_profiles"]),

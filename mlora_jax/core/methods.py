@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 
 from mlora_jax.core.actions import get_action
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.policies import POLICIES, Policy, get_policy
+from mlora_jax.core.product import GATE_INITIALIZERS
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.updates import Update, get_update
 
@@ -45,11 +47,12 @@ class Method:
       phases: at least one; their fractions sum to 1.
       summary: one line for tables and errors.
       schedule: the span over which the learning rate decays, one of `SCHEDULES`.
-      gate: whether every adapted layer has a gate, a trained vector that multiplies its profile.
+      gate: the start of the gates, a key of `mlora_jax.core.GATE_INITIALIZERS`, if every adapted layer has a gate, a
+        trained vector that multiplies its profile; true is "ones". False: there are no gates.
 
     Raises:
       ValueError: no phase; an unknown policy, action or update; an action in a place where it cannot stand; an update
-        of gates without gates; fractions that do not sum to 1; an unknown schedule.
+        of gates without gates; an unknown start of gates; fractions that do not sum to 1; an unknown schedule.
 
     >>> Method(phases=(Phase("lora", 0.7), Phase("per_example", 0.3, "squeeze")), summary="").starts(100)
     (0, 70)
@@ -58,7 +61,7 @@ class Method:
     phases: tuple[Phase, ...]
     summary: str
     schedule: str = "run"
-    gate: bool = False
+    gate: bool | str = False
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -72,8 +75,15 @@ class Method:
         fractions = [phase.fraction for phase in self.phases]
         if not all(0 < fraction <= 1 for fraction in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
             raise ValueError(f"the fractions of a method's phases must be above 0 and sum to 1, got {fractions}")
+        if isinstance(self.gate, str) and self.gate not in GATE_INITIALIZERS:
+            raise ValueError(f"unknown gate {self.gate!r}; known: {', '.join(GATE_INITIALIZERS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+
+    @property
+    def gate_start(self) -> str:
+        """The key of `GATE_INITIALIZERS` from which gates start, if there are any."""
+        return self.gate if isinstance(self.gate, str) else "ones"
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -142,6 +152,18 @@ def _one_phase(policy: str) -> Method:
     return Method(phases=(Phase(policy, 1.0),), summary=POLICIES[policy].summary)
 
 
+def _lora(summary: str, *, start: str = "", update: str = "none", **options: Any) -> Method:
+    """Returns a method of one phase with LoRA's profile."""
+    return Method(phases=(Phase("lora", 1.0, start, update),), summary=summary, **options)
+
+
+# The methods of other papers; docs/methods.md has their equations and what differs from their authors' code.
+FIELD: dict[str, Method] = {
+    "lora_plus": _lora("LoRA+, arXiv 2402.12354", update="lora_plus"),
+    "sora": _lora("SoRA, arXiv 2311.11696, without a schedule", update="soft_threshold", gate="normal"),
+    "sora_schedule": _lora("SoRA from dense to sparse", update="soft_threshold_rising", gate="normal"),
+}
+
 # Every policy is a method of one phase. Adding a method is adding a row.
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -158,6 +180,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             phases=(Phase("lora", 0.5), Phase("sandwich", 0.5, "squeeze")),
             summary="LoRA, squeezed after half of the steps, then the sandwich rule",
         ),
+        **FIELD,
     }
 )
 

@@ -49,7 +49,8 @@ def first_adapter(experiment: Experiment, trial: Trial, key: jax.Array) -> Any:
     template = experiment.adapted_for(trial).adapter
     needed = collect(action.needs, experiment, trial, template, p, key=key)
     init = experiment.config.adapter.init
-    given = ActionInput(adapter=template, trained_profile=p, key=key, needed=needed, init=init)
+    gate = experiment.phases.method(trial).gate_start
+    given = ActionInput(adapter=template, trained_profile=p, key=key, needed=needed, init=init, gate=gate)
     return run_action(action, given).adapter
 
 

@@ -71,7 +71,7 @@ class TrialPhases:
 
     def form(self, trial: Trial) -> AdapterForm:
         """Returns the form of a trial's adapter."""
-        return AdapterForm(trial.rank, self.method(trial).gate)
+        return AdapterForm(trial.rank, bool(self.method(trial).gate))
 
     def hierarchy(self, trial: Trial, phase: int = -1) -> RankHierarchy:
         """Returns the ranks, scales and weights of a trial in a phase, by default in the last one."""

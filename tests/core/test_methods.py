@@ -3,13 +3,14 @@
 import pytest
 
 from mlora_jax.core import METHODS, POLICIES, Method, Phase, RankHierarchy, get_method
+from mlora_jax.core.methods import FIELD
 
 HIERARCHY = RankHierarchy((1, 2, 6), "sqrt", (1.0, 2.0, 3.0))
 RENEST = METHODS["renest"]
 
 
 def test_every_policy_is_a_method_of_one_phase_with_its_scales():
-    assert METHODS.keys() == POLICIES.keys() | {"renest", "renest_30_rotated", "renest_sandwich"}
+    assert METHODS.keys() == POLICIES.keys() | FIELD.keys() | {"renest", "renest_30_rotated", "renest_sandwich"}
     for name, policy in POLICIES.items():
         method = METHODS[name]
         assert method.policies == (policy,)
@@ -66,6 +67,7 @@ def test_three_phases():
             {},
             "unknown update 'soft_treshold'; did you mean 'soft_threshold'",
         ),
+        ((Phase("lora", 1.0),), {"gate": "zeros"}, "unknown gate 'zeros'; known: ones, normal"),
         ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
 )
