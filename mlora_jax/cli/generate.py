@@ -186,7 +186,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     answers = generator.generate(
         reading.adapter,
         [encoded[number] for number, _ in asked],
-        np.stack([reading.profile(rank) for _, rank in asked]),
+        np.stack([reading.layer_profile(rank) for _, rank in asked]),
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,

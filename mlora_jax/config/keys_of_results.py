@@ -12,6 +12,8 @@ DEFAULT_READOUTS = {
     "matryoshka": ("prefix", "nested", "masked"),
     # The columns of these have no order of their own.
     "lora_plus": ("prefix", "squeeze"),
+    "scaled_adam": ("prefix", "squeeze"),
+    "lora_rite": ("prefix", "squeeze"),
     "sora": ("ordered", "ordered_global", "squeeze"),
     "sora_schedule": ("ordered", "ordered_global", "squeeze"),
 }

@@ -209,6 +209,7 @@ OWN_METHODS = Group(
         'with "squeeze", which starts the optimizer\'s moments anew; "none" starts it without an action. '
         'Words may follow the phases: "rotate" takes the moments through the squeeze, "restart" lets the '
         'learning rate fall to zero in every phase, and "gate" trains a gate in every layer, which starts at ones; '
-        '"normal_gate" draws its start from the normal distribution. The warm-up comes only once, at the start.',
+        '"normal_gate" draws its start from the normal distribution. A key of mlora_jax.core.optimizers.OPTIMIZERS '
+        "takes this optimizer in the place of Adam. The warm-up comes only once, at the start.",
     ),
 )

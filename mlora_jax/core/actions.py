@@ -188,7 +188,8 @@ ACTIONS: dict[str, Action] = {
     "ordered_global": Action(
         apply=functools.partial(_ordered, spread=True),
         summary="the components by their norms, with ranks that are spread over the layers",
-        **_SQUEEZE | {"places": ("end",)},
+        places=("end",),
+        hierarchy=_without_scale,
     ),
     "calibrated": Action(
         apply=lambda given: ActionOutput(given.adapter, profiles=given.needed["fitted_profiles"]),

@@ -12,6 +12,7 @@ import jax
 
 from mlora_jax.core.actions import get_action
 from mlora_jax.core.hierarchy import RankHierarchy
+from mlora_jax.core.optimizers import get_optimizer
 from mlora_jax.core.policies import POLICIES, Policy, get_policy
 from mlora_jax.core.product import GATE_INITIALIZERS
 from mlora_jax.core.rows import find_row
@@ -49,10 +50,12 @@ class Method:
       schedule: the span over which the learning rate decays, one of `SCHEDULES`.
       gate: the start of the gates, a key of `mlora_jax.core.GATE_INITIALIZERS`, if every adapted layer has a gate, a
         trained vector that multiplies its profile; true is "ones". False: there are no gates.
+      optimizer: the optimizer of all phases, a key of `mlora_jax.core.optimizers.OPTIMIZERS`.
 
     Raises:
       ValueError: no phase; an unknown policy, action or update; an action in a place where it cannot stand; an update
-        of gates without gates; an unknown start of gates; fractions that do not sum to 1; an unknown schedule.
+        of gates without gates; an unknown start of gates; an unknown optimizer, or one that cannot train gates or
+        follow an action; fractions that do not sum to 1; an unknown schedule.
 
     >>> Method(phases=(Phase("lora", 0.7), Phase("per_example", 0.3, "squeeze")), summary="").starts(100)
     (0, 70)
@@ -62,6 +65,7 @@ class Method:
     summary: str
     schedule: str = "run"
     gate: bool | str = False
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -77,6 +81,17 @@ class Method:
             raise ValueError(f"the fractions of a method's phases must be above 0 and sum to 1, got {fractions}")
         if isinstance(self.gate, str) and self.gate not in GATE_INITIALIZERS:
             raise ValueError(f"unknown gate {self.gate!r}; known: {', '.join(GATE_INITIALIZERS)}")
+        optimizer = get_optimizer(self.optimizer)
+        if self.gate and not optimizer.gates:
+            raise ValueError(f"the optimizer {self.optimizer!r} trains no gates, and the method has some")
+        following = [
+            phase.start for phase in self.phases if phase.start and get_action(phase.start).moments == "mapped"
+        ]
+        if following and not optimizer.mapped:
+            raise ValueError(
+                f"the moments of the optimizer {self.optimizer!r} cannot follow the action {following[0]!r}; an action "
+                "that starts them anew can stand there"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
 
@@ -160,6 +175,8 @@ def _lora(summary: str, *, start: str = "", update: str = "none", **options: Any
 # The methods of other papers; docs/methods.md has their equations and what differs from their authors' code.
 FIELD: dict[str, Method] = {
     "lora_plus": _lora("LoRA+, arXiv 2402.12354", update="lora_plus"),
+    "scaled_adam": _lora("scaled AdamW of Riemannian preconditioned LoRA, arXiv 2402.02347", optimizer="scaled_adam"),
+    "lora_rite": _lora("LoRA-RITE, arXiv 2410.20625", optimizer="lora_rite"),
     "sora": _lora("SoRA, arXiv 2311.11696, without a schedule", update="soft_threshold", gate="normal"),
     "sora_schedule": _lora("SoRA from dense to sparse", update="soft_threshold_rising", gate="normal"),
 }

@@ -22,15 +22,17 @@ from mlora_jax.trials import Trial
 
 
 class AdapterForm(NamedTuple):
-    """The settings of a trial that decide the shapes of its adapter.
+    """The settings of a trial that decide the shapes of its adapter and of its optimizer's state.
 
     Attributes:
       rank: R.
       gate: whether every adapted layer has a gate.
+      optimizer: the name of the optimizer, a key of `mlora_jax.core.optimizers.OPTIMIZERS`.
     """
 
     rank: int
     gate: bool = False
+    optimizer: str = "adam"
 
 
 class PhaseShape(NamedTuple):
@@ -71,7 +73,8 @@ class TrialPhases:
 
     def form(self, trial: Trial) -> AdapterForm:
         """Returns the form of a trial's adapter."""
-        return AdapterForm(trial.rank, bool(self.method(trial).gate))
+        method = self.method(trial)
+        return AdapterForm(trial.rank, bool(method.gate), method.optimizer)
 
     def hierarchy(self, trial: Trial, phase: int = -1) -> RankHierarchy:
         """Returns the ranks, scales and weights of a trial in a phase, by default in the last one."""

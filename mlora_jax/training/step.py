@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mlora_jax.adapters import set_dropout_key, set_profile
+from mlora_jax.core.optimizers import Numbers, Transform, get_optimizer
 from mlora_jax.core.policies import Draw
 from mlora_jax.core.product import scale_leaves, scale_ranks
 from mlora_jax.core.updates import AfterUpdate
@@ -74,9 +75,16 @@ def learning_rate_at(schedule: Schedule, step: Any) -> jax.Array:
 
 
 def make_optimizer(
-    *, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip: float
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    clip: float,
+    kind: str = "adam",
+    ranks: tuple[int, ...] = (),
 ) -> optax.GradientTransformation:
-    """Returns AdamW without its learning rate, which the training step applies because it is data.
+    """Returns AdamW or another optimizer without its learning rate, which the training step applies because it is data.
 
     Args:
       beta1: the decay of the first moment.
@@ -84,12 +92,23 @@ def make_optimizer(
       epsilon: the number that is added to the root of the second moment.
       weight_decay: the decoupled weight decay, which is multiplied by the learning rate.
       clip: the largest global gradient norm; 0 turns clipping off.
+      kind: a key of `mlora_jax.core.optimizers.OPTIMIZERS`.
+      ranks: S, for optimizers that work block by block.
+
+    Raises:
+      ValueError: the kind is unknown.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
-    )
+    row, numbers = get_optimizer(kind), Numbers(beta1, beta2, epsilon, clip, tuple(ranks))
+    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    if row.instead is not None:
+        return optax.chain(_transformation(row.instead(numbers)), decay)
+    parts = [optax.clip_by_global_norm(clip) if clip else optax.identity()]
+    parts += [] if row.before is None else [_transformation(row.before(numbers))]
+    return optax.chain(*parts, optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon), decay)
+
+
+def _transformation(transform: Transform) -> optax.GradientTransformation:
+    return optax.GradientTransformation(transform.init, cast("optax.TransformUpdateFn", transform.update))
 
 
 def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrialState:

@@ -67,6 +67,13 @@ def test_three_phases():
             {},
             "unknown update 'soft_treshold'; did you mean 'soft_threshold'",
         ),
+        ((Phase("lora", 1.0),), {"optimizer": "lora_rita"}, "unknown optimizer 'lora_rita'; did you mean 'lora_rite'"),
+        ((Phase("lora", 1.0),), {"optimizer": "lora_rite", "gate": True}, "'lora_rite' trains no gates, and"),
+        (
+            (Phase("lora", 0.5), Phase("lora", 0.5, "squeeze_rotated")),
+            {"optimizer": "scaled_adam"},
+            "the moments of the optimizer 'scaled_adam' cannot follow the action 'squeeze_rotated'",
+        ),
         ((Phase("lora", 1.0),), {"gate": "zeros"}, "unknown gate 'zeros'; known: ones, normal"),
         ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
