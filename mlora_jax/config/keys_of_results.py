@@ -14,6 +14,12 @@ DEFAULT_READOUTS = {
     "lora_plus": ("prefix", "squeeze"),
     "scaled_adam": ("prefix", "squeeze"),
     "lora_rite": ("prefix", "squeeze"),
+    "lora_squeeze": ("prefix", "squeeze"),
+    "lora_squeeze_annealed": ("prefix", "squeeze"),
+    # A prefix of these would take directions out of W and leave out what was learned of them.
+    "pissa": ("squeeze",),
+    "olora": ("squeeze",),
+    "svfit": ("squeeze",),
     "sora": ("ordered", "ordered_global", "squeeze"),
     "sora_schedule": ("ordered", "ordered_global", "squeeze"),
 }

@@ -15,7 +15,9 @@ import jax
 
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.importance import order_components
+from mlora_jax.core.kernel_starts import olora_start, pissa_start, svfit_start
 from mlora_jax.core.product import initialize_factors, initialize_gate, path_hash
+from mlora_jax.core.randomized import squeeze_randomized
 from mlora_jax.core.rank_axes import FACTORS, GATE, by_parent, leading_axes, path_names
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.squeeze import profile_like, squeeze_factors
@@ -85,6 +87,7 @@ class Action:
       hierarchy: computes the ranks, scales and weights of the new adapter from those of the old one. It is a function
         of the hierarchy alone, so that plans and reports know it without arrays.
       eager: whether `apply` only draws or picks arrays, and is not compiled.
+      needs_gate: whether it makes gates, which the method must then have.
     """
 
     apply: Callable[[ActionInput], ActionOutput]
@@ -94,6 +97,7 @@ class Action:
     moments: str = "reset"
     hierarchy: Callable[[RankHierarchy], RankHierarchy] = lambda hierarchy: hierarchy
     eager: bool = False
+    needs_gate: bool = False
 
 
 def _keep(given: ActionInput) -> ActionOutput:
@@ -133,6 +137,20 @@ def _squeeze(given: ActionInput, *, moments: str | None = None) -> ActionOutput:
     return ActionOutput(adapter, maps)
 
 
+def _randomized(given: ActionInput, *, share: float) -> ActionOutput:
+    profiles = profile_like(given.adapter, given.trained_profile)
+    return ActionOutput(squeeze_randomized(given.adapter, profiles, share=share, key=given.key))
+
+
+def _from_kernels(given: ActionInput, *, start: Callable[..., Mapping[str, jax.Array]]) -> ActionOutput:
+    kernels = {parent: leaves["kernel"] for parent, leaves in by_parent(given.needed["kernels"]).items()}
+    made = {}
+    for parent, leaves in by_parent(given.adapter).items():
+        found = start(kernels[parent], given.trained_profile)
+        made[parent] = {name: found[name].astype(leaf.dtype) for name, leaf in leaves.items() if name in found}
+    return ActionOutput(_with_leaves(given.adapter, made))
+
+
 def _ordered(given: ActionInput, *, spread: bool) -> ActionOutput:
     adapter, norms = order_components(given.adapter, profile_like(given.adapter, given.trained_profile))
     return ActionOutput(adapter, norms=norms if spread else None)
@@ -142,6 +160,8 @@ def _without_scale(hierarchy: RankHierarchy) -> RankHierarchy:
     return dataclasses.replace(hierarchy, scaling="none")
 
 
+# What is taken out of W at the start is at the end a part of the adapter, so it counts in every read-out.
+_KERNEL_START: dict[str, Any] = dict(needs=("kernels",), places=("first",))
 _SQUEEZE: dict[str, Any] = dict(places=("later", "end"), hierarchy=_without_scale)
 
 # Sources: the start of A, arXiv 2605.07850 (fan_rank) and PEFT (fan_in); the truncated SVD, Eckart and Young (1936);
@@ -179,6 +199,37 @@ ACTIONS: dict[str, Action] = {
         summary="the truncated SVD of what A B makes of training data",
         needs=("hidden_moments",),
         **_SQUEEZE,
+    ),
+    "squeeze_randomized": Action(
+        apply=functools.partial(_randomized, share=1.0),
+        summary="the randomised SVD of A B",
+        **_SQUEEZE,
+    ),
+    "squeeze_to_half": Action(
+        apply=functools.partial(_randomized, share=0.5),
+        summary="the randomised SVD of A B to rank R/2; the other columns are zero from then on",
+        **_SQUEEZE,
+    ),
+    "squeeze_to_quarter": Action(
+        apply=functools.partial(_randomized, share=0.25),
+        summary="the randomised SVD of A B to rank R/4; the other columns are zero from then on",
+        **_SQUEEZE,
+    ),
+    "pissa": Action(
+        apply=functools.partial(_from_kernels, start=pissa_start),
+        summary="the R/2 largest singular directions of W, taken out of W by the other R/2 columns",
+        **_KERNEL_START,
+    ),
+    "olora": Action(
+        apply=functools.partial(_from_kernels, start=olora_start),
+        summary="the first R/2 directions of a QR of W, taken out of W by the other R/2 columns",
+        **_KERNEL_START,
+    ),
+    "svfit": Action(
+        apply=functools.partial(_from_kernels, start=svfit_start),
+        summary="pissa with the singular values in the gates",
+        needs_gate=True,
+        **_KERNEL_START,
     ),
     "ordered": Action(
         apply=functools.partial(_ordered, spread=False),

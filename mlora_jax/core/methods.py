@@ -72,8 +72,8 @@ class Method:
             raise ValueError("a method needs at least one phase")
         for number, phase in enumerate(self.phases):
             get_policy(phase.policy)
-            if phase.start:
-                get_action(phase.start, "later" if number else "first")
+            if phase.start and get_action(phase.start, "later" if number else "first").needs_gate and not self.gate:
+                raise ValueError(f"the action {phase.start!r} makes gates, and the method has none: set gate=True")
             if get_update(phase.update).needs_gate and not self.gate:
                 raise ValueError(f"the update {phase.update!r} acts on gates, and the method has none: set gate=True")
         fractions = [phase.fraction for phase in self.phases]
@@ -177,6 +177,17 @@ FIELD: dict[str, Method] = {
     "lora_plus": _lora("LoRA+, arXiv 2402.12354", update="lora_plus"),
     "scaled_adam": _lora("scaled AdamW of Riemannian preconditioned LoRA, arXiv 2402.02347", optimizer="scaled_adam"),
     "lora_rite": _lora("LoRA-RITE, arXiv 2410.20625", optimizer="lora_rite"),
+    "lora_squeeze": Method(
+        phases=(Phase("lora", 0.9), Phase("lora", 0.1, "squeeze_to_half")),
+        summary="LoRA-Squeeze, arXiv 2602.10993: LoRA of rank R, squeezed to R/2 for the last 10 % of the steps",
+    ),
+    "lora_squeeze_annealed": Method(
+        phases=(Phase("lora", 0.4), Phase("lora", 0.3, "squeeze_to_half"), Phase("lora", 0.3, "squeeze_to_quarter")),
+        summary="LoRA-Squeeze in training: the rank falls from R to R/2 after 40 % and to R/4 after 70 % of the steps",
+    ),
+    "pissa": _lora("PiSSA, arXiv 2404.02948, of rank R/2", start="pissa", update="lower_half"),
+    "olora": _lora("OLoRA, arXiv 2406.01775, of rank R/2", start="olora", update="lower_half"),
+    "svfit": _lora("SVFit, arXiv 2409.05926, of rank R/2", start="svfit", update="lower_half_gates", gate="ones"),
     "sora": _lora("SoRA, arXiv 2311.11696, without a schedule", update="soft_threshold", gate="normal"),
     "sora_schedule": _lora("SoRA from dense to sparse", update="soft_threshold_rising", gate="normal"),
 }

@@ -68,6 +68,10 @@ def _upper_half(hierarchy: RankHierarchy) -> jax.Array:
     return jnp.asarray(np.arange(hierarchy.max_rank) >= hierarchy.max_rank // 2, float)
 
 
+def _lower_half(hierarchy: RankHierarchy) -> jax.Array:
+    return jnp.asarray(np.arange(hierarchy.max_rank) < hierarchy.max_rank // 2, float)
+
+
 def _first_faster(hierarchy: RankHierarchy, *, rate: float) -> jax.Array:
     return jnp.asarray(np.where(np.arange(hierarchy.max_rank) == 0, rate, 1.0), float)
 
@@ -115,6 +119,13 @@ UPDATES: dict[str, Update] = {
     "none": Update(summary="Adam's update as it is"),
     "upper_half": Update(
         summary="only the columns above R/2 move: every prefix up to R/2 stays", column_rates=_upper_half
+    ),
+    "lower_half": Update(summary="only the columns up to R/2 move", column_rates=_lower_half),
+    "lower_half_gates": Update(
+        summary="only the gates of the columns up to R/2 move",
+        column_rates=_lower_half,
+        leaf_rates=(("a", 0.0), ("b", 0.0)),
+        needs_gate=True,
     ),
     "first_column_3": Update(
         summary="the update of the first column three times", column_rates=functools.partial(_first_faster, rate=3.0)

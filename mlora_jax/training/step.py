@@ -108,7 +108,7 @@ def make_optimizer(
 
 
 def _transformation(transform: Transform) -> optax.GradientTransformation:
-    return optax.GradientTransformation(transform.init, cast("optax.TransformUpdateFn", transform.update))
+    return optax.GradientTransformation(*cast("Any", transform))
 
 
 def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrialState:
