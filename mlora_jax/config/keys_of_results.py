@@ -20,6 +20,7 @@ DEFAULT_READOUTS = {
     "pissa": ("squeeze",),
     "olora": ("squeeze",),
     "svfit": ("squeeze",),
+    "eva": ("prefix", "squeeze", "ordered_global"),
     "sora": ("ordered", "ordered_global", "squeeze"),
     "sora_schedule": ("ordered", "ordered_global", "squeeze"),
 }

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from mlora_jax.core.eva import eva_columns
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.importance import order_components
 from mlora_jax.core.kernel_starts import olora_start, pissa_start, svfit_start
 from mlora_jax.core.product import initialize_factors, initialize_gate, path_hash
 from mlora_jax.core.randomized import squeeze_randomized
-from mlora_jax.core.rank_axes import FACTORS, GATE, by_parent, leading_axes, path_names
+from mlora_jax.core.rank_axes import FACTORS, GATE, adapter_rank, by_parent, leading_axes, path_names
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.squeeze import profile_like, squeeze_factors
 
@@ -151,6 +153,17 @@ def _from_kernels(given: ActionInput, *, start: Callable[..., Mapping[str, jax.A
     return ActionOutput(_with_leaves(given.adapter, made))
 
 
+def _eva(given: ActionInput) -> ActionOutput:
+    layers = by_parent(given.adapter)
+    grams = {parent: leaves["gram"] for parent, leaves in by_parent(given.needed["input_statistics"]).items()}
+    found = eva_columns({parent: grams[parent] for parent in layers}, adapter_rank(given.adapter))
+    made = {
+        parent: {"a": found[parent].astype(leaves["a"].dtype), "b": jnp.zeros_like(leaves["b"])}
+        for parent, leaves in layers.items()
+    }
+    return ActionOutput(_with_leaves(given.adapter, made))
+
+
 def _ordered(given: ActionInput, *, spread: bool) -> ActionOutput:
     adapter, norms = order_components(given.adapter, profile_like(given.adapter, given.trained_profile))
     return ActionOutput(adapter, norms=norms if spread else None)
@@ -230,6 +243,12 @@ ACTIONS: dict[str, Action] = {
         summary="pissa with the singular values in the gates",
         needs_gate=True,
         **_KERNEL_START,
+    ),
+    "eva": Action(
+        apply=_eva,
+        summary="A holds principal directions of the inputs, B is zero; the layers share R/2 columns each by variance",
+        needs=("input_statistics",),
+        places=("first",),
     ),
     "ordered": Action(
         apply=functools.partial(_ordered, spread=False),

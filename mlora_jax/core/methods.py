@@ -188,6 +188,7 @@ FIELD: dict[str, Method] = {
     "pissa": _lora("PiSSA, arXiv 2404.02948, of rank R/2", start="pissa", update="lower_half"),
     "olora": _lora("OLoRA, arXiv 2406.01775, of rank R/2", start="olora", update="lower_half"),
     "svfit": _lora("SVFit, arXiv 2409.05926, of rank R/2", start="svfit", update="lower_half_gates", gate="ones"),
+    "eva": _lora("EVA, arXiv 2410.07170, of rank R/2 in the mean over layers", start="eva"),
     "sora": _lora("SoRA, arXiv 2311.11696, without a schedule", update="soft_threshold", gate="normal"),
     "sora_schedule": _lora("SoRA from dense to sparse", update="soft_threshold_rising", gate="normal"),
 }
