@@ -21,6 +21,7 @@ DEFAULT_READOUTS = {
     "olora": ("squeeze",),
     "svfit": ("squeeze",),
     "eva": ("prefix", "squeeze", "ordered_global"),
+    "adalora": ("ordered", "ordered_global", "squeeze"),
     "sora": ("ordered", "ordered_global", "squeeze"),
     "sora_schedule": ("ordered", "ordered_global", "squeeze"),
 }

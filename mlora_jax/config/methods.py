@@ -18,6 +18,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "restart": {"schedule": "phase"},
     "gate": {"gate": True},
     "normal_gate": {"gate": "normal"},
+    "zero_gate": {"gate": "zeros"},
     **{name: {"optimizer": name} for name in OPTIMIZERS},
 }
 

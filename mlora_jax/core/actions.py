@@ -122,6 +122,22 @@ def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
     return ActionOutput(_with_leaves(given.adapter, drawn))
 
 
+def _small_normal(given: ActionInput) -> ActionOutput:
+    """Draws A and B from the normal distribution with the deviation of AdaLoRA's code, and the gates anew."""
+    drawn = {}
+    for parent, leaves in by_parent(given.adapter).items():
+        keys = jax.random.split(jax.random.fold_in(given.key, path_hash(".".join(parent))))
+        drawn[parent] = {
+            name: 0.02 * jax.random.normal(key, leaves[name].shape, leaves[name].dtype)
+            for name, key in zip(FACTORS, keys, strict=True)
+        }
+        if GATE in leaves:
+            drawn[parent][GATE] = initialize_gate(
+                keys[0], leaves[GATE].shape, init=given.gate, dtype=leaves[GATE].dtype
+            )
+    return ActionOutput(_with_leaves(given.adapter, drawn))
+
+
 def _with_leaves(adapter: Tree, made: Mapping[tuple[str, ...], Mapping[str, Any]]) -> Tree:
     """Returns the adapter with the leaves that `made` has under their layer and name; the others stay."""
 
@@ -243,6 +259,13 @@ ACTIONS: dict[str, Action] = {
         summary="pissa with the singular values in the gates",
         needs_gate=True,
         **_KERNEL_START,
+    ),
+    "small_normal": Action(
+        apply=_small_normal,
+        summary="A and B normal with the deviation .02; gates that start at zero make it the base",
+        places=("first",),
+        eager=True,
+        needs_gate=True,
     ),
     "eva": Action(
         apply=_eva,

@@ -84,6 +84,13 @@ class Method:
         optimizer = get_optimizer(self.optimizer)
         if self.gate and not optimizer.gates:
             raise ValueError(f"the optimizer {self.optimizer!r} trains no gates, and the method has some")
+        for phase in self.phases:
+            needed = get_update(phase.update).needs_optimizer
+            if needed and needed != self.optimizer:
+                raise ValueError(
+                    f"the update {phase.update!r} reads the state of the optimizer {needed!r}, and the method has "
+                    f"{self.optimizer!r}"
+                )
         following = [
             phase.start for phase in self.phases if phase.start and get_action(phase.start).moments == "mapped"
         ]
@@ -189,6 +196,13 @@ FIELD: dict[str, Method] = {
     "olora": _lora("OLoRA, arXiv 2406.01775, of rank R/2", start="olora", update="lower_half"),
     "svfit": _lora("SVFit, arXiv 2409.05926, of rank R/2", start="svfit", update="lower_half_gates", gate="ones"),
     "eva": _lora("EVA, arXiv 2410.07170, of rank R/2 in the mean over layers", start="eva"),
+    "adalora": _lora(
+        "AdaLoRA, arXiv 2303.10512, whose budget falls to 2/3 of the components",
+        start="small_normal",
+        update="budget",
+        gate="zeros",
+        optimizer="adalora",
+    ),
     "sora": _lora("SoRA, arXiv 2311.11696, without a schedule", update="soft_threshold", gate="normal"),
     "sora_schedule": _lora("SoRA from dense to sparse", update="soft_threshold_rising", gate="normal"),
 }

@@ -8,33 +8,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlora_jax.core.adalora import keep_budget
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.rank_axes import ADAPTER_LEAVES, GATE, leaf_name
 from mlora_jax.core.rows import find_row
+from mlora_jax.core.transforms import AfterUpdate
 
 Tree = Any
-
-
-class AfterUpdate(NamedTuple):
-    """The numbers that a proximal step may use besides the adapter. They are data.
-
-    Attributes:
-      strength: scalar, `Update.strength` of the trial's rule.
-      progress: scalar in (0, 1], the share of the run's steps that are finished after this one.
-      learning_rate: scalar, the learning rate of this step.
-      optimizer: the state of the optimizer after this step.
-    """
-
-    strength: Any
-    progress: Any
-    learning_rate: Any
-    optimizer: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +36,8 @@ class Update:
       proximal: (adapter, `AfterUpdate`) -> adapter, the proximal step after the update; None if there is none.
       strength: a number for the proximal step, such as a threshold.
       needs_gate: true if the rule acts on gates, which the method must then have.
+      needs_optimizer: the optimizer whose state the proximal step reads, a key of
+        `mlora_jax.core.optimizers.OPTIMIZERS`, which the method must then have; empty if there is none.
     """
 
     summary: str
@@ -58,6 +46,7 @@ class Update:
     proximal: Callable[[Tree, AfterUpdate], Tree] | None = None
     strength: float = 0.0
     needs_gate: bool = False
+    needs_optimizer: str = ""
 
     def all_leaf_rates(self) -> dict[str, float]:
         """Returns the factor of every kind of leaf of an adapter."""
@@ -131,6 +120,12 @@ UPDATES: dict[str, Update] = {
         summary="the update of the first column three times", column_rates=functools.partial(_first_faster, rate=3.0)
     ),
     "lora_plus": Update(summary="B has 16 times the learning rate of A, as in LoRA+", leaf_rates=(("b", 16.0),)),
+    "budget": Update(
+        summary="the gates of all but the most important components are zero; the budget falls to 2/3, as in AdaLoRA",
+        proximal=keep_budget,
+        needs_gate=True,
+        needs_optimizer="adalora",
+    ),
     "soft_threshold": Update(
         summary="every gate comes nearer to zero by 3e-4, as in SoRA",
         proximal=soft_threshold_gates,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from mlora_jax.adapters import set_dropout_key, set_profile
-from mlora_jax.core.optimizers import Numbers, Transform, get_optimizer
+from mlora_jax.core.optimizers import get_optimizer
 from mlora_jax.core.policies import Draw
 from mlora_jax.core.product import scale_leaves, scale_ranks
-from mlora_jax.core.updates import AfterUpdate
+from mlora_jax.core.transforms import AfterUpdate, Numbers, Transform
 from mlora_jax.training.objective import AnswerBatch, answer_loss
 
 SHARDS = "shards"  # the name of the axis over shards of the rows

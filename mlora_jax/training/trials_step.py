@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.policies import Draw
-from mlora_jax.core.updates import AfterUpdate
+from mlora_jax.core.transforms import AfterUpdate
 from mlora_jax.data.packing import RowShape
 from mlora_jax.parallel.arrays import put
 from mlora_jax.parallel.mesh import ROWS, shards_of

@@ -74,7 +74,13 @@ def test_three_phases():
             {"optimizer": "scaled_adam"},
             "the moments of the optimizer 'scaled_adam' cannot follow the action 'squeeze_rotated'",
         ),
-        ((Phase("lora", 1.0),), {"gate": "zeros"}, "unknown gate 'zeros'; known: ones, normal"),
+        (
+            (Phase("lora", 1.0, "", "budget"),),
+            {"gate": True},
+            "reads the state of the optimizer 'adalora', and .* 'adam'",
+        ),
+        ((Phase("lora", 1.0, "svfit"),), {}, "the action 'svfit' makes gates, and the method has none"),
+        ((Phase("lora", 1.0),), {"gate": "twos"}, "unknown gate 'twos'; known: ones, normal, zeros"),
         ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
 )

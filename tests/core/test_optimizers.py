@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft.optimizers import create_riemannian_optimizer
 
-from mlora_jax.core.optimizers import OPTIMIZERS, Numbers, block_mask, get_optimizer, lora_rite, scaled_gradients
+from mlora_jax.core.optimizers import OPTIMIZERS, get_optimizer
+from mlora_jax.core.preconditioners import block_mask, lora_rite, scaled_gradients
+from mlora_jax.core.transforms import Numbers
 
 D, F, R, L = 12, 9, 6, 2
 S = (1, 2, 4)  # columns 5 and 6 are a block of their own

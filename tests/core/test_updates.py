@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlora_jax.core import UPDATES, RankHierarchy, draw_step, get_policy, get_update
-from mlora_jax.core.updates import AfterUpdate
+from mlora_jax.core.transforms import AfterUpdate
 
 R = 6
 HIERARCHY = RankHierarchy((1, 2, 4, R))

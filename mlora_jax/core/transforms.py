@@ -1,0 +1,54 @@
+"""What optimizers and proximal steps are given and return: pure functions on the trees of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Tree = Any
+
+
+class Transform(NamedTuple):
+    """A gradient transformation.
+
+    Attributes:
+      init: (adapter) -> state.
+      update: (gradients, state, adapter) -> (updates, state).
+    """
+
+    init: Callable[[Tree], Any]
+    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+
+
+class Numbers(NamedTuple):
+    """The numbers of Adam that a config sets, and the ranks S of the adapter.
+
+    Attributes:
+      beta1: the decay of the first moment.
+      beta2: the decay of the second moment.
+      epsilon: the number that is added to the root of the second moment.
+      clip: the largest global norm; 0 turns clipping off.
+      ranks: S, whose ranks are the edges of the blocks of an optimizer that works block by block.
+    """
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip: float
+    ranks: tuple[int, ...] = ()
+
+
+class AfterUpdate(NamedTuple):
+    """The numbers that a proximal step may use besides the adapter. They are data.
+
+    Attributes:
+      strength: scalar, `Update.strength` of the trial's rule.
+      progress: scalar in (0, 1], the share of the run's steps that are finished after this one.
+      learning_rate: scalar, the learning rate of this step.
+      optimizer: the state of the optimizer after this step.
+    """
+
+    strength: Any
+    progress: Any
+    learning_rate: Any
+    optimizer: Any = None
