@@ -22,6 +22,7 @@ DEFAULT_READOUTS = {
     "svfit": ("squeeze",),
     "eva": ("prefix", "squeeze", "ordered_global"),
     "adalora": ("ordered", "ordered_global", "squeeze"),
+    "codyra": ("ordered", "ordered_global", "squeeze"),
     "sora": ("ordered", "ordered_global", "squeeze"),
     "sora_schedule": ("ordered", "ordered_global", "squeeze"),
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlora_jax.config_type import ConfigDict
-from mlora_jax.core import METHODS, Method, Phase, get_method
+from mlora_jax.core import GATE_INITIALIZERS, METHODS, Method, Phase, get_method
 from mlora_jax.core.optimizers import OPTIMIZERS
 
 # Words behind the phases of a method, and what they stand for. "reset" says what holds without it; run folders have it.
@@ -17,8 +17,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "rotate": {"start": "squeeze_rotated"},
     "restart": {"schedule": "phase"},
     "gate": {"gate": True},
-    "normal_gate": {"gate": "normal"},
-    "zero_gate": {"gate": "zeros"},
+    **{f"{name}_gate": {"gate": name} for name in GATE_INITIALIZERS},
     **{name: {"optimizer": name} for name in OPTIMIZERS},
 }
 

@@ -204,6 +204,7 @@ FIELD: dict[str, Method] = {
         optimizer="adalora",
     ),
     "sora": _lora("SoRA, arXiv 2311.11696, without a schedule", update="soft_threshold", gate="normal"),
+    "codyra": _lora("CoDyRA, arXiv 2412.01004", update="soft_threshold_late", gate="uniform"),
     "sora_schedule": _lora("SoRA from dense to sparse", update="soft_threshold_rising", gate="normal"),
 }
 

@@ -43,11 +43,12 @@ INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_in": lambda features_in, rank: 1.0 / math.sqrt(features_in),
 }
 
-# (key, shape, dtype) -> the initial gate [..., R]. "normal" is the start of SoRA (arXiv 2311.11696), "zeros" that of
-# AdaLoRA (arXiv 2303.10512).
+# (key, shape, dtype) -> the initial gate [..., R]. "normal" is the start of SoRA (arXiv 2311.11696), "uniform" that of
+# CoDyRA (arXiv 2412.01004), and "zeros" that of AdaLoRA (arXiv 2303.10512).
 GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Array]] = {
     "ones": lambda key, shape, dtype: jnp.ones(shape, dtype),
     "normal": jax.random.normal,
+    "uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, minval=0.1, maxval=1.0),
     "zeros": lambda key, shape, dtype: jnp.zeros(shape, dtype),
 }
 

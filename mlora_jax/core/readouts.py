@@ -56,6 +56,11 @@ READOUTS: dict[str, ReadOut] = {
     ),
     "nested": ReadOut(summary="the training diagonal over the ranks of S up to r", profile=RankHierarchy.nested),
     "masked": ReadOut(summary="the training diagonal cut at r", profile=RankHierarchy.masked),
+    "squeeze_randomized": ReadOut(
+        summary="prefixes of a randomised SVD of the trained function",
+        action="squeeze_randomized",
+        label="{method} + randomised squeeze",
+    ),
     "ordered": ReadOut(
         summary="the r largest components of the trained function in every layer",
         action="ordered",

@@ -104,6 +104,19 @@ def rising_in_stages(after: AfterUpdate, *, stages: int) -> jax.Array:
     return after.strength * stage / (stages - 1)
 
 
+def rising_after_half(after: AfterUpdate) -> jax.Array:
+    """Returns a threshold that is 0 for the first half of the steps and then rises linearly to ``strength``.
+
+    Args:
+      after: the numbers of the step.
+
+    Source: CoDyRA, arXiv 2412.01004: dense training first, then a proximal step on the importance weights. The authors'
+    schedule is not public in what we could read; half of the steps and the largest threshold .005 are those of a public
+    reimplementation.
+    """
+    return after.strength * jnp.clip(2 * jnp.asarray(after.progress) - 1, 0.0, 1.0)
+
+
 UPDATES: dict[str, Update] = {
     "none": Update(summary="Adam's update as it is"),
     "upper_half": Update(
@@ -130,6 +143,12 @@ UPDATES: dict[str, Update] = {
         summary="every gate comes nearer to zero by 3e-4, as in SoRA",
         proximal=soft_threshold_gates,
         strength=3e-4,
+        needs_gate=True,
+    ),
+    "soft_threshold_late": Update(
+        summary="soft_threshold whose threshold rises to .005 in the second half of the steps, as for CoDyRA",
+        proximal=functools.partial(soft_threshold_gates, threshold=rising_after_half),
+        strength=0.005,
         needs_gate=True,
     ),
     "soft_threshold_rising": Update(

@@ -36,7 +36,7 @@ def test_a_row_says_where_it_stands_what_it_needs_and_what_becomes_of_the_moment
 
 
 @pytest.mark.parametrize("init", ["fan_rank", "fan_in"])
-@pytest.mark.parametrize("gate", [False, True, "normal"])
+@pytest.mark.parametrize("gate", [False, True, "normal", "uniform"])
 def test_a_fresh_adapter_is_the_one_that_adapt_draws(init, gate):
     """Bit for bit: a trial starts by the action what the notebook starts by `adapt`."""
     model = nnx.Sequential(nnx.Linear(D, F, rngs=nnx.Rngs(0)), nnx.Linear(F, D, rngs=nnx.Rngs(1)))

@@ -80,7 +80,7 @@ def test_three_phases():
             "reads the state of the optimizer 'adalora', and .* 'adam'",
         ),
         ((Phase("lora", 1.0, "svfit"),), {}, "the action 'svfit' makes gates, and the method has none"),
-        ((Phase("lora", 1.0),), {"gate": "twos"}, "unknown gate 'twos'; known: ones, normal, zeros"),
+        ((Phase("lora", 1.0),), {"gate": "twos"}, "unknown gate 'twos'; known: ones, normal, uniform, zeros"),
         ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
 )

@@ -60,6 +60,18 @@ def test_the_threshold_rises_from_zero_in_seven_equal_stages():
     np.testing.assert_allclose(taken, np.repeat(np.linspace(0, 7e-4, 7), 2), atol=2e-7)
 
 
+def test_the_threshold_of_codyra_is_zero_for_half_of_the_steps_and_rises_then():
+    row, gate = UPDATES["soft_threshold_late"], jnp.array([[1.0, -1.0, 0.002, -0.002, 0.0, 0.5]])
+    found = {}
+    for progress in (0.25, 0.5, 0.75, 1.0):
+        after = AfterUpdate(jnp.asarray(row.strength), jnp.asarray(progress), jnp.asarray(1e-3))
+        found[progress] = np.asarray(row.proximal({"layer": {"gate": gate}}, after)["layer"]["gate"])
+    for progress, threshold in {0.25: 0.0, 0.5: 0.0, 0.75: 0.0025, 1.0: 0.005}.items():
+        expected = np.sign(gate) * np.maximum(np.abs(gate) - threshold, 0)
+        np.testing.assert_allclose(found[progress], expected, atol=1e-7)
+    assert np.count_nonzero(found[1.0]) == 3
+
+
 def test_the_draw_has_the_rates_of_leaves_and_the_strength():
     options = dict(accumulation=1)
     draws = {
