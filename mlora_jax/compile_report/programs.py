@@ -189,7 +189,7 @@ class Programs:
         )
         base, profile = self.weights(self.model.base), self.weights(self.model.profile)
         arguments = base, profile, self.state(trials), rows, draw, schedule, keys
-        return step.compile(*arguments, proximal=phases.shape(trial)[0].proximal)
+        return step.compile(*arguments, rule=phases.shape(trial)[0].rule)
 
     def prefill(self, batch: int) -> jax.stages.Compiled:
         """Compiles the prefill of prompts as long as the longest training row, into a cache with room for answers.

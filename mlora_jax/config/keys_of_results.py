@@ -14,6 +14,7 @@ DEFAULT_READOUTS = {
     "lora_plus": ("prefix", "squeeze"),
     "scaled_adam": ("prefix", "squeeze"),
     "lora_rite": ("prefix", "squeeze"),
+    "maestro": ("prefix", "squeeze"),
     "lora_squeeze": ("prefix", "squeeze"),
     "lora_squeeze_annealed": ("prefix", "squeeze"),
     # A prefix of these would take directions out of W and leave out what was learned of them.

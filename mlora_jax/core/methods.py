@@ -196,6 +196,7 @@ FIELD: dict[str, Method] = {
     "olora": _lora("OLoRA, arXiv 2406.01775, of rank R/2", start="olora", update="lower_half"),
     "svfit": _lora("SVFit, arXiv 2409.05926, of rank R/2", start="svfit", update="lower_half_gates", gate="ones"),
     "eva": _lora("EVA, arXiv 2410.07170, of rank R/2 in the mean over layers", start="eva"),
+    "maestro": _lora("Maestro, arXiv 2308.14929", update="ordered_dropout"),
     "adalora": _lora(
         "AdaLoRA, arXiv 2303.10512, whose budget falls to 2/3 of the components",
         start="small_normal",

@@ -80,6 +80,17 @@ def along_rank(name: str, vector: Any) -> Any:
     return vector[(..., *(None,) * behind)] if behind else vector
 
 
+def along_rank_of_layers(name: str, vectors: Any) -> Any:
+    """Returns vectors [..., R], one for each matrix of a stack, in the shape in which they broadcast to a leaf.
+
+    >>> along_rank_of_layers("a", jax.numpy.ones((2, 3))).shape, along_rank_of_layers("b", jax.numpy.ones((2, 3))).shape
+    ((2, 1, 3), (2, 3, 1))
+    """
+    if name not in FACTORS:
+        return vectors
+    return vectors[..., None, :] if RANK_AXES[name] == -1 else vectors[..., None]
+
+
 def by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, Any]]:
     """Returns a dictionary: the names along a layer's path -> {name of a leaf: leaf}."""
     grouped: dict[tuple[str, ...], dict[str, Any]] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 Tree = Any
 
 
@@ -52,3 +54,17 @@ class AfterUpdate(NamedTuple):
     progress: Any
     learning_rate: Any
     optimizer: Any = None
+
+
+class StepRule(NamedTuple):
+    """The functions of an update rule that are a part of the compiled training step.
+
+    Attributes:
+      proximal: (adapter, `AfterUpdate`) -> adapter, applied after the update; None if there is none.
+      perturb: (adapter, key) -> adapter, applied inside the loss: the gradient is taken through it, and what is trained
+        is its argument. The key is another one at each step, and the same for all examples of a step. None if there is
+        none.
+    """
+
+    proximal: Callable[[Tree, AfterUpdate], Tree] | None = None
+    perturb: Callable[[Tree, jax.Array], Tree] | None = None

@@ -16,9 +16,10 @@ import numpy as np
 
 from mlora_jax.core.adalora import keep_budget
 from mlora_jax.core.hierarchy import RankHierarchy
+from mlora_jax.core.ordered_dropout import shrink_tails, truncate_one_layer
 from mlora_jax.core.rank_axes import ADAPTER_LEAVES, GATE, leaf_name
 from mlora_jax.core.rows import find_row
-from mlora_jax.core.transforms import AfterUpdate
+from mlora_jax.core.transforms import AfterUpdate, StepRule
 
 Tree = Any
 
@@ -34,6 +35,8 @@ class Update:
       leaf_rates: pairs of a leaf's name, a key of `mlora_jax.core.rank_axes.RANK_AXES`, and a factor on the update of
         all leaves of this name; 0 freezes them. Leaves that are not named have the factor 1.
       proximal: (adapter, `AfterUpdate`) -> adapter, the proximal step after the update; None if there is none.
+      perturb: (adapter, key) -> adapter, a random change of the adapter inside the loss, see `StepRule`; None if there
+        is none.
       strength: a number for the proximal step, such as a threshold.
       needs_gate: true if the rule acts on gates, which the method must then have.
       needs_optimizer: the optimizer whose state the proximal step reads, a key of
@@ -44,9 +47,15 @@ class Update:
     column_rates: Callable[[RankHierarchy], jax.Array] = lambda hierarchy: jnp.ones(hierarchy.max_rank)
     leaf_rates: tuple[tuple[str, float], ...] = ()
     proximal: Callable[[Tree, AfterUpdate], Tree] | None = None
+    perturb: Callable[[Tree, jax.Array], Tree] | None = None
     strength: float = 0.0
     needs_gate: bool = False
     needs_optimizer: str = ""
+
+    @property
+    def rule(self) -> StepRule:
+        """The functions of this rule that are compiled into the training step."""
+        return StepRule(self.proximal, self.perturb)
 
     def all_leaf_rates(self) -> dict[str, float]:
         """Returns the factor of every kind of leaf of an adapter."""
@@ -138,6 +147,12 @@ UPDATES: dict[str, Update] = {
         proximal=keep_budget,
         needs_gate=True,
         needs_optimizer="adalora",
+    ),
+    "ordered_dropout": Update(
+        summary="a random layer is cut to a random rank at each step, and a group lasso shrinks tails, as in Maestro",
+        perturb=truncate_one_layer,
+        proximal=shrink_tails,
+        strength=1e-3,
     ),
     "soft_threshold": Update(
         summary="every gate comes nearer to zero by 3e-4, as in SoRA",

@@ -118,6 +118,8 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
         Rival("scaled_adam", "squeeze"),
         Rival("lora_rite", "squeeze"),
         Rival("lora", "squeeze_randomized"),
+        Rival("maestro"),
+        Rival("maestro", "squeeze"),
         Rival("lora_squeeze"),
         Rival("lora_squeeze_annealed"),
         Rival("pissa", "squeeze"),

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from mlora_jax.config import further_methods
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import Action, Draw, Method, RankHierarchy, get_action, get_method
+from mlora_jax.core.transforms import StepRule
 from mlora_jax.training.draws import DrawnBy, compile_draws
 from mlora_jax.training.step import Schedule
 from mlora_jax.training.trial_trees import TrialKeys
-from mlora_jax.training.trials_step import Proximal
 from mlora_jax.trials import Trial
 
 
@@ -43,7 +43,7 @@ class PhaseShape(NamedTuple):
       profiles: N, the number of profiles per step, which is the cost of a step in LoRA steps.
       per_example: whether every example has a profile of its own.
       start: the action before the phase; empty for the first phase, before which every trial is handled alone.
-      proximal: the proximal step of the update rule, or None.
+      rule: the functions of the update rule that are compiled.
       schedule: the period over which the learning rate of the method decays, one of `SCHEDULES`.
     """
 
@@ -51,7 +51,7 @@ class PhaseShape(NamedTuple):
     profiles: int
     per_example: bool
     start: str
-    proximal: Proximal | None
+    rule: StepRule
     schedule: str
 
 
@@ -117,7 +117,7 @@ class TrialPhases:
                 profiles=policy.count(self.hierarchy(trial, at)),
                 per_example=policy.every == "example",
                 start=phase.start if at else "",
-                proximal=update.proximal,
+                rule=update.rule,
                 schedule=method.schedule,
             )
             shapes.append(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -14,9 +14,10 @@ from mlora_jax.adapters import set_dropout_key, set_profile
 from mlora_jax.core.optimizers import get_optimizer
 from mlora_jax.core.policies import Draw
 from mlora_jax.core.product import scale_leaves, scale_ranks
-from mlora_jax.core.transforms import AfterUpdate, Numbers, Transform
+from mlora_jax.core.transforms import AfterUpdate, Numbers, StepRule, Transform
 from mlora_jax.training.objective import AnswerBatch, answer_loss
 
+PERTURB = 2**31 - 1  # the number by which the key of a perturbation differs from those of dropout
 SHARDS = "shards"  # the name of the axis over shards of the rows
 
 
@@ -162,7 +163,7 @@ def train_step(
     schedule: Schedule,
     dropout_key: jax.Array,
     *,
-    proximal: Callable[[Any, AfterUpdate], Any] | None = None,
+    rule: StepRule = StepRule(),  # noqa: B008 - it is immutable
     sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
     """Takes one optimizer step on packed rows with N profiles each.
@@ -187,7 +188,7 @@ def train_step(
         example has its own.
       schedule: the learning rate and the lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
-      proximal: the function that is applied to the adapter after the update, `mlora_jax.core.Update.proximal`.
+      rule: the functions of the phase's update rule, `mlora_jax.core.Update.rule`.
       sharded: whether the step is mapped over shards of the examples by an axis named `SHARDS`. Gradients are summed
         over this axis once, after all rows, and the result is the same in every shard.
 
@@ -199,9 +200,11 @@ def train_step(
     answers = jnp.maximum(total(jnp.sum(rows.weights)), 1.0)
     count = draw.profiles.shape[1]
     key = jax.random.fold_in(dropout_key, state.step)
+    perturb = None if rule.perturb is None else functools.partial(rule.perturb, key=jax.random.fold_in(key, PERTURB))
     key = jax.random.fold_in(key, jax.lax.axis_index(SHARDS)) if sharded else key
 
     def loss_under(adapter, part: PackedRows, found, p, weight, key):
+        adapter = adapter if perturb is None else perturb(adapter)
         p, per_token = _profiles_of(p, part.examples, micro_batch, per_example=draw.per_example)
         values = set_dropout_key(set_profile(profile, p, per_example=per_token), key)
         batch = AnswerBatch(tokens=part.tokens, positions=part.positions, targets=part.targets, weights=part.weights)
@@ -237,10 +240,10 @@ def train_step(
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.column_rates))
     updates = updates if draw.leaf_rates is None else scale_leaves(updates, draw.leaf_rates)
     adapter = optax.apply_updates(state.adapter, updates)
-    if proximal is not None:
+    if rule.proximal is not None:
         progress = (state.step + 1) / jnp.maximum(jnp.asarray(schedule.total_steps, float), 1.0)
         strength = 0.0 if draw.strength is None else draw.strength
-        adapter = proximal(adapter, AfterUpdate(strength, jnp.minimum(progress, 1.0), rate, optimizer_state))
+        adapter = rule.proximal(adapter, AfterUpdate(strength, jnp.minimum(progress, 1.0), rate, optimizer_state))
     norm = optax.tree.norm(gradient)
     # The adapter is checked too, because no later step would notice that the last update broke it.
     whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])

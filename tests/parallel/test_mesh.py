@@ -285,7 +285,7 @@ def test_gates_updates_and_starts_from_data_train_the_same_on_a_mesh(quickstart_
     methods = {
         "gated": (("lora", 0.5), ("per_example", 0.5, "none", "soft_threshold"), "gate"),
         "by_inputs": (("lora", 0.5), ("per_example", 0.5, "squeeze_inputs", "first_column_3")),
-        "rite": (("lora", 1.0, "", "lora_plus"), "lora_rite_blocks"),
+        "rite": (("lora", 1.0, "", "ordered_dropout"), "lora_rite_blocks"),
     }
     trials = quickstart_config["trials"] | {"method": tuple(methods), "seed": (1, 2)}
     config = {**quickstart_config, "methods": methods, "trials": trials}

@@ -247,7 +247,7 @@ def test_the_soft_threshold_follows_the_update_of_the_gates():
     optimizer, row = make_optimizer(**ADAMW), UPDATES["soft_threshold_rising"]
     state = init_state(adapter, optimizer)  # B is zero, and so is the gradient of a gate
     gates = [np.asarray(by_parent(state.adapter)["layers", "mlp", "up_proj"]["gate"])]
-    step = compile_step(graphdef, optimizer, chunk=8, proximal=row.proximal)
+    step = compile_step(graphdef, optimizer, chunk=8, rule=row.rule)
     draw = draw_step(get_policy("lora"), HIERARCHY, jax.random.key(0), 0, accumulation=1, update=row)
     draw = dataclasses.replace(draw, column_rates=jnp.zeros(6), strength=jnp.asarray(0.6))
     for number in range(7):
