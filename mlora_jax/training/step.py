@@ -200,11 +200,11 @@ def train_step(
     answers = jnp.maximum(total(jnp.sum(rows.weights)), 1.0)
     count = draw.profiles.shape[1]
     key = jax.random.fold_in(dropout_key, state.step)
-    perturb = None if rule.perturb is None else functools.partial(rule.perturb, key=jax.random.fold_in(key, PERTURB))
+    perturbing_key = jax.random.fold_in(key, PERTURB)  # the same in all shards
     key = jax.random.fold_in(key, jax.lax.axis_index(SHARDS)) if sharded else key
 
     def loss_under(adapter, part: PackedRows, found, p, weight, key):
-        adapter = adapter if perturb is None else perturb(adapter)
+        adapter = adapter if rule.perturb is None else rule.perturb(adapter, perturbing_key)
         p, per_token = _profiles_of(p, part.examples, micro_batch, per_example=draw.per_example)
         values = set_dropout_key(set_profile(profile, p, per_example=per_token), key)
         batch = AnswerBatch(tokens=part.tokens, positions=part.positions, targets=part.targets, weights=part.weights)
