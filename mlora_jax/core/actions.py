@@ -20,7 +20,7 @@ from mlora_jax.core.importance import order_components
 from mlora_jax.core.kernel_starts import olora_start, pissa_start, svfit_start
 from mlora_jax.core.product import initialize_factors, initialize_gate, path_hash
 from mlora_jax.core.randomized import squeeze_randomized
-from mlora_jax.core.rank_axes import FACTORS, GATE, adapter_rank, by_parent, leading_axes, path_names
+from mlora_jax.core.rank_axes import FACTORS, GATE, A, B, adapter_rank, by_parent, leading_axes, path_names
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.squeeze import profile_like, squeeze_factors
 
@@ -35,7 +35,7 @@ MOMENTS = ("kept", "reset", "mapped")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("adapter", "trained_profile", "key", "needed"),
-    meta_fields=("init", "gate"),
+    meta_fields=("init", "gate_start"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActionInput:
@@ -47,7 +47,7 @@ class ActionInput:
       key: a `jax.random.key`, or [K] of them.
       needed: a dictionary: the name of every need of the action -> the value that was collected for it.
       init: a key of `INITIALIZERS`, from which fresh columns are drawn.
-      gate: a key of `GATE_INITIALIZERS`, from which a fresh adapter's gates are drawn.
+      gate_start: a key of `GATE_INITIALIZERS`, from which a fresh adapter's gates are drawn.
     """
 
     adapter: Tree
@@ -55,7 +55,7 @@ class ActionInput:
     key: jax.Array
     needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     init: str = "fan_rank"
-    gate: str = "ones"
+    gate_start: str = "ones"
 
 
 class ActionOutput(NamedTuple):
@@ -117,7 +117,7 @@ def _fresh(given: ActionInput, *, init: str) -> ActionOutput:
         drawn[parent] = dict(zip(FACTORS, fresh, strict=True))
         if GATE in leaves:
             shape, dtype = leaves[GATE].shape, leaves[GATE].dtype
-            drawn[parent][GATE] = initialize_gate(key, shape, init=given.gate, dtype=dtype)
+            drawn[parent][GATE] = initialize_gate(key, shape, init=given.gate_start, dtype=dtype)
 
     return ActionOutput(_with_leaves(given.adapter, drawn))
 
@@ -133,7 +133,7 @@ def _small_normal(given: ActionInput) -> ActionOutput:
         }
         if GATE in leaves:
             drawn[parent][GATE] = initialize_gate(
-                keys[0], leaves[GATE].shape, init=given.gate, dtype=leaves[GATE].dtype
+                keys[0], leaves[GATE].shape, init=given.gate_start, dtype=leaves[GATE].dtype
             )
     return ActionOutput(_with_leaves(given.adapter, drawn))
 
@@ -174,7 +174,7 @@ def _eva(given: ActionInput) -> ActionOutput:
     grams = {parent: leaves["gram"] for parent, leaves in by_parent(given.needed["input_statistics"]).items()}
     found = eva_columns({parent: grams[parent] for parent in layers}, adapter_rank(given.adapter))
     made = {
-        parent: {"a": found[parent].astype(leaves["a"].dtype), "b": jnp.zeros_like(leaves["b"])}
+        parent: {A: found[parent].astype(leaves[A].dtype), B: jnp.zeros_like(leaves[B])}
         for parent, leaves in layers.items()
     }
     return ActionOutput(_with_leaves(given.adapter, made))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.core.product import wide_dtype
-from mlora_jax.core.rank_axes import FACTORS, GATE, RANK_AXES, by_parent, leading_axes, leaf_name, path_names
+from mlora_jax.core.rank_axes import FACTORS, GATE, RANK_AXES, A, by_parent, leading_axes, leaf_name, path_names
 from mlora_jax.core.transforms import AfterUpdate, Numbers, Transform
 
 Tree = Any
@@ -71,7 +71,7 @@ def _distance(adapter: Tree) -> jax.Array:
     total, count = jnp.zeros((), float), 0
     for leaves in by_parent(adapter).values():
         for name in FACTORS:
-            tall = leaves[name] if name == "a" else jnp.swapaxes(leaves[name], -1, -2)
+            tall = leaves[name] if name == A else jnp.swapaxes(leaves[name], -1, -2)
             tall = tall.astype(wide_dtype(tall.dtype))
             gram = jnp.matmul(jnp.swapaxes(tall, -1, -2), tall, precision="highest")
             away = gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core.product import factors_and_scales, wide_dtype
-from mlora_jax.core.rank_axes import FACTORS, by_parent, path_names
+from mlora_jax.core.rank_axes import FACTORS, GATE, A, B, by_parent, path_names
 
 Tree = Any
 
@@ -51,8 +51,8 @@ def order_components(adapter: Tree, profile: Tree) -> tuple[Tree, dict[str, jax.
         order = jnp.argsort(-norms, axis=-1, stable=True)
         scaled = b.astype(norms.dtype) * scales.astype(norms.dtype)[..., None]
         made[parent] = {
-            "a": jnp.take_along_axis(a, order[..., None, :], axis=-1),
-            "b": jnp.take_along_axis(scaled, order[..., :, None], axis=-2),
+            A: jnp.take_along_axis(a, order[..., None, :], axis=-1),
+            B: jnp.take_along_axis(scaled, order[..., :, None], axis=-2),
         }
         sorted_norms[".".join(parent)] = jnp.take_along_axis(norms, order, axis=-1)
 
@@ -110,8 +110,8 @@ def used_ranks(adapter: Tree) -> dict[str, tuple[int, ...]]:
     for parent, leaves in by_parent(adapter).items():
         a, b = (np.asarray(leaves[name]) for name in FACTORS)
         alive = np.any(a != 0, axis=-2) & np.any(b != 0, axis=-1)
-        if "gate" in leaves:
-            alive &= np.asarray(leaves["gate"]) != 0
+        if GATE in leaves:
+            alive &= np.asarray(leaves[GATE]) != 0
         counts = np.atleast_1d(alive.sum(axis=-1)).ravel()
         found[".".join(parent)] = tuple(counts.tolist())
     return found

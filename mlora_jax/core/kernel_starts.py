@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mlora_jax.core.product import wide_dtype
+from mlora_jax.core.rank_axes import GATE, A, B
 
 
 def _one_by_one(factorise, kernels: jax.Array):
@@ -59,7 +60,7 @@ def _taken_out(a: jax.Array, b: jax.Array, p: jax.Array) -> dict[str, jax.Array]
     half, rank = a.shape[-1], p.shape[-1]
     ratio = jnp.broadcast_to((p[:half] / p[half : 2 * half]).astype(b.dtype)[:, None], b.shape)
     pair_a, pair_b = jnp.concatenate([a, a], axis=-1), jnp.concatenate([b, -b * ratio], axis=-2)
-    return {"a": _filled(pair_a, rank, a.ndim - 1), "b": _filled(pair_b, rank, b.ndim - 2)}
+    return {A: _filled(pair_a, rank, a.ndim - 1), B: _filled(pair_b, rank, b.ndim - 2)}
 
 
 def pissa_start(kernel: jax.Array, p: jax.Array) -> dict[str, jax.Array]:
@@ -118,4 +119,4 @@ def svfit_start(kernel: jax.Array, p: jax.Array) -> dict[str, jax.Array]:
     u, s, vt = _one_by_one(_svd, kernel.astype(wide_dtype(kernel.dtype)))
     made = _taken_out(u[..., :half], vt[..., :half, :], p)
     values = jnp.concatenate([_over(s[..., :half], p)] * 2, axis=-1)
-    return {**made, "gate": _filled(values, p.shape[-1], values.ndim - 1)}
+    return {**made, GATE: _filled(values, p.shape[-1], values.ndim - 1)}

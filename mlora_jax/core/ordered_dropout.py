@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mlora_jax.core.rank_axes import (
     FACTORS,
+    B,
     adapter_rank,
     along_rank_of_layers,
     by_parent,
@@ -96,6 +97,6 @@ def shrink_tails(adapter: Tree, after: AfterUpdate) -> Tree:
 
 def _tail_norms(name: str, leaf: jax.Array) -> jax.Array:
     """Returns the norms [..., R] of the columns of A, or the rows of B, from each one to the last."""
-    beside = -1 if name == "b" else -2
+    beside = -1 if name == B else -2
     squares = jnp.sum(jnp.square(leaf), axis=beside)
     return jnp.sqrt(jnp.flip(jnp.cumsum(jnp.flip(squares, axis=-1), axis=-1), axis=-1))

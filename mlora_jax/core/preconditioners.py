@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlora_jax.core.product import wide_dtype
-from mlora_jax.core.rank_axes import FACTORS, by_parent, path_names
+from mlora_jax.core.rank_axes import FACTORS, A, by_parent, path_names
 from mlora_jax.core.transforms import Numbers, Transform
 
 Tree = Any
@@ -65,7 +65,7 @@ def _product(*matrices: jax.Array) -> jax.Array:
 def _tall(name: str, leaf: jax.Array) -> jax.Array:
     """Returns a factor, or its gradient, with the rank axis last: A [..., D, R] or B^T [..., F, R], in a wide dtype."""
     leaf = leaf.astype(wide_dtype(leaf.dtype))
-    return leaf if name == "a" else jnp.swapaxes(leaf, -1, -2)
+    return leaf if name == A else jnp.swapaxes(leaf, -1, -2)
 
 
 def _gram(tall: jax.Array, mask: np.ndarray) -> jax.Array:

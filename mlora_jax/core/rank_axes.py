@@ -18,7 +18,8 @@ Tree = Any
 
 RANK_AXES: Mapping[str, int] = {"a": -1, "b": -2, "gate": -1, "p": -1}
 
-FACTORS = ("a", "b")  # the matrices A and B, which every adapted layer has; the other leaves are vectors
+A, B = "a", "b"  # the names of the factors A [..., D, R] and B [..., R, F]
+FACTORS = (A, B)  # the matrices A and B, which every adapted layer has; the other leaves are vectors
 GATE = "gate"  # a trained vector that multiplies the profile; not every adapter has one
 PROFILE = "p"  # a leaf of the profile tree, and not of the adapter
 ADAPTER_LEAVES = tuple(name for name in RANK_AXES if name != PROFILE)

@@ -17,7 +17,7 @@ import numpy as np
 from mlora_jax.core.adalora import keep_budget
 from mlora_jax.core.hierarchy import RankHierarchy
 from mlora_jax.core.ordered_dropout import shrink_tails, truncate_one_layer
-from mlora_jax.core.rank_axes import ADAPTER_LEAVES, GATE, leaf_name
+from mlora_jax.core.rank_axes import ADAPTER_LEAVES, GATE, A, B, leaf_name
 from mlora_jax.core.rows import find_row
 from mlora_jax.core.transforms import AfterUpdate, StepRule
 
@@ -135,13 +135,13 @@ UPDATES: dict[str, Update] = {
     "lower_half_gates": Update(
         summary="only the gates of the columns up to R/2 move",
         column_rates=_lower_half,
-        leaf_rates=(("a", 0.0), ("b", 0.0)),
+        leaf_rates=((A, 0.0), (B, 0.0)),
         needs_gate=True,
     ),
     "first_column_3": Update(
         summary="the update of the first column three times", column_rates=functools.partial(_first_faster, rate=3.0)
     ),
-    "lora_plus": Update(summary="B has 16 times the learning rate of A, as in LoRA+", leaf_rates=(("b", 16.0),)),
+    "lora_plus": Update(summary="B has 16 times the learning rate of A, as in LoRA+", leaf_rates=((B, 16.0),)),
     "budget": Update(
         summary="the gates of all but the most important components are zero; the budget falls to 2/3, as in AdaLoRA",
         proximal=keep_budget,

@@ -50,7 +50,7 @@ def first_adapter(experiment: Experiment, trial: Trial, key: jax.Array) -> Any:
     needed = collect(action.needs, experiment, trial, template, p, key=key)
     init = experiment.config.adapter.init
     gate = experiment.phases.method(trial).gate_start
-    given = ActionInput(adapter=template, trained_profile=p, key=key, needed=needed, init=init, gate=gate)
+    given = ActionInput(adapter=template, trained_profile=p, key=key, needed=needed, init=init, gate_start=gate)
     return run_action(action, given).adapter
 
 

@@ -45,7 +45,7 @@ def test_a_fresh_adapter_is_the_one_that_adapt_draws(init, gate):
         split(adapt(model, R, (".*",), key=each, init=init, gate=gate))[2] for each in (jax.random.key(0), key)
     )
     start = gate if isinstance(gate, str) else "ones"
-    given = ActionInput(adapter=template, trained_profile=jnp.ones(R), key=key, gate=start)
+    given = ActionInput(adapter=template, trained_profile=jnp.ones(R), key=key, gate_start=start)
     jax.tree.map(np.testing.assert_array_equal, run_action(ACTIONS[init], given).adapter, expected)
     other = {"fan_rank": "fan_in", "fan_in": "fan_rank"}[init]
     made = jax.tree.leaves(run_action(ACTIONS[other], given).adapter)
