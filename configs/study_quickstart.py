@@ -25,7 +25,16 @@ def get_config() -> ConfigDict:
             "checkpoint": {"every": 0},
             "evaluation": {"batch_size": 128},
             "study": {
-                "groups": ("leading", "dearer", "variants", "separate", "weighted", "further", "matryoshka_all"),
+                "groups": (
+                    "leading",
+                    "dearer",
+                    "variants",
+                    "separate",
+                    "weighted",
+                    "further",
+                    "matryoshka_all",
+                    "field",
+                ),
                 "rank": 16,
                 "seeds": (42, 666, 2408, 7, 13),
             },

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
                     "weighted",
                     "further",
                     "matryoshka_all",
+                    "field",
                 ),
                 "rank": 32,
             },

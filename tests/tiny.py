@@ -12,18 +12,19 @@ from mlora_jax.adapters import adapt, split
 from mlora_jax.data.packing import RowShape, packed_arrays
 from mlora_jax.models import Decoder, DecoderConfig, save_decoder
 from mlora_jax.training.step import train_step
-from mlora_jax.training.trials_step import split_batch
+from mlora_jax.training.trials_step import NO_RULE, split_batch
 from tests.data.conftest import write_tokenizer
 
 
-def compile_step(graphdef, optimizer, *, chunk, widths=(16, 8), examples=8):
+def compile_step(graphdef, optimizer, *, chunk, widths=(16, 8), examples=8, rule=NO_RULE):
     """`train_step` of one trial on the batches of `pack_examples`; the state's buffers are reused."""
 
     @functools.partial(jax.jit, donate_argnums=2)
     def step(base, profile, state, batch, draw, schedule, key):
         micro_batch = examples // draw.profiles.shape[0]
         options = graphdef, optimizer, chunk, widths, micro_batch
-        return train_step(*options, base, profile, state, *split_batch(batch), draw, schedule, key)
+        arguments = base, profile, state, *split_batch(batch), draw, schedule, key
+        return train_step(*options, *arguments, rule=rule)
 
     return step
 

@@ -179,12 +179,14 @@ class AdaptedLinear(AdaptedLayer):
     Attributes:
       gram: an InputGram if `watch_inputs` was called, otherwise None.
       watches_inputs: if true, the gram is of the layer's inputs, and otherwise it is of the inputs of B.
+      watches_mean: if true, the inputs have a further feature that is 1, so that the gram has their sum and count.
       folds: true if `fold_where_cheaper` was called.
       trains_folded: whether a training step may multiply by the sum of kernel and adapter, `folded_product`.
     """
 
     gram: InputGram | None = None
     watches_inputs: bool = False
+    watches_mean: bool = False
     folds: bool = False
     trains_folded: bool = False
 
@@ -242,6 +244,9 @@ class AdaptedLinear(AdaptedLayer):
             counts = jnp.any(self.p[...] != 0, axis=-1)  # false for a token whose profile is zero
             counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
             hidden = x * counts.astype(x.dtype)  # [..., D]
+            if self.watches_mean:
+                ones = jnp.broadcast_to(counts.astype(x.dtype), (*x.shape[:-1], 1))
+                hidden = jnp.concatenate([hidden, ones], axis=-1)
         else:
             hidden = apply_profile(jnp.matmul(x, self.a[...].astype(x.dtype)), self._rank_scales())  # [..., R]
         hidden = hidden.reshape(-1, hidden.shape[-1]).astype(gram[...].dtype)

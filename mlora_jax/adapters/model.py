@@ -127,7 +127,7 @@ def fold_in_training(model: nnx.Module, *, on: bool = True) -> nnx.Module:
     return model
 
 
-def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
+def watch_inputs(model: nnx.Module, *, inputs: bool = False, mean: bool = False) -> nnx.Module:
     """Lets every adapted `nnx.Linear` add ``H^T H`` to an `InputGram` at each call; ``H = (x A) * p`` is B's input.
 
     `split(model, mutable=InputGram)` then returns a fifth tree, which `mlora_jax.core.squeeze` takes as its `grams`. A
@@ -136,6 +136,8 @@ def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
     Args:
       model: an adapted model. It is changed in place.
       inputs: if true, the gram is ``X^T X`` [..., D, D] of the layer's inputs, and otherwise ``H^T H`` [..., R, R].
+      mean: if true and `inputs` is, X has a further feature that is 1: the gram is [..., D + 1, D + 1], its last column
+        holds the sums of the inputs, and its last entry is the number of tokens.
 
     Returns:
       The same model.
@@ -143,8 +145,9 @@ def watch_inputs(model: nnx.Module, *, inputs: bool = False) -> nnx.Module:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, AdaptedLinear):
             *stack, features, rank = module.a.shape
-            size = features if inputs else rank
+            size = features + mean if inputs else rank
             module.gram, module.watches_inputs = InputGram(jnp.zeros((*stack, size, size), module.p.dtype)), inputs
+            module.watches_mean = inputs and mean
     return model
 
 

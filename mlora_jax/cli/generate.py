@@ -176,6 +176,11 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     reading = found.read(adapter, hierarchy, trained_profile(description, hierarchy))
     if not description.get("finite", True):
         logging.warning("training of the adapter in %s failed: it is the last finite one", folder)
+    if reading.norms is not None:
+        raise ValueError(
+            f"the read-out {READOUT.value!r} gives every layer a rank of its own, with which answers at several ranks "
+            "cannot be made at once; export the adapter at one rank, or take the read-out 'ordered'"
+        )
     generator = Generator(
         graphdef,
         base,
@@ -190,7 +195,7 @@ def _answer(folder: pathlib.Path, prompts: Sequence[str], ranks: Sequence[int]) 
     answers = generator.generate(
         reading.adapter,
         [encoded[number] for number, _ in asked],
-        np.stack([reading.profile(rank) for _, rank in asked]),
+        np.stack([reading.layer_profile(rank) for _, rank in asked]),
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,

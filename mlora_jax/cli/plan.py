@@ -85,7 +85,8 @@ def print_estimate(config: ConfigDict) -> None:
 
     found = estimate(config)
     parameters = ", ".join(
-        f"{count:,} (R = {form.rank}{', with gates' if form.gate else ''})"
+        f"{count:,} (R = {form.rank}{', with gates' if form.gate else ''}"
+        f"{'' if form.optimizer == 'adam' else f', {form.optimizer}'})"
         for form, count in found.adapter_parameters.items()
     )
     work = {

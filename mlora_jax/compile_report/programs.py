@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mlora_jax.adapters import adapt, split
 from mlora_jax.config_type import ConfigDict
+from mlora_jax.core import powers_of_two
 from mlora_jax.data.packing import RowShape
 from mlora_jax.evaluate.programs import GenerationPrograms, PromptRows, State
 from mlora_jax.models import Decoder, DecoderConfig
@@ -128,7 +129,10 @@ class Programs:
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the adapter."""
-        return make_optimizer(**{name: self.config.train[name] for name in OPTIMIZER})
+        form = TrialPhases(self.config, STEPS_OF_A_RUN).form(self._trial())
+        ranks = tuple(self.config.adapter.ranks) or powers_of_two(form.rank)
+        numbers = {name: self.config.train[name] for name in OPTIMIZER}
+        return make_optimizer(**numbers, kind=form.optimizer, ranks=ranks)
 
     @property
     def answers(self) -> int:
@@ -187,7 +191,7 @@ class Programs:
         )
         base, profile = self.weights(self.model.base), self.weights(self.model.profile)
         arguments = base, profile, self.state(trials), rows, draw, schedule, keys
-        return step.compile(*arguments, proximal=phases.shape(trial)[0].proximal)
+        return step.compile(*arguments, rule=phases.shape(trial)[0].rule)
 
     def prefill(self, batch: int) -> jax.stages.Compiled:
         """Compiles the prefill of prompts as long as the longest training row, into a cache with room for answers.

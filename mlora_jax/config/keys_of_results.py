@@ -7,7 +7,26 @@ from mlora_jax.config.tasks import harness_tasks
 from mlora_jax.core import METHODS, READOUTS
 
 # Method -> its default read-outs, for the methods whose default is not ("prefix",).
-DEFAULT_READOUTS = {"lora": ("prefix", "squeeze"), "matryoshka": ("prefix", "nested", "masked")}
+DEFAULT_READOUTS = {
+    "lora": ("prefix", "squeeze"),
+    "matryoshka": ("prefix", "nested", "masked"),
+    # The columns of these have no order of their own.
+    "lora_plus": ("prefix", "squeeze"),
+    "scaled_adam": ("prefix", "squeeze"),
+    "lora_rite": ("prefix", "squeeze"),
+    "maestro": ("prefix", "squeeze"),
+    "lora_squeeze": ("prefix", "squeeze"),
+    "lora_squeeze_annealed": ("prefix", "squeeze"),
+    # A prefix of these would take directions out of W and leave out what was learned of them.
+    "pissa": ("squeeze",),
+    "olora": ("squeeze",),
+    "svfit": ("squeeze",),
+    "eva": ("prefix", "squeeze", "ordered_global"),
+    "adalora": ("ordered", "ordered_global", "squeeze"),
+    "codyra": ("ordered", "ordered_global", "squeeze"),
+    "sora": ("ordered", "ordered_global", "squeeze"),
+    "sora_schedule": ("ordered", "ordered_global", "squeeze"),
+}
 
 REPORT = Group(
     doc="The tables and figures of a run.",

@@ -201,13 +201,16 @@ OWN_METHODS = Group(
     doc="Methods of your own, besides those of mlora_jax.core.METHODS. A begun run may add some, but not change them.",
     names=Key(
         default=(),
-        form="phases like (('lora', 0.7), ('per_example', 0.3)), and perhaps 'rotate', 'restart' or 'gate'",
+        form="phases like (('lora', 0.7), ('per_example', 0.3)), and perhaps 'rotate', 'restart', 'gate', "
+        "'normal_gate' or the name of an optimizer",
         doc="The key is the method's name, and its value holds the phases in order. A phase is a policy, its "
         "share of the steps and, if wanted, the action that it starts with and its update rule (keys of "
         "mlora_jax.core.ACTIONS and mlora_jax.core.UPDATES). A later phase that names no action starts "
         'with "squeeze", which starts the optimizer\'s moments anew; "none" starts it without an action. '
         'Words may follow the phases: "rotate" takes the moments through the squeeze, "restart" lets the '
-        'learning rate fall to zero in every phase, and "gate" trains a gate in every layer. The warm-up '
-        "comes only once, at the start.",
+        'learning rate fall to zero in every phase, and "gate" trains a gate in every layer, which starts at ones; '
+        '"NAME_gate" starts it by the row NAME of mlora_jax.core.GATE_INITIALIZERS. A key of '
+        "mlora_jax.core.optimizers.OPTIMIZERS takes this optimizer in the place of Adam. The warm-up comes only once, "
+        "at the start.",
     ),
 )

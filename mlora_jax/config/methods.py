@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlora_jax.config_type import ConfigDict
-from mlora_jax.core import METHODS, Method, Phase, get_method
+from mlora_jax.core import GATE_INITIALIZERS, METHODS, Method, Phase, get_method
+from mlora_jax.core.optimizers import OPTIMIZERS
 
 # Words behind the phases of a method, and what they stand for. "reset" says what holds without it; run folders have it.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
@@ -16,6 +17,8 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "rotate": {"start": "squeeze_rotated"},
     "restart": {"schedule": "phase"},
     "gate": {"gate": True},
+    **{f"{name}_gate": {"gate": name} for name in GATE_INITIALIZERS},
+    **{name: {"optimizer": name} for name in OPTIMIZERS},
 }
 
 
@@ -81,6 +84,7 @@ def _summary(phases: Sequence[Phase], options: Mapping[str, Any]) -> str:
         parts.append(f"{before}{phase.policy} for {phase.fraction:.0%} of the steps{behind}")
     notes = ["gated"] if options.get("gate") else []
     notes += ["the learning rate starts anew in every phase"] if options.get("schedule") == "phase" else []
+    notes += [f"trained by {options['optimizer']}"] if "optimizer" in options else []
     return "; ".join([", ".join(parts), *notes])
 
 

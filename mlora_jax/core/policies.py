@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from mlora_jax.core.updates import UPDATES, Update
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("profiles", "update_mask", "column_rates", "loss_weights"),
+    data_fields=("profiles", "update_mask", "column_rates", "loss_weights", "leaf_rates", "strength"),
     meta_fields=("per_example",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Draw:
       update_mask: [R], 1 if column i of A and row i of B have a gradient, else 0.
       column_rates: [R], a factor on Adam's update of column i of A and row i of B; it is 0 where `update_mask` is 0.
       loss_weights: [N], the weight of each profile's loss in the loss of the step; they sum to 1.
+      leaf_rates: a dictionary: name of a leaf -> scalar, a factor on Adam's update of these leaves; None means 1.
+      strength: scalar, the number for the proximal step of the update rule; None if there is none.
       per_example: if true, every example has a profile of its own and E is the number of examples; otherwise E is 1.
         It is static, so a compiled step never guesses it from a shape.
     """
@@ -45,6 +47,8 @@ class Draw:
     update_mask: jax.Array
     column_rates: jax.Array
     loss_weights: jax.Array
+    leaf_rates: Mapping[str, jax.Array] | None = None
+    strength: jax.Array | None = None
     per_example: bool = False
 
 
@@ -199,11 +203,11 @@ def draw_step(
       step: the number of the step, an int32 scalar that may be traced.
       accumulation: M, the number of micro-batches in the step.
       examples: B, the number of examples in a micro-batch; only a policy that draws for every example needs it.
-      update: a row of `UPDATES`; the draw has the rates of columns of this rule.
+      update: a row of `UPDATES`; the draw has the rates and the strength of this rule.
 
     Returns:
-      Draw with profiles [M, N, E, R], update_mask [R], column_rates [R] and loss_weights [N]; E is B for a policy that
-      draws for every example, else 1.
+      Draw with profiles [M, N, E, R], update_mask [R], column_rates [R], loss_weights [N], the scalars of leaf_rates
+      and strength; E is B for a policy that draws for every example, else 1.
 
     >>> hierarchy = RankHierarchy((1, 2))
     >>> draw_step(get_policy("matryoshka_exact"), hierarchy, jax.random.key(0), 0, accumulation=3).profiles.shape
@@ -212,8 +216,13 @@ def draw_step(
     (3, 1, 4, 2)
     """
     draw = _draw_profiles(policy, hierarchy, jax.random.fold_in(key, step), accumulation, examples)
-    rates = update.column_rates(hierarchy).astype(draw.update_mask.dtype)
-    return dataclasses.replace(draw, column_rates=draw.update_mask * rates)
+    dtype = draw.update_mask.dtype
+    return dataclasses.replace(
+        draw,
+        column_rates=draw.update_mask * update.column_rates(hierarchy).astype(dtype),
+        leaf_rates={name: jnp.asarray(rate, dtype) for name, rate in update.all_leaf_rates().items()},
+        strength=jnp.asarray(update.strength, dtype),
+    )
 
 
 def _draw_profiles(policy: Policy, hierarchy: RankHierarchy, key: jax.Array, accumulation: int, examples: int) -> Draw:

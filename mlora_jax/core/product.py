@@ -48,10 +48,13 @@ INITIALIZERS: dict[str, Callable[[int, int], float]] = {
     "fan_in": lambda features_in, rank: 1.0 / math.sqrt(features_in),
 }
 
-# (key, shape, dtype) -> the initial gate [..., R]. "normal" is the start of SoRA (arXiv 2311.11696).
+# (key, shape, dtype) -> the initial gate [..., R]. "normal" is the start of SoRA (arXiv 2311.11696), "uniform" that of
+# CoDyRA (arXiv 2412.01004), and "zeros" that of AdaLoRA (arXiv 2303.10512).
 GATE_INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], Any], jax.Array]] = {
     "ones": lambda key, shape, dtype: jnp.ones(shape, dtype),
     "normal": jax.random.normal,
+    "uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, minval=0.1, maxval=1.0),
+    "zeros": lambda key, shape, dtype: jnp.zeros(shape, dtype),
 }
 
 
@@ -291,6 +294,13 @@ def scale_ranks(adapter: Tree, factor: jax.Array) -> Tree:
         return leaf * jnp.broadcast_to(along_rank(leaf_name(path), factor), leaf.shape).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(scale, adapter)
+
+
+def scale_leaves(adapter: Tree, factors: Mapping[str, Any]) -> Tree:
+    """Multiplies every leaf of an adapter by the factor that a dictionary has under the leaf's name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * jnp.asarray(factors[leaf_name(path)], leaf.dtype), adapter
+    )
 
 
 def fold(base: Tree, adapter: Tree, profile: Tree) -> Tree:

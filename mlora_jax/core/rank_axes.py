@@ -18,7 +18,8 @@ Tree = Any
 
 RANK_AXES: Mapping[str, int] = {"a": -1, "b": -2, "gate": -1, "p": -1}
 
-FACTORS = ("a", "b")  # the matrices A and B, which every adapted layer has; the other leaves are vectors
+A, B = "a", "b"  # the names of the factors A [..., D, R] and B [..., R, F]
+FACTORS = (A, B)  # the matrices A and B, which every adapted layer has; the other leaves are vectors
 GATE = "gate"  # a trained vector that multiplies the profile; not every adapter has one
 PROFILE = "p"  # a leaf of the profile tree, and not of the adapter
 ADAPTER_LEAVES = tuple(name for name in RANK_AXES if name != PROFILE)
@@ -78,6 +79,17 @@ def along_rank(name: str, vector: Any) -> Any:
     """
     behind = -1 - RANK_AXES[name]
     return vector[(..., *(None,) * behind)] if behind else vector
+
+
+def along_rank_of_layers(name: str, vectors: Any) -> Any:
+    """Returns vectors [..., R], one for each matrix of a stack, in the shape in which they broadcast to a leaf.
+
+    >>> along_rank_of_layers("a", jax.numpy.ones((2, 3))).shape, along_rank_of_layers("b", jax.numpy.ones((2, 3))).shape
+    ((2, 1, 3), (2, 3, 1))
+    """
+    if name not in FACTORS:
+        return vectors
+    return vectors[..., None, :] if RANK_AXES[name] == -1 else vectors[..., None]
 
 
 def by_parent(tree: Tree) -> dict[tuple[str, ...], dict[str, Any]]:

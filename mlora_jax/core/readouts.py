@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlora_jax.core.actions import ActionInput, get_action, run_action
-from mlora_jax.core.hierarchy import RankHierarchy
+from mlora_jax.core.hierarchy import RankHierarchy, check_rank
+from mlora_jax.core.importance import layer_masks, spread_ranks
 from mlora_jax.core.rows import find_row
 
 Tree = Any
@@ -53,6 +56,21 @@ READOUTS: dict[str, ReadOut] = {
     ),
     "nested": ReadOut(summary="the training diagonal over the ranks of S up to r", profile=RankHierarchy.nested),
     "masked": ReadOut(summary="the training diagonal cut at r", profile=RankHierarchy.masked),
+    "squeeze_randomized": ReadOut(
+        summary="prefixes of a randomised SVD of the trained function",
+        action="squeeze_randomized",
+        label="{method} + randomised squeeze",
+    ),
+    "ordered": ReadOut(
+        summary="the r largest components of the trained function in every layer",
+        action="ordered",
+        label="{method} + ordered",
+    ),
+    "ordered_global": ReadOut(
+        summary="the largest components of the trained function, r per layer in the mean",
+        action="ordered_global",
+        label="{method} + ordered, globally",
+    ),
     "squeeze_inputs": ReadOut(
         summary="prefixes of the truncated SVD of the trained function's outputs on training data",
         action="squeeze_inputs",
@@ -74,15 +92,17 @@ class Reading(NamedTuple):
       hierarchy: the ranks, scales and weights of that adapter.
       name: the read-out of that adapter, a key of `READOUTS`. It is "prefix" if an action made the adapter.
       profiles: a dictionary: rank of S -> [R], if the action made profiles; otherwise None.
+      norms: `ActionOutput.norms`, if a rank is spread over the layers; otherwise None.
     """
 
     adapter: Tree
     hierarchy: RankHierarchy
     name: str
     profiles: Mapping[int, jax.Array] | None = None
+    norms: Mapping[str, np.ndarray] | None = None
 
-    def profile(self, rank: int) -> jax.Array:
-        """Returns the profile [R] for a rank. At rank 0, which is the base model, it is zero.
+    def layer_profile(self, rank: int) -> jax.Array:
+        """Returns the profile [R] of a layer that has the given rank. At rank 0 it is zero.
 
         Args:
           rank: an integer in 0..R; if the action made profiles, 0 or a rank of S.
@@ -94,8 +114,35 @@ class Reading(NamedTuple):
             return readout_profile(self.hierarchy, self.name, rank)
         return fitted_profile(self.profiles, rank)
 
-    def curve(self) -> dict[int, jax.Array]:
-        """Returns a dictionary: rank of S -> its profile [R]."""
+    def layer_ranks(self, rank: int) -> dict[str, np.ndarray] | None:
+        """Returns a dictionary: path -> ranks [...] of its layers, whose mean is `rank`; None where all are equal.
+
+        Raises:
+          ValueError: the rank is outside 0..R.
+        """
+        if self.norms is None:
+            return None
+        return spread_ranks(self.norms, check_rank(rank, "rank of a read-out", low=0, high=self.hierarchy.max_rank))
+
+    def profile(self, rank: int) -> jax.Array | dict[str, jax.Array]:
+        """Returns the profile for a rank as `mlora_jax.set_profile` takes it. At rank 0 it is the base model's.
+
+        It is an array [R], or a dictionary: pattern of a path -> [..., R] where ranks are spread over the layers.
+
+        Args:
+          rank: as in `layer_profile`; where ranks are spread, it is their mean.
+
+        Raises:
+          ValueError: the rank is outside 0..R, or no profile was fitted to it.
+        """
+        ranks = self.layer_ranks(rank)
+        if ranks is None:
+            return self.layer_profile(rank)
+        masks = layer_masks(ranks, self.hierarchy.max_rank)
+        return {re.escape(path): jnp.asarray(mask, float) for path, mask in masks.items()}
+
+    def curve(self) -> dict[int, Any]:
+        """Returns a dictionary: rank of S -> its profile, see `profile`."""
         return {rank: self.profile(rank) for rank in self.hierarchy.ranks}
 
 
@@ -162,7 +209,8 @@ def read_out(
         return Reading(made.adapter, hierarchy, readout, dict(zip(hierarchy.ranks, made.profiles, strict=True)))
     # Weights only matter in training, and an adapter that an action made is not trained any more.
     changed = dataclasses.replace(action.hierarchy(hierarchy), weights=None)
-    return Reading(made.adapter, changed, "prefix")
+    norms = None if made.norms is None else {path: np.asarray(each) for path, each in made.norms.items()}
+    return Reading(made.adapter, changed, "prefix", norms=norms)
 
 
 def readout_profile(hierarchy: RankHierarchy, readout: str, rank: int) -> jax.Array:

@@ -87,7 +87,8 @@ class Estimate:
       passes: the mean cost of a step in LoRA steps.
       parameters: the number of parameters of the base.
       base_bytes: the bytes of the base in `config.model.dtype`.
-      adapter_parameters: the number of adapter parameters of one trial at each form, a rank with or without gates.
+      adapter_parameters: the number of adapter parameters of one trial at each form: a rank, with or without gates, and
+        an optimizer.
       adapter_bytes: the bytes of all trained adapters in float32.
       trial_bytes: one trial's adapter, gradients and optimizer at the largest rank, in float32.
       training_operations: floating-point operations of all training, roughly.

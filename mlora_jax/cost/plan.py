@@ -172,7 +172,7 @@ def _shapes(
     for step in range(pipeline.steps):
         parts = [each.examples_at(step) for each in pipeline.pipelines]
         at = bisect.bisect_right([phase.end for phase in phases], step)
-        programs.add((phases[at].profiles, phases[at].per_example, phases[at].proximal))
+        programs.add((phases[at].profiles, phases[at].per_example, phases[at].rule))
         counts = [sum(len(example.tokens) for example in part) for part in parts]
         real += sum(counts[member] for member in pipeline.members[: len(batch.trials)])
         members = [[len(example.tokens) for example in own] for own in pipeline.shared_out(parts)[0]]

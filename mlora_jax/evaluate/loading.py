@@ -167,8 +167,8 @@ def with_cache_budget(model: Decoder, kv: str, kv_budget: float | None, kv_rates
 
 def _read_out(
     model: Decoder, folder: pathlib.Path, rank: int | None, readout: str
-) -> tuple[tuple[Any, Any, Any, Any], jax.Array, RankHierarchy]:
-    """Reads an adapter's folder out at a rank: ((graphdef, base, adapter, profile), p [R], hierarchy)."""
+) -> tuple[tuple[Any, Any, Any, Any], Any, RankHierarchy]:
+    """Reads an adapter's folder out at a rank: ((graphdef, base, adapter, profile), `Reading.profile`, hierarchy)."""
     description, found = read_description(folder), find_readout(folder, readout)
     graphdef, base, adapter, profile, hierarchy, _ = read_adapted(found.folder, model)
     reading = found.read(adapter, hierarchy, trained_profile(description, hierarchy))

@@ -71,13 +71,16 @@ def layer_factors(
             if rank_of(name, factor) != hierarchy.max_rank:
                 r = rank_of(name, factor)
                 raise ValueError(f"{path} has rank {r}, but the hierarchy's R is {hierarchy.max_rank}")
-    ranks = _ranks_of_layers(factors, hierarchy, rank)
     if profiles is None:
         reading = read_out(adapter, hierarchy, readout, trained_profile=trained_profile)
     else:
         reading = Reading(adapter, hierarchy, readout, profiles)
+    if not isinstance(rank, Mapping):
+        spread = reading.layer_ranks(rank)
+        rank = rank if spread is None else {path: np.ravel(each).tolist() for path, each in spread.items()}
+    ranks = _ranks_of_layers(factors, hierarchy, rank)
     factors = _plain_factors(reading.adapter)
-    p_of = {r: np.asarray(reading.profile(r)) for r in {r for rows in ranks.values() for r in rows}}
+    p_of = {r: np.asarray(reading.layer_profile(r)) for r in {r for rows in ranks.values() for r in rows}}
     found = {}
     for path, pair in factors.items():
         a, b = (np.asarray(pair[name]) for name in FACTORS)

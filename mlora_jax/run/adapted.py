@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from mlora_jax.adapters import AdaptedLayer, adapt, fold_in_training, split
+from mlora_jax.core import powers_of_two
 from mlora_jax.models.decoder import FEW_LAYERS
 from mlora_jax.parallel.arrays import put_weights
 from mlora_jax.run.evaluators import Evaluator, make_evaluator, make_validation_loss
@@ -30,6 +31,7 @@ class Adapted:
     Attributes:
       base, adapter, profile: the trees of `mlora_jax.split`; the adapter is one trial's, before training.
       evaluation_graphdef: the model's graph definition in evaluation mode.
+      train_graphdef: the model's graph definition in training mode.
       optimizer: an optax transformation without its learning rate.
       step: trains K trials at once.
       evaluators: split -> (adapter, p [R]) -> verdicts [items].
@@ -40,6 +42,7 @@ class Adapted:
     adapter: Any
     profile: Any
     evaluation_graphdef: Any
+    train_graphdef: Any
     optimizer: optax.GradientTransformation
     step: TrialsStep
     evaluators: dict[str, Evaluator]
@@ -72,7 +75,7 @@ def adapt_model(experiment: Experiment, form: AdapterForm, key: jax.Array) -> nn
 
 def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
     """The adapted model of a form, its base on the experiment's devices."""
-    config, mesh = experiment.config, experiment.mesh
+    mesh = experiment.mesh
     adapted: Any = adapt_model(experiment, form, jax.random.key(0))
     on_one_cpu = jax.default_backend() == "cpu" and mesh is None
     adapted.unroll = on_one_cpu and experiment.model.config.num_layers <= FEW_LAYERS
@@ -85,22 +88,15 @@ def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
     adapted.unroll = False
     fold_in_training(adapted, on=False)
     graphdef, *_ = split(adapted)
-    names = ("beta1", "beta2", "epsilon", "weight_decay", "clip")
-    optimizer = make_optimizer(**{name: config.train[name] for name in names})
-    options = dict(
-        chunk=min(config.train.loss_chunk, CHUNK),
-        widths=experiment.row_shape.widths,
-        micro_batch=config.train.batch_size // config.train.accumulation,
-        mesh=mesh,
-        engine=config.parallel.engine,
-    )
+    optimizer, step = _optimizer_and_step(experiment, form, train_graphdef)
     return Adapted(
         base=base,
         adapter=adapter,
         profile=profile,
         evaluation_graphdef=graphdef,
+        train_graphdef=train_graphdef,
         optimizer=optimizer,
-        step=TrialsStep(train_graphdef, optimizer, **options),
+        step=step,
         evaluators={
             name: make_evaluator(experiment, graphdef, base, profile, rows) for name, rows in experiment.rows.items()
         },
@@ -108,3 +104,30 @@ def make_adapted(experiment: Experiment, form: AdapterForm) -> Adapted:
             functools.partial(make_validation_loss, experiment, graphdef, base, profile),
         ),
     )
+
+
+def with_optimizer(experiment: Experiment, form: AdapterForm, adapted: Adapted) -> Adapted:
+    """The adapted model of a form that differs from the form of `adapted` in the optimizer only."""
+    optimizer, step = _optimizer_and_step(experiment, form, adapted.train_graphdef)
+    return dataclasses.replace(adapted, optimizer=optimizer, step=step)
+
+
+def _optimizer_and_step(
+    experiment: Experiment, form: AdapterForm, train_graphdef: Any
+) -> tuple[optax.GradientTransformation, TrialsStep]:
+    config = experiment.config
+    optimizer = make_optimizer(
+        **{name: config.train[name] for name in ("beta1", "beta2", "epsilon", "weight_decay", "clip")},
+        kind=form.optimizer,
+        ranks=tuple(config.adapter.ranks) or powers_of_two(form.rank),
+    )
+    step = TrialsStep(
+        train_graphdef,
+        optimizer,
+        chunk=min(config.train.loss_chunk, CHUNK),
+        widths=experiment.row_shape.widths,
+        micro_batch=config.train.batch_size // config.train.accumulation,
+        mesh=experiment.mesh,
+        engine=config.parallel.engine,
+    )
+    return optimizer, step

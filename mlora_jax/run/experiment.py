@@ -26,7 +26,7 @@ from mlora_jax.models.generation_config import GenerationSettings, read_generati
 from mlora_jax.parallel import hosts
 from mlora_jax.parallel.arrays import GlobalBatches, local_rows
 from mlora_jax.parallel.mesh import shards_of
-from mlora_jax.run.adapted import Adapted, make_adapted
+from mlora_jax.run.adapted import Adapted, make_adapted, with_optimizer
 from mlora_jax.run.inputs import (
     check_context,
     hold_out_validation,
@@ -137,16 +137,18 @@ class Experiment:
     def _by_form(self) -> dict[AdapterForm, Adapted]:
         return {}
 
-    def adapted(self, rank: int, gate: bool = False) -> Adapted:
-        """The adapted model of a form; made once.
+    def adapted(self, rank: int, gate: bool = False, optimizer: str = "adam") -> Adapted:
+        """The adapted model of a form; made once. Forms that differ in the optimizer share all but the training step.
 
         Args:
           rank: R.
           gate: whether every adapted layer has a gate.
+          optimizer: a key of `mlora_jax.core.optimizers.OPTIMIZERS`.
         """
-        form = AdapterForm(rank, gate)
+        form = AdapterForm(rank, gate, optimizer)
         if form not in self._by_form:
-            self._by_form[form] = make_adapted(self, form)
+            like = next((found for each, found in self._by_form.items() if each[:2] == form[:2]), None)
+            self._by_form[form] = make_adapted(self, form) if like is None else with_optimizer(self, form, like)
         return self._by_form[form]
 
     def form(self, trial: Trial) -> AdapterForm:
@@ -161,10 +163,10 @@ class Experiment:
     def compilations(self) -> dict[str, int]:
         """How many executables were compiled for training steps and for evaluation."""
         every = self._by_form.values()
-        evaluators = [evaluator for each in every for evaluator in each.evaluators.values()]
+        evaluators = {id(evaluator): evaluator for each in every for evaluator in each.evaluators.values()}
         return {
             "train": sum(each.step.compilations for each in every),
-            "evaluation": sum(evaluator.compilations for evaluator in evaluators),
+            "evaluation": sum(evaluator.compilations for evaluator in evaluators.values()),
         }
 
     def batches(self, trials: Sequence[Trial]) -> grain.DatasetIterator[dict[str, np.ndarray]] | GlobalBatches:

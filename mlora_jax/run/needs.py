@@ -142,10 +142,15 @@ def _input_moments(asked: Asked) -> Any:
     return _moments(asked, inputs=True)
 
 
-def _moments(asked: Asked, *, inputs: bool) -> Any:
+def _input_statistics(asked: Asked) -> Any:
+    """``(X, 1)^T (X, 1)`` [..., D + 1, D + 1] of the inputs of every adapted layer: second moments, sums and count."""
+    return _moments(asked, inputs=True, mean=True)
+
+
+def _moments(asked: Asked, *, inputs: bool, mean: bool = False) -> Any:
     experiment, adapted = asked.experiment, asked.experiment.adapted_for(asked.trial)
     model = nnx.merge(adapted.evaluation_graphdef, adapted.base, adapted.adapter, adapted.profile)
-    graphdef, base, _, profile, grams = split(watch_inputs(model, inputs=inputs), mutable=InputGram)
+    graphdef, base, _, profile, grams = split(watch_inputs(model, inputs=inputs, mean=mean), mutable=InputGram)
     mesh = experiment.mesh
     add = _sum_of(graphdef, mesh)
     adapter, (profile, grams) = put_weights(asked.adapter, mesh), put_replicated((profile, grams), mesh)
@@ -242,5 +247,6 @@ NEEDS: dict[str, Callable[[Asked], Any]] = {
     "gradients": _gradients,
     "hidden_moments": _hidden_moments,
     "input_moments": _input_moments,
+    "input_statistics": _input_statistics,
     "fitted_profiles": _fitted_profiles,
 }

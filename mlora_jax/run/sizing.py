@@ -80,13 +80,13 @@ def time_steps(experiment: Experiment, trials: Sequence[Trial], steps: int, phas
     """Trains trials of one group for a few steps as in one of their phases, and forgets them."""
     adapted = experiment.adapted_for(trials[0])
     state, keys = first_state(experiment, trials)
-    proximal = experiment.phases.shape(trials[0])[phase].proximal
+    rule = experiment.phases.shape(trials[0])[phase].rule
     schedule, draws = experiment.phases.schedule(trials, phase), experiment.phases.draws(trials, phase, keys)
     arrays, seconds = next(experiment.batches(trials)), []
     for number in range(steps + 1):
         start = time.monotonic()
         state, metrics = adapted.step(
-            adapted.base, adapted.profile, state, arrays, draws(number), schedule, keys.dropout, proximal=proximal
+            adapted.base, adapted.profile, state, arrays, draws(number), schedule, keys.dropout, rule=rule
         )
         jax.block_until_ready(metrics)
         seconds.append(time.monotonic() - start)
@@ -115,7 +115,7 @@ def compile_step(experiment: Experiment, trial: Trial, count: int, phase: int) -
         draw,
         schedule,
         many(keys.dropout),
-        proximal=phases.shape(trial)[phase].proximal,
+        rule=phases.shape(trial)[phase].rule,
     )
 
 

@@ -49,7 +49,8 @@ def first_adapter(experiment: Experiment, trial: Trial, key: jax.Array) -> Any:
     template = experiment.adapted_for(trial).adapter
     needed = collect(action.needs, experiment, trial, template, p, key=key)
     init = experiment.config.adapter.init
-    given = ActionInput(adapter=template, trained_profile=p, key=key, needed=needed, init=init)
+    gate = experiment.phases.method(trial).gate_start
+    given = ActionInput(adapter=template, trained_profile=p, key=key, needed=needed, init=init, gate_start=gate)
     return run_action(action, given).adapter
 
 
@@ -70,11 +71,11 @@ def loop_phases(experiment: Experiment, trials: Sequence[Trial], keys: TrialKeys
     adapted, phases = experiment.adapted_for(trials[0]), experiment.phases
     found = []
     for number, first_step in enumerate(phases.method(trials[0]).starts(experiment.steps)):
-        proximal = phases.shape(trials[0])[number].proximal
+        rule = phases.shape(trials[0])[number].rule
 
-        def step(state, batch, draw, schedule, proximal=proximal):
+        def step(state, batch, draw, schedule, rule=rule):
             arguments = state, batch, draw, schedule, keys.dropout
-            return adapted.step(adapted.base, adapted.profile, *arguments, proximal=proximal)
+            return adapted.step(adapted.base, adapted.profile, *arguments, rule=rule)
 
         start = functools.partial(_start_phase, experiment, trials, keys, number)
         draws, schedule = phases.draws(trials, number, keys), phases.schedule(trials, number)

@@ -132,6 +132,27 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
         Rival("dylora_frozen"),
         Rival("matryoshka_exact"),
     ),
+    "field": (  # The methods of other papers; docs/methods.md describes them.
+        Rival("lora", "squeeze", "sqrt"),  # rsLoRA
+        Rival("lora_plus", "squeeze"),
+        Rival("scaled_adam", "squeeze"),
+        Rival("lora_rite", "squeeze"),
+        Rival("lora", "squeeze_randomized"),
+        Rival("maestro"),
+        Rival("maestro", "squeeze"),
+        Rival("lora_squeeze"),
+        Rival("lora_squeeze_annealed"),
+        Rival("pissa", "squeeze"),
+        Rival("olora", "squeeze"),
+        Rival("svfit", "squeeze"),
+        Rival("eva", "squeeze"),
+        *(
+            Rival(method, readout)
+            for method in ("eva", "adalora", "sora", "sora_schedule", "codyra")
+            for readout in ("ordered", "ordered_global", "squeeze")
+            if (method, readout) != ("eva", "squeeze")
+        ),
+    ),
 }
 
 

@@ -14,23 +14,25 @@ import jax.numpy as jnp
 from mlora_jax.config import further_methods
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import Action, Draw, Method, RankHierarchy, get_action, get_method
+from mlora_jax.core.transforms import StepRule
 from mlora_jax.training.draws import DrawnBy, compile_draws
 from mlora_jax.training.step import Schedule
 from mlora_jax.training.trial_trees import TrialKeys
-from mlora_jax.training.trials_step import Proximal
 from mlora_jax.trials import Trial
 
 
 class AdapterForm(NamedTuple):
-    """The settings of a trial that decide the shapes of its adapter.
+    """The settings of a trial that decide the shapes of its adapter and of its optimizer's state.
 
     Attributes:
       rank: R.
       gate: whether every adapted layer has a gate.
+      optimizer: the name of the optimizer, a key of `mlora_jax.core.optimizers.OPTIMIZERS`.
     """
 
     rank: int
     gate: bool = False
+    optimizer: str = "adam"
 
 
 class PhaseShape(NamedTuple):
@@ -41,7 +43,7 @@ class PhaseShape(NamedTuple):
       profiles: N, the number of profiles per step, which is the cost of a step in LoRA steps.
       per_example: whether every example has a profile of its own.
       start: the action before the phase; empty for the first phase, before which every trial is handled alone.
-      proximal: the proximal step of the update rule, or None.
+      rule: the functions of the update rule that are compiled.
       schedule: the period over which the learning rate of the method decays, one of `SCHEDULES`.
     """
 
@@ -49,7 +51,7 @@ class PhaseShape(NamedTuple):
     profiles: int
     per_example: bool
     start: str
-    proximal: Proximal | None
+    rule: StepRule
     schedule: str
 
 
@@ -71,7 +73,8 @@ class TrialPhases:
 
     def form(self, trial: Trial) -> AdapterForm:
         """Returns the form of a trial's adapter."""
-        return AdapterForm(trial.rank, self.method(trial).gate)
+        method = self.method(trial)
+        return AdapterForm(trial.rank, bool(method.gate), method.optimizer)
 
     def hierarchy(self, trial: Trial, phase: int = -1) -> RankHierarchy:
         """Returns the ranks, scales and weights of a trial in a phase, by default in the last one."""
@@ -114,7 +117,7 @@ class TrialPhases:
                 profiles=policy.count(self.hierarchy(trial, at)),
                 per_example=policy.every == "example",
                 start=phase.start if at else "",
-                proximal=update.proximal,
+                rule=update.rule,
                 schedule=method.schedule,
             )
             shapes.append(shape)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mlora_jax.adapters import set_dropout_key, set_profile
+from mlora_jax.core.optimizers import get_optimizer
 from mlora_jax.core.policies import Draw
-from mlora_jax.core.product import scale_ranks
+from mlora_jax.core.product import scale_leaves, scale_ranks
+from mlora_jax.core.transforms import AfterUpdate, Numbers, StepRule, Transform
 from mlora_jax.training.objective import AnswerBatch, answer_loss
 
+PERTURB = 2**31 - 1  # the number by which the key of a perturbation differs from those of dropout
 SHARDS = "shards"  # the name of the axis over shards of the rows
 
 
@@ -73,9 +76,16 @@ def learning_rate_at(schedule: Schedule, step: Any) -> jax.Array:
 
 
 def make_optimizer(
-    *, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip: float
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    clip: float,
+    kind: str = "adam",
+    ranks: tuple[int, ...] = (),
 ) -> optax.GradientTransformation:
-    """Returns AdamW without its learning rate, which the training step applies because it is data.
+    """Returns AdamW or another optimizer without its learning rate, which the training step applies because it is data.
 
     Args:
       beta1: the decay of the first moment.
@@ -83,12 +93,23 @@ def make_optimizer(
       epsilon: the number that is added to the root of the second moment.
       weight_decay: the decoupled weight decay, which is multiplied by the learning rate.
       clip: the largest global gradient norm; 0 turns clipping off.
+      kind: a key of `mlora_jax.core.optimizers.OPTIMIZERS`.
+      ranks: S, for optimizers that work block by block.
+
+    Raises:
+      ValueError: the kind is unknown.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
-    )
+    row, numbers = get_optimizer(kind), Numbers(beta1, beta2, epsilon, clip, tuple(ranks))
+    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    if row.instead is not None:
+        return optax.chain(_transformation(row.instead(numbers)), decay)
+    parts = [optax.clip_by_global_norm(clip) if clip else optax.identity()]
+    parts += [] if row.before is None else [_transformation(row.before(numbers))]
+    return optax.chain(*parts, optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon), decay)
+
+
+def _transformation(transform: Transform) -> optax.GradientTransformation:
+    return optax.GradientTransformation(*cast("Any", transform))
 
 
 def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrialState:
@@ -142,7 +163,7 @@ def train_step(
     schedule: Schedule,
     dropout_key: jax.Array,
     *,
-    proximal: Callable[[Any], Any] | None = None,
+    rule: StepRule = StepRule(),  # noqa: B008 - it is immutable
     sharded: bool = False,
 ) -> tuple[TrialState, dict[str, jax.Array]]:
     """Takes one optimizer step on packed rows with N profiles each.
@@ -162,11 +183,12 @@ def train_step(
       state: the adapter, the optimizer state and the step.
       rows: the rows.
       plan: the passes over the rows.
-      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N]. Example number
-        m B + e of the step gets the profile of micro-batch m, and the one of e if every example has its own.
+      draw: profiles [M, N, E, R] with E one or B, update_mask [R], column_rates [R], loss_weights [N], leaf_rates and
+        strength. Example number m B + e of the step gets the profile of micro-batch m, and the one of e if every
+        example has its own.
       schedule: the learning rate and the lengths.
       dropout_key: the trial's `jax.random.key` for dropout, folded with the step; unused without dropout.
-      proximal: the function that is applied to the adapter after the update, `mlora_jax.core.Update.proximal`.
+      rule: the functions of the phase's update rule, `mlora_jax.core.Update.rule`.
       sharded: whether the step is mapped over shards of the examples by an axis named `SHARDS`. Gradients are summed
         over this axis once, after all rows, and the result is the same in every shard.
 
@@ -178,9 +200,11 @@ def train_step(
     answers = jnp.maximum(total(jnp.sum(rows.weights)), 1.0)
     count = draw.profiles.shape[1]
     key = jax.random.fold_in(dropout_key, state.step)
+    perturbing_key = jax.random.fold_in(key, PERTURB)  # the same in all shards
     key = jax.random.fold_in(key, jax.lax.axis_index(SHARDS)) if sharded else key
 
     def loss_under(adapter, part: PackedRows, found, p, weight, key):
+        adapter = adapter if rule.perturb is None else rule.perturb(adapter, perturbing_key)
         p, per_token = _profiles_of(p, part.examples, micro_batch, per_example=draw.per_example)
         values = set_dropout_key(set_profile(profile, p, per_example=per_token), key)
         batch = AnswerBatch(tokens=part.tokens, positions=part.positions, targets=part.targets, weights=part.weights)
@@ -214,8 +238,12 @@ def train_step(
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
     # A masked column keeps momentum from the steps in which it could move, so its learning rate here must be 0.
     updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, scale_ranks(updates, draw.column_rates))
+    updates = updates if draw.leaf_rates is None else scale_leaves(updates, draw.leaf_rates)
     adapter = optax.apply_updates(state.adapter, updates)
-    adapter = adapter if proximal is None else proximal(adapter)
+    if rule.proximal is not None:
+        progress = (state.step + 1) / jnp.maximum(jnp.asarray(schedule.total_steps, float), 1.0)
+        strength = 0.0 if draw.strength is None else draw.strength
+        adapter = rule.proximal(adapter, AfterUpdate(strength, jnp.minimum(progress, 1.0), rate, optimizer_state))
     norm = optax.tree.norm(gradient)
     # The adapter is checked too, because no later step would notice that the last update broke it.
     whole = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlora_jax.core.policies import Draw
+from mlora_jax.core.transforms import StepRule
 from mlora_jax.data.packing import RowShape
 from mlora_jax.parallel.arrays import put
 from mlora_jax.parallel.mesh import ROWS, shards_of
@@ -23,7 +23,7 @@ from mlora_jax.training.step import SHARDS, PackedRows, Passes, TrialState, trai
 
 # A row has few answers, and a large chunk of them would be padding for the most part.
 CHUNK = 256
-Proximal = Callable[[Any], Any]  # adapter -> adapter, applied after the update
+NO_RULE = StepRule()
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[PackedRows, Passes]:
@@ -64,7 +64,7 @@ class TrialsStep:
 
     There is one executable for each K, number of profiles and update rule: all batches of a run have the same shapes.
     The arguments of a call are the base and the profile tree, then state, batch, draw, schedule and dropout key, and
-    the proximal step of the phase's update rule. All but the batch's plan have a leading K, and the arrays of the
+    the functions of the phase's update rule. All but the batch's plan have a leading K, and the arrays of the
     batch [K, S]. The state's buffers are reused for the result.
 
     On a mesh the trials lie along `trial` and the shards of a batch along `data` and `fsdp`. Every shard has a
@@ -108,23 +108,23 @@ class TrialsStep:
         state: Any,
         batch: Mapping[str, Any],
         *others: Any,
-        proximal: Proximal | None = None,
+        rule: StepRule = NO_RULE,
     ) -> jax.stages.Compiled:
         """Returns the executable for arguments of these shapes.
 
         Args:
           base, profile, state, batch, others: the arguments of a call, as arrays or `jax.ShapeDtypeStruct`s.
-          proximal: the proximal step of the update rule, or None.
+          rule: the functions of the update rule.
         """
         arguments = state, *split_batch(batch), *others
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
-        key = proximal, jax.tree.structure(arguments), shapes
+        key = rule, jax.tree.structure(arguments), shapes
         if key not in self._executables:
             start = time.monotonic()
             if self._mesh is not None:
                 arguments = jax.eval_shape(self._arrange, *arguments)
                 arguments = tuple(map(_laid_out, arguments, self.layout(*arguments)))
-            traceable = self._traceable(base, arguments, proximal)
+            traceable = self._traceable(base, arguments, rule)
             self._executables[key] = traceable.lower(base, profile, *arguments).compile()
             self._seconds.append(time.monotonic() - start)
         return self._executables[key]
@@ -136,9 +136,9 @@ class TrialsStep:
         state: TrialState,
         batch: Mapping[str, Any],
         *others: Any,
-        proximal: Proximal | None = None,
+        rule: StepRule = NO_RULE,
     ) -> tuple[TrialState, dict[str, jax.Array]]:
-        compiled = self.compile(base, profile, state, batch, *others, proximal=proximal)
+        compiled = self.compile(base, profile, state, batch, *others, rule=rule)
         arguments = state, *split_batch(batch), *others
         if self._mesh is not None:
             arguments = self._arrange(*arguments)
@@ -174,15 +174,15 @@ class TrialsStep:
         else:
             trial, state = NamedSharding(self._mesh, PartitionSpec("trial")), shardings(state, self._mesh, trials=True)
             rows = jax.tree.map(lambda leaf: rows_sharding(mesh, leaf.ndim, 1, trials=True), rows)
-        draw = dataclasses.replace(draw, profiles=trial, update_mask=trial, column_rates=trial, loss_weights=trial)
+        draw = jax.tree.map(lambda _: trial, draw)
         plan = jax.tree.map(lambda _: whole, plan)
         return state, rows, plan, draw, jax.tree.map(lambda _: trial, schedule), trial
 
-    def _traceable(self, base, arguments, proximal: Proximal | None):
+    def _traceable(self, base, arguments, rule: StepRule):
         """Returns the traceable function for arguments of this structure."""
         state, rows, *_ = arguments
         shards, by_trial = shards_of(self._mesh), (None, None, 0, 0, None, 0, 0, 0)
-        step = functools.partial(self._step, proximal=proximal, sharded=shards > 1)
+        step = functools.partial(self._step, rule=rule, sharded=shards > 1)
         if self._plan is not None:
             step = _with_plan(step, self._plan)
         over_shards: dict[str, Any] = dict(in_axes=(None, None, None, 0, *(None,) * 4), out_axes=None, axis_name=SHARDS)

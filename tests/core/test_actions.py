@@ -36,7 +36,7 @@ def test_a_row_says_where_it_stands_what_it_needs_and_what_becomes_of_the_moment
 
 
 @pytest.mark.parametrize("init", ["fan_rank", "fan_in"])
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", [False, True, "normal", "uniform"])
 def test_a_fresh_adapter_is_the_one_that_adapt_draws(init, gate):
     """Bit for bit: a trial starts by the action what the notebook starts by `adapt`."""
     model = nnx.Sequential(nnx.Linear(D, F, rngs=nnx.Rngs(0)), nnx.Linear(F, D, rngs=nnx.Rngs(1)))
@@ -44,7 +44,8 @@ def test_a_fresh_adapter_is_the_one_that_adapt_draws(init, gate):
     template, expected = (
         split(adapt(model, R, (".*",), key=each, init=init, gate=gate))[2] for each in (jax.random.key(0), key)
     )
-    given = ActionInput(adapter=template, trained_profile=jnp.ones(R), key=key)
+    start = gate if isinstance(gate, str) else "ones"
+    given = ActionInput(adapter=template, trained_profile=jnp.ones(R), key=key, gate_start=start)
     jax.tree.map(np.testing.assert_array_equal, run_action(ACTIONS[init], given).adapter, expected)
     other = {"fan_rank": "fan_in", "fan_in": "fan_rank"}[init]
     made = jax.tree.leaves(run_action(ACTIONS[other], given).adapter)

@@ -3,13 +3,14 @@
 import pytest
 
 from mlora_jax.core import METHODS, POLICIES, Method, Phase, RankHierarchy, get_method
+from mlora_jax.core.methods import FIELD
 
 HIERARCHY = RankHierarchy((1, 2, 6), "sqrt", (1.0, 2.0, 3.0))
 RENEST = METHODS["renest"]
 
 
 def test_every_policy_is_a_method_of_one_phase_with_its_scales():
-    assert METHODS.keys() == POLICIES.keys() | {"renest", "renest_30_rotated", "renest_sandwich"}
+    assert METHODS.keys() == POLICIES.keys() | FIELD.keys() | {"renest", "renest_30_rotated", "renest_sandwich"}
     for name, policy in POLICIES.items():
         method = METHODS[name]
         assert method.policies == (policy,)
@@ -66,6 +67,20 @@ def test_three_phases():
             {},
             "unknown update 'soft_treshold'; did you mean 'soft_threshold'",
         ),
+        ((Phase("lora", 1.0),), {"optimizer": "lora_rita"}, "unknown optimizer 'lora_rita'; did you mean 'lora_rite'"),
+        ((Phase("lora", 1.0),), {"optimizer": "lora_rite", "gate": True}, "'lora_rite' trains no gates, and"),
+        (
+            (Phase("lora", 0.5), Phase("lora", 0.5, "squeeze_rotated")),
+            {"optimizer": "scaled_adam"},
+            "the moments of the optimizer 'scaled_adam' cannot follow the action 'squeeze_rotated'",
+        ),
+        (
+            (Phase("lora", 1.0, "", "budget"),),
+            {"gate": True},
+            "reads the state of the optimizer 'adalora', and .* 'adam'",
+        ),
+        ((Phase("lora", 1.0, "svfit"),), {}, "the action 'svfit' makes gates, and the method has none"),
+        ((Phase("lora", 1.0),), {"gate": "twos"}, "unknown gate 'twos'; known: ones, normal, uniform, zeros"),
         ((Phase("lora", 1.0, "", "soft_threshold"),), {}, "'soft_threshold' acts on gates, .*: set gate=True"),
     ],
 )

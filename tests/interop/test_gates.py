@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlora_jax.adapters import adapt, split
-from mlora_jax.core import RankHierarchy
+from mlora_jax.core import RankHierarchy, read_out
+from mlora_jax.core.importance import used_ranks
 from mlora_jax.interop import export_adapter, export_merged, export_peft, start_from_peft
 from mlora_jax.models import load_decoder
 from mlora_jax.training.adapter_file import load_adapted
@@ -90,3 +91,34 @@ def test_a_gated_adapter_can_start_from_a_peft_adapter(base, gated, tmp_path):
     adapter = start_from_peft(theirs, model, jnp.asarray(p))
     np.testing.assert_array_equal(adapter["lm_head"]["gate"], split(model)[2]["lm_head"]["gate"])
     np.testing.assert_allclose(our_logits(model, adapter, p), with_peft(base, theirs, TOKENS)[0], **CLOSE)
+
+
+def test_zero_gates_are_left_out_of_an_export_layer_by_layer(base, gated, tmp_path):
+    """PEFT has as many ranks as gates that are not zero, or those of a budget over all layers."""
+    model, adapter = gated
+    random = np.random.default_rng(3)
+
+    def cut(path, leaf):  # about half of the gates, another number in every layer
+        return leaf * (random.random(leaf.shape) < 0.5) if "gate" in str(path) else leaf
+
+    adapter = jax.tree_util.tree_map_with_path(cut, adapter)
+    p, options = readouts(S, RANK, "sqrt")["prefix"], dict(base_model=str(base))
+    reading = read_out(adapter, HIERARCHY, "ordered")
+    folder = export_peft(tmp_path / "all", reading.adapter, reading.hierarchy, used_ranks(reading.adapter), **options)
+    logits, ranks = with_peft(base, folder, TOKENS)
+    np.testing.assert_allclose(logits, with_deltas(base, deltas(adapter, p), TOKENS), **CLOSE)
+    assert ranks == {name: count for name, gate in gates(adapter).items() if (count := np.count_nonzero(gate))}
+    # The largest components of all layers, two per layer in the mean.
+    parts = {}
+    for name, (a, b) in pairs(adapter).items():
+        for i, scale in enumerate(p * gates(adapter)[name]):
+            part = scale * np.outer(a[:, i], b[i])
+            parts[name, i] = np.linalg.norm(part), part
+    kept = sorted(parts, key=lambda key: -parts[key][0])[: 2 * len(pairs(adapter))]
+    expected = {name: sum(parts[key][1] for key in kept if key[0] == name) for name in {name for name, _ in kept}}
+    folder = export_peft(tmp_path / "two", adapter, HIERARCHY, 2, readout="ordered_global", **options)
+    logits, ranks = with_peft(base, folder, TOKENS)
+    np.testing.assert_allclose(logits, with_deltas(base, expected, TOKENS), **CLOSE)
+    assert sum(ranks.values()) == len(kept) and len(set(ranks.values())) > 1
+    reading = read_out(adapter, HIERARCHY, "ordered_global")
+    np.testing.assert_allclose(our_logits(model, reading.adapter, reading.profile(2)), logits, **CLOSE)

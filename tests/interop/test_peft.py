@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -390,3 +391,22 @@ def test_a_folder_is_there_whole_or_not_at_all(adapted, tmp_path, monkeypatch):
 def test_alpha_over_the_root_of_the_rank():
     """The scales that the tests above rest on, by their definitions."""
     assert math.isclose(readouts(S, 4, "sqrt")["prefix"][0], 0.5) and readouts(S, 4, "rank")["prefix"][3] == 0.25
+
+
+def test_the_scaling_sqrt_is_the_rslora_of_peft(base, tmp_path):
+    """PEFT's factors under `use_rslora` with lora_alpha 1, and the same factors under our s_R = 1/sqrt(R)."""
+    folder = save_random_peft(
+        base, tmp_path / "rslora", r=RANK, lora_alpha=1, use_rslora=True, target_modules=["v_proj"]
+    )
+    expected, _ = with_peft(base, folder, TOKENS)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.self_attn.v_proj.lora_{}.weight"
+    pair = {
+        leaf.lower(): jnp.asarray(np.stack([tensors[name.format(layer, leaf)].T for layer in range(LAYERS)]))
+        for leaf in "AB"
+    }
+    model, adapter = random_adapter(base, targets=("v_proj",))
+    adapter = jax.tree_util.tree_map_with_path(lambda path, leaf: pair["a" if "'a'" in str(path) else "b"], adapter)
+    hierarchy = RankHierarchy((1, 2, RANK), "sqrt")
+    np.testing.assert_allclose(our_logits(model, adapter, hierarchy.lora()), expected, atol=1e-4)
+    assert np.abs(our_logits(model, adapter, np.ones(RANK)) - expected).max() > 1e-2

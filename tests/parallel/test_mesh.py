@@ -285,6 +285,7 @@ def test_gates_updates_and_starts_from_data_train_the_same_on_a_mesh(quickstart_
     methods = {
         "gated": (("lora", 0.5), ("per_example", 0.5, "none", "soft_threshold"), "gate"),
         "by_inputs": (("lora", 0.5), ("per_example", 0.5, "squeeze_inputs", "first_column_3")),
+        "rite": (("lora", 1.0, "", "ordered_dropout"), "lora_rite_blocks"),
     }
     trials = quickstart_config["trials"] | {"method": tuple(methods), "seed": (1, 2)}
     config = {**quickstart_config, "methods": methods, "trials": trials}
@@ -298,7 +299,7 @@ def test_gates_updates_and_starts_from_data_train_the_same_on_a_mesh(quickstart_
             )
             records = read_json_lines(folder / "metrics.jsonl")
             losses.append({(record["trial"], record["step"]): record["loss"] for record in records})
-    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 4 * 4
+    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 6 * 4
     for key, loss in losses[0].items():
         assert losses[1][key] == pytest.approx(loss, rel=1e-4), key
     for trial, tensors in factors[0].items():

@@ -117,6 +117,28 @@ def test_moments_of_inputs_and_of_hidden_features_agree(loaded):
         assert np.all(np.linalg.eigvalsh(x) > -1e-3) and np.all(np.trace(x, axis1=1, axis2=2) > 0)
 
 
+def test_statistics_of_inputs_are_moments_sums_and_counts(loaded):
+    """Beside the moments: the sums are those of the inputs, and every layer counts the same tokens."""
+    experiment, trial, adapter, p = loaded
+    both = collect(("input_moments", "input_statistics"), experiment, trial, adapter, p)
+    moments, statistics = (by_parent(both[name]) for name in ("input_moments", "input_statistics"))
+    counts = set()
+    for parent, leaves in moments.items():
+        found = np.asarray(statistics[parent]["gram"])
+        np.testing.assert_allclose(found[:, :-1, :-1], leaves["gram"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(found[:, -1], found[:, :, -1])
+        counts |= set(found[:, -1, -1].tolist())
+        covariance = found[:, :-1, :-1] / found[:, -1:, -1:] - np.einsum(
+            "ld,le->lde", *[found[:, :-1, -1] / found[:, -1:, -1]] * 2
+        )
+        assert np.all(np.linalg.eigvalsh(covariance) > -1e-3)
+    answered = [
+        np.max(np.where(batch["weights"] > 0, batch["positions"], -1), axis=1) + 1
+        for batch in batches_of(experiment, trial, 2)
+    ]
+    assert counts == {float(np.sum(answered))}
+
+
 def test_every_need_can_be_collected(loaded, config):
     experiment, trial, adapter, p = loaded
     names = [name for name in NEEDS if name != "peft_adapter"]  # for that one: test_key_of_the_start of a run

@@ -1,17 +1,22 @@
 """The training step: schedule, accumulation, several profiles, masks, frozen trials, many trials at once."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from flax import nnx
+from peft.optimizers import create_loraplus_optimizer
 
 from mlora_jax.adapters import adapt, split
-from mlora_jax.core import POLICIES, Draw, RankHierarchy, draw_step, get_policy
+from mlora_jax.core import POLICIES, UPDATES, Draw, RankHierarchy, draw_step, get_policy
+from mlora_jax.core.rank_axes import by_parent
 from mlora_jax.data import Example
 from mlora_jax.models import Decoder
 from mlora_jax.training.step import (
@@ -206,6 +211,52 @@ def test_one_executable_for_all_methods_with_as_many_profiles():
     draw = draw_step(get_policy("matryoshka_exact"), HIERARCHY, jax.random.key(0), 0, accumulation=1)
     state, _ = take(step, base, profile, state, draw=draw)
     assert step._cache_size() == 2
+
+
+def test_lora_plus_moves_b_16_times_as_far_in_the_same_executable():
+    """The ratio is that of the parameter groups that PEFT makes for LoRA+."""
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    tuned = peft.get_peft_model(linear, peft.LoraConfig(r=2, target_modules=["0"]))
+    ratio = dict(UPDATES["lora_plus"].leaf_rates)["b"]
+    groups = create_loraplus_optimizer(tuned, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=ratio)
+    rates = {name: group["lr"] for group in groups.param_groups for name, p in tuned.named_parameters()
+             if any(p is each for each in group["params"])}  # fmt: skip
+    expected = {name: next(rate for key, rate in rates.items() if f"lora_{name.upper()}" in key) for name in "ab"}
+    moved = {}
+    step, base, profile, _ = make(beta2=0.99)
+    for name in ("none", "lora_plus"):
+        state = make(beta2=0.99)[3]
+        state = state._replace(adapter=jax.tree.map(lambda x: x + 0.1, state.adapter))
+        before = by_parent(jax.tree.map(np.asarray, state.adapter))
+        options = dict(accumulation=2, update=UPDATES[name])
+        draw = draw_step(get_policy("matryoshka"), HIERARCHY, jax.random.key(0), 0, **options)
+        after = by_parent(take(step, base, profile, state, draw=draw)[0].adapter)
+        moved[name] = {path: {leaf: after[path][leaf] - old for leaf, old in leaves.items()}
+                       for path, leaves in before.items()}  # fmt: skip
+    for path, leaves in moved["none"].items():
+        for leaf, plain in leaves.items():
+            times = moved["lora_plus"][path][leaf] / plain
+            np.testing.assert_allclose(times, expected[leaf] / 1e-2, rtol=2e-3)
+    assert expected == {"a": 1e-2, "b": 0.16} and step._cache_size() == 1
+
+
+def test_the_soft_threshold_follows_the_update_of_the_gates():
+    """A gate that Adam does not move falls by lambda at each step until it is zero; the schedule begins with zero."""
+    model = adapt(Decoder(tiny_config(), rngs=nnx.Rngs(0)), 6, ("up_proj",), key=jax.random.key(0), gate="normal")
+    graphdef, base, adapter, profile = split(model)
+    optimizer, row = make_optimizer(**ADAMW), UPDATES["soft_threshold_rising"]
+    state = init_state(adapter, optimizer)  # B is zero, and so is the gradient of a gate
+    gates = [np.asarray(by_parent(state.adapter)["layers", "mlp", "up_proj"]["gate"])]
+    step = compile_step(graphdef, optimizer, chunk=8, rule=row.rule)
+    draw = draw_step(get_policy("lora"), HIERARCHY, jax.random.key(0), 0, accumulation=1, update=row)
+    draw = dataclasses.replace(draw, column_rates=jnp.zeros(6), strength=jnp.asarray(0.6))
+    for number in range(7):
+        state, _ = take(step, base, profile, state, batch=batch_of(seed=number), draw=draw, total=7)
+        gates.append(np.asarray(by_parent(state.adapter)["layers", "mlp", "up_proj"]["gate"]))
+    for number, (before, after) in enumerate(itertools.pairwise(gates)):
+        expected = np.sign(before) * np.maximum(np.abs(before) - 0.1 * number, 0)
+        np.testing.assert_allclose(after, expected, atol=1e-6)
+    assert np.any(gates[-1] == 0) and not np.any(gates[1] == 0)
 
 
 def test_trials_under_vmap_equal_trials_alone():
