@@ -16,12 +16,15 @@ def get_config() -> ConfigDict:
         {
             "model": {"path": "smollm2-135m-instruct", "dtype": "float32"},
             "data": {"task": "arc_easy", "raw_dir": "arc_easy", "pad_multiple": 16},
+            "methods": {
+                "renest_30_first": (("lora", 0.3), ("per_example", 0.7, "squeeze_rotated", "first_column_3")),
+            },
             "train": {"epochs": 1, "batch_size": 32, "trials_at_once": 1},
             "validation": {"holdout": 0.1, "limit": 128},
             "checkpoint": {"every": 0},
             "evaluation": {"limit": 200},
             "study": {
-                "groups": ("instruct", "ceiling", "scalings", "instruct_further"),
+                "groups": ("instruct", "recipe", "ceiling", "scalings", "instruct_further"),
                 "rank": 32,
                 "rates": (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3),
                 "start": (5e-4, 1.5e-3),

@@ -15,9 +15,12 @@ def get_config() -> ConfigDict:
         {
             "model": {"path": "stories-3m"},
             "data": {"task": "trec", "raw_dir": "trec", "pad_multiple": 16},
+            "methods": {
+                "renest_30_first": (("lora", 0.3), ("per_example", 0.7, "squeeze_rotated", "first_column_3")),
+            },
             "train": {"epochs": 1, "batch_size": 32, "trials_at_once": 1},
             "validation": {"holdout": 0.1, "limit": 256},
             "checkpoint": {"every": 0},
-            "study": {"groups": ("leading", "dearer"), "rank": 32, "start": (0.0003, 0.001, 0.003)},
+            "study": {"groups": ("leading", "dearer", "recipe"), "rank": 32, "start": (0.0003, 0.001, 0.003)},
         }
     )

@@ -35,8 +35,8 @@ def spectra(adapter: Any, profile: Any) -> dict[str, np.ndarray]:
     found = {}
     for parent in factors:
         a, b, scales = (np.asarray(x, np.float64) for x in factors_and_scales(parent, factors, profiles))
-        left = np.linalg.qr(a * scales[..., None, :], mode="r")
-        right = np.linalg.qr(b.swapaxes(-1, -2), mode="r")
+        left = np.asarray(np.linalg.qr(a * scales[..., None, :], mode="r"))
+        right = np.asarray(np.linalg.qr(b.swapaxes(-1, -2), mode="r"))
         values = np.linalg.svd(left @ right.swapaxes(-1, -2), compute_uv=False)
         padded = np.zeros((*values.shape[:-1], a.shape[-1]))
         padded[..., : values.shape[-1]] = values  # fewer than R where a layer is narrower than R

@@ -97,6 +97,7 @@ GROUPS: dict[str, tuple[Rival, ...]] = {
         Rival("renest_30"),
         Rival("renest_rotated"),
     ),
+    "recipe": (Rival("renest_30_first"),),  # renest_30_rotated; the first column has three times the learning rate
     "weighted": (
         Rival("renest_30", weights="ends"),
         Rival("per_example", weights="ends"),
