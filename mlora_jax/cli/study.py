@@ -73,10 +73,10 @@ def _study(left: list[str]) -> None:
 
 def _train(cells: dict, workdir: pathlib.Path) -> None:
     """Trains the first group of all cells, then the second one, until nothing is missing or the time is over."""
+    from mlora_jax.run.program import code_origin
     from mlora_jax.study.queue import run_cell
-    from mlora_jax.study.records import code_origin
 
-    origin = code_origin()
+    origin = dict(zip(("version", "revision"), code_origin(), strict=True))
     end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
 
     def leave_if_late():

@@ -26,7 +26,7 @@ PALETTE = (
 )
 # A line and a marker per read-out, in the order of the table of read-outs.
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (1, 3)))
-MARKERS = ("o", "s", "^", "v", "D", "P", "X")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")  # one more than lines, so that pairs repeat late
 
 MOST_LINES = 10  # A setting with more lines than this gets one panel per read-out.
 # The axis is labelled with the learning rates if any two are at least this share of it apart, else with powers of ten.

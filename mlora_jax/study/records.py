@@ -14,14 +14,12 @@ import datetime
 import json
 import os
 import pathlib
-import subprocess
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-import mlora_jax
 from mlora_jax.config import changed_keys
 from mlora_jax.config_type import ConfigDict
 from mlora_jax.run.folder import LEDGER, load_verdicts
@@ -35,7 +33,7 @@ FREE = ("data.cache_dir", "data.raw_dir", "model.path", "evaluation.readouts")
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class CellRecords:
     """The curves and verdicts of a cell.
 
     Attributes:
@@ -56,7 +54,7 @@ def records_file(folder: str | os.PathLike[str], cell: str) -> pathlib.Path:
 
 def read_measured(
     folder: str | os.PathLike[str], records: str | os.PathLike[str] | None = None, config: ConfigDict | None = None
-) -> Measured:
+) -> CellRecords:
     """Reads the measurements of a cell from the folder of its run and from its file of records.
 
     Args:
@@ -67,7 +65,7 @@ def read_measured(
     Raises:
       ValueError: the records belong to another config, which the message names key by key; or a line is not a record.
     """
-    found = Measured() if records is None else _read_records(pathlib.Path(records), config)
+    found = CellRecords() if records is None else _read_records(pathlib.Path(records), config)
     own = read_curves(pathlib.Path(folder) / CURVES)
     verdicts = dict(found.verdicts)
     for key in own.whole:
@@ -75,7 +73,7 @@ def read_measured(
         if of_item is not None:
             verdicts[key] = of_item
     curves = CurvesOnRecord({**found.curves.whole, **own.whole}, {**found.curves.failed, **own.failed})
-    return Measured(curves, verdicts, found.inputs)
+    return CellRecords(curves, verdicts, found.inputs)
 
 
 def append_new(
@@ -113,22 +111,6 @@ def append_new(
     return len(lines)
 
 
-def code_origin() -> dict[str, str]:
-    """Returns the version of this package and the commit of its repository.
-
-    The commit is "" outside a repository, and ends in "+" if files differ from it.
-    """
-    git = ["git", "-C", str(pathlib.Path(mlora_jax.__file__).parent)]
-    try:
-        asked = [["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "-uno", "."]]
-        commit, changed = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip() for words in asked
-        )
-    except (OSError, subprocess.CalledProcessError):
-        commit, changed = "", ""
-    return {"version": mlora_jax.__version__, "revision": commit + "+" * bool(changed)}
-
-
 def pack(verdicts: np.ndarray) -> dict[str, Any]:
     """Returns verdicts [ranks, items] bool as JSON: their shape, and their bits, compressed, in base64.
 
@@ -162,7 +144,7 @@ def _curve_of(line: Mapping[str, Any]) -> CurveRecord:
     return record
 
 
-def _read_records(file: pathlib.Path, config: ConfigDict | None) -> Measured:
+def _read_records(file: pathlib.Path, config: ConfigDict | None) -> CellRecords:
     curves, verdicts, failed, inputs = {}, {}, {}, {}
     for number, line in enumerate(read_json_lines(file) if file.is_file() else (), start=1):
         if "config" in line:
@@ -180,7 +162,7 @@ def _read_records(file: pathlib.Path, config: ConfigDict | None) -> Measured:
                 verdicts[record.key] = unpack(line["verdicts"])
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"{file}: line {number} is not the record of a curve: {error!r}") from None
-    return Measured(CurvesOnRecord(curves, failed), verdicts, inputs)
+    return CellRecords(CurvesOnRecord(curves, failed), verdicts, inputs)
 
 
 def _stored(config: ConfigDict) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mlora_jax.config_type import ConfigDict
 from mlora_jax.core import Method, aurac, get_method
 from mlora_jax.evaluate import Interval
 from mlora_jax.study.queue import best_rate, scores, wanted
-from mlora_jax.study.records import Measured, read_measured
+from mlora_jax.study.records import CellRecords, read_measured
 from mlora_jax.study.rivals import Rival, rivals_of
 from mlora_jax.training.curve_records import CurveKey
 
@@ -106,7 +106,7 @@ def read_cell(
 
 
 def _measured(
-    on_record: Measured,
+    on_record: CellRecords,
     rival: Rival,
     rank: int,
     options: ConfigDict,

@@ -22,6 +22,7 @@ from mlora_jax.run import train as run
 from mlora_jax.run.folder import RunFolder
 from mlora_jax.training.adapter_file import save_adapter
 from mlora_jax.training.checkpoint import Checkpoints, what_stands
+from mlora_jax.training.curve_records import CurveRecord
 from mlora_jax.training.records import JsonLines, read_json_lines
 
 # Its fixtures are of the run that is interrupted here by a disk instead of a signal.
@@ -78,7 +79,7 @@ STAGES = {
     "config.json": ((run, "RunFolder"), 0, r"run/config\.json", False),
     "batches.json": ((RunFolder, "add"), 0, r"run/batches\.json", False),
     "verdicts": ((RunFolder, "save_verdicts"), 0, r"run/verdicts/test/base-base\.npy", False),
-    "curves.jsonl": ((JsonLines, "write"), 0, r"run/curves\.jsonl", False),
+    "curves.jsonl": ((CurveRecord, "to_lines"), 0, r"run/curves\.jsonl", False),
     "metrics.jsonl": ((run, "train_batch"), 0, r"run/metrics\.jsonl", False),
     "the folder of a checkpoint": ((Checkpoints, "save"), 0, r"the checkpoint of step \d+ in .*batch-0000", True),
     "a checkpoint": ((Checkpoints, "save"), 12288, r"the checkpoint of step \d+ in .*batch-0000", True),

@@ -438,5 +438,5 @@ def test_weights_and_biases(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     train(config, tmp_path / "with")
     assert (seen[0]["project"], seen[0]["group"], seen[0]["resume"]) == ("nested", "with", "allow")
-    assert seen[0]["name"] == "matryoshka-r4-none-lr0.03-seed1" and seen[-1] == {"base"}  # before it is measured
+    assert seen[0]["name"] == "matryoshka-r4-none-lr0.03-seed1" and seen[-1] == set()  # before it is measured
     assert seen[1:-1] == [(r["step"], r["loss"]) for r in read_json_lines(tmp_path / "with/metrics.jsonl")]

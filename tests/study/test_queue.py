@@ -9,7 +9,7 @@ from mlora_jax.core import aurac
 from mlora_jax.study import queue
 from mlora_jax.study.keys import resolve_cell
 from mlora_jax.study.queue import best_rate, run_cell, score, wanted
-from mlora_jax.study.records import Measured
+from mlora_jax.study.records import CellRecords
 from mlora_jax.study.rivals import GROUPS, Rival, rivals_of, separate
 from mlora_jax.training.curve_records import CurveRecord, CurvesOnRecord
 
@@ -129,7 +129,7 @@ def test_a_cell_is_trained_until_nothing_is_wanted(monkeypatch, tmp_path):
                 curves.whole[record.key] = record
 
     monkeypatch.setattr(queue, "train", train)
-    monkeypatch.setattr(queue, "read_measured", lambda *places: Measured(curves))
+    monkeypatch.setattr(queue, "read_measured", lambda *places: CellRecords(curves))
     config = resolve_cell({"study": {"rank": 8}})
     run_cell(config, tmp_path, groups=("leading",))
     methods = len({rival.method for rival in GROUPS["leading"]})
