@@ -76,7 +76,7 @@ def _train(cells: dict, workdir: pathlib.Path) -> None:
     from mlora_jax.run.program import code_origin
     from mlora_jax.study.queue import run_cell
 
-    origin = dict(zip(("version", "revision"), code_origin(), strict=True))
+    origin: dict[str, str] = dict(zip(("version", "revision"), code_origin(), strict=True))
     end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
 
     def leave_if_late():
