@@ -296,7 +296,7 @@ def test_the_installed_commands(installed, tmp_path):
     (entries,) = installed.glob("*.dist-info/entry_points.txt")
     lines = [line for line in entries.read_text().splitlines() if " = " in line]
     commands = dict(line.split(" = ") for line in lines)
-    names = ("compile-report", "export", "generate", "lm-eval", "plan", "ranks", "run", "study", "table")
+    names = ("compile-report", "export", "generate", "kv-cache", "lm-eval", "plan", "ranks", "run", "study", "table")
     assert sorted(commands) == [f"mlora-{name}" for name in names]
     environment = os.environ | {"PYTHONPATH": str(installed)}
 
@@ -310,7 +310,7 @@ def test_the_installed_commands(installed, tmp_path):
 
     flag = {"export": "--ranks-for", "generate": "--prompt:", "plan": "--timed_steps", "ranks": "--budget",
             "run": "--workdir", "study": "--cells", "table": "--choose_on",
-            "lm-eval": "--tasks", "compile-report": "--topology"}  # fmt: skip
+            "lm-eval": "--tasks", "compile-report": "--topology", "kv-cache": "--out"}  # fmt: skip
     for name in names:
         arguments = ["run", "--help"] if name == "lm-eval" else ["--help"]
         arguments += ["--config=quickstart"] if name in ("run", "plan", "compile-report") else []
