@@ -280,7 +280,8 @@ def test_what_actions_need_is_the_same_on_a_mesh(quickstart_config, axes):
         np.testing.assert_allclose(other / scale, one / scale, rtol=1e-3, atol=1e-4, err_msg=str(path))
 
 
-@pytest.mark.parametrize("axes", [{"trial": 2, "fsdp": 2}, pytest.param({"data": 4}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"trial": 2, "fsdp": 2}, {"data": 4}])
 def test_gates_updates_and_starts_from_data_train_the_same_on_a_mesh(quickstart_config, axes, tmp_path):
     methods = {
         "gated": (("lora", 0.5), ("per_example", 0.5, "none", "soft_threshold"), "gate"),

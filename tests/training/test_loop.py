@@ -109,7 +109,7 @@ def relative(one, other):
     return norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), one, other)) / norm(other)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float64", 1e-9)])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), pytest.param("float64", 1e-9, marks=pytest.mark.slow)])
 def test_company_and_order_change_nothing(dtype, limit):
     """Every method of one profile, each with data of its own: alone, with others, and in another order."""
     with jax.enable_x64(dtype == "float64"):
