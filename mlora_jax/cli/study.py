@@ -50,6 +50,7 @@ def _study(left: list[str]) -> None:
     if left:
         raise ValueError(f"what is {' '.join(left)!r}? Options begin with --")
     logging.set_verbosity(logging.WARNING)
+    from mlora_jax.study.records import records_file
     from mlora_jax.study.report import write_study
 
     workdir, known = pathlib.Path(str(WORKDIR.value)), _known_cells()
@@ -66,7 +67,9 @@ def _study(left: list[str]) -> None:
         there = {
             name: config
             for name, config in known.items()
-            if name in asked or (workdir / name).is_dir() or (RECORDS.value and _records(name).is_file())
+            if name in asked
+            or (workdir / name).is_dir()
+            or (RECORDS.value and records_file(RECORDS.value, name).is_file())
         }
         print(write_study(workdir, there, RECORDS.value or None))
 
@@ -75,6 +78,7 @@ def _train(cells: dict, workdir: pathlib.Path) -> None:
     """Trains the first group of all cells, then the second one, until nothing is missing or the time is over."""
     from mlora_jax.run.program import code_origin
     from mlora_jax.study.queue import run_cell
+    from mlora_jax.study.records import records_file
 
     origin: dict[str, str] = dict(zip(("version", "revision"), code_origin(), strict=True))
     end = time.monotonic() + HOURS.value * 3600 if HOURS.value else math.inf
@@ -95,15 +99,11 @@ def _train(cells: dict, workdir: pathlib.Path) -> None:
                     workdir / name,
                     groups=config.study.groups[: stage + 1],
                     before_each=leave_if_late,
-                    records=_records(name) if RECORDS.value else None,
+                    records=records_file(RECORDS.value, name) if RECORDS.value else None,
                     origin=origin,
                 )
     finally:
         timer.cancel()  # its signal would also interrupt the report
-
-
-def _records(cell: str) -> pathlib.Path:
-    return pathlib.Path(RECORDS.value) / f"{cell}.jsonl"
 
 
 def _known_cells() -> dict:

@@ -131,6 +131,7 @@ def draw_regimes(found: Sequence[Regret]) -> Figure:
             )
         area.axhline(0.0, color="0.6", linewidth=1)
         area.set_title(title)
+        area.set_xlim(0.0, 1.0)
         area.set_xlabel("accuracy of the base before training")
         area.grid(alpha=0.25)
     areas[0].set_ylabel("accuracy below LoRA of that rank alone")
